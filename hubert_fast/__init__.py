@@ -1,0 +1,26 @@
+"""Fast HuBERT pre-training: a drop-in replacement for ``torchaudio.models.HuBERTPretrainModel``."""
+
+from hubert_fast import backend
+from hubert_fast._version import __version__
+from hubert_fast.models.factories import (
+    hubert_pretrain_base,
+    hubert_pretrain_large,
+    hubert_pretrain_model,
+    hubert_pretrain_xlarge,
+)
+from hubert_fast.models.hubert import HuBERTPretrainModel
+from hubert_fast.models.objective import PretrainingLoss, PretrainingObjective
+from hubert_fast.models.wav2vec2 import Wav2Vec2Model
+
+__all__ = [
+    "HuBERTPretrainModel",
+    "PretrainingLoss",
+    "PretrainingObjective",
+    "Wav2Vec2Model",
+    "__version__",
+    "backend",
+    "hubert_pretrain_base",
+    "hubert_pretrain_large",
+    "hubert_pretrain_model",
+    "hubert_pretrain_xlarge",
+]

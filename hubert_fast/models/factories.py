@@ -1,0 +1,281 @@
+"""Factories with torchaudio's names, arguments, order and defaults, and one keyword more: ``padding_invariant``.
+
+The same torch seed gives the same initial weights as torchaudio's factories.
+"""
+
+from __future__ import annotations
+
+from typing import List, Optional, Tuple
+
+from torch import nn
+
+from hubert_fast.models.encoder import (
+    ConvolutionalPositionalEmbedding,
+    Encoder,
+    EncoderLayer,
+    FeatureProjection,
+    FeedForward,
+    SelfAttention,
+    Transformer,
+    initialize_attention,
+    initialize_positional_embedding,
+    initialize_transformer,
+)
+from hubert_fast.models.feature_extractor import ConvLayerBlock, FeatureExtractor
+from hubert_fast.models.hubert import HuBERTPretrainModel
+from hubert_fast.models.logits import LogitGenerator
+from hubert_fast.models.masking import MaskGenerator
+from hubert_fast.models.wav2vec2 import Wav2Vec2Model
+
+_STANDARD_CONV_LAYERS = [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2
+
+
+def hubert_pretrain_model(
+    extractor_mode: str,
+    extractor_conv_layer_config: Optional[List[Tuple[int, int, int]]],
+    extractor_conv_bias: bool,
+    encoder_embed_dim: int,
+    encoder_projection_dropout: float,
+    encoder_pos_conv_kernel: int,
+    encoder_pos_conv_groups: int,
+    encoder_num_layers: int,
+    encoder_num_heads: int,
+    encoder_attention_dropout: float,
+    encoder_ff_interm_features: int,
+    encoder_ff_interm_dropout: float,
+    encoder_dropout: float,
+    encoder_layer_norm_first: bool,
+    encoder_layer_drop: float,
+    mask_prob: float,
+    mask_selection: str,
+    mask_other: float,
+    mask_length: int,
+    no_mask_overlap: bool,
+    mask_min_space: int,
+    mask_channel_prob: float,
+    mask_channel_selection: str,
+    mask_channel_other: float,
+    mask_channel_length: int,
+    no_mask_channel_overlap: bool,
+    mask_channel_min_space: int,
+    skip_masked: bool,
+    skip_nomask: bool,
+    num_classes: int,
+    final_dim: int,
+    feature_grad_mult: Optional[float],
+    *,
+    padding_invariant: bool = False,
+) -> HuBERTPretrainModel:
+    """A custom model.
+
+    Args:
+        extractor_mode: ``"group_norm"`` (a norm after the first convolution) or ``"layer_norm"`` (after each).
+        extractor_conv_layer_config: (channels, kernel, stride) of each convolution. None: the standard seven.
+        extractor_conv_bias: whether the convolutions have a bias.
+        encoder_embed_dim: width of the transformer.
+        encoder_projection_dropout: dropout after the projection of the features.
+        encoder_pos_conv_kernel, encoder_pos_conv_groups: taps and groups of the positional convolution.
+        encoder_num_layers, encoder_num_heads: of the transformer; heads divide the width.
+        encoder_attention_dropout: dropout on the attention weights.
+        encoder_ff_interm_features, encoder_ff_interm_dropout: width and dropout inside the feed-forward.
+        encoder_dropout: dropout after attention, after the feed-forward, and after the positional embedding.
+        encoder_layer_norm_first: LayerNorm before (True) or after (False) attention and feed-forward.
+        encoder_layer_drop: probability of leaving a layer out in training.
+        mask_prob, mask_selection, mask_other, mask_length, no_mask_overlap, mask_min_space: spans of masked frames; see
+            `hubert_fast.models.masking.span_mask`. ``mask_prob`` is the share of frames, before overlaps.
+        mask_channel_prob, mask_channel_selection, mask_channel_other, mask_channel_length, no_mask_channel_overlap,
+            mask_channel_min_space: the same for spans of zeroed channels.
+        skip_masked, skip_nomask: leave out the logits of the masked, of the unmasked frames.
+        num_classes: classes of the labels.
+        final_dim: width in which frames and label embeddings are compared.
+        feature_grad_mult: scales the gradient of the feature extractor, in (0, 1); None leaves it.
+        padding_invariant: take the group-norm statistics over each row's valid samples only, so that its features do not
+            depend on its batch's padding. torchaudio takes them over the padding too.
+
+    Raises:
+        ValueError: for an unknown mode, a width that the heads do not divide, or ``feature_grad_mult`` out of range.
+    """
+    shapes = _STANDARD_CONV_LAYERS if extractor_conv_layer_config is None else extractor_conv_layer_config
+    feature_extractor = FeatureExtractor(
+        extractor_mode, shapes, extractor_conv_bias, padding_invariant=padding_invariant
+    )
+    # Modules are built in torchaudio's order: each draws its initial weights from the generator as it is built.
+    projection = FeatureProjection(shapes[-1][0], encoder_embed_dim, encoder_projection_dropout)
+    positional = ConvolutionalPositionalEmbedding(encoder_embed_dim, encoder_pos_conv_kernel, encoder_pos_conv_groups)
+    layers = nn.ModuleList()
+    for _ in range(encoder_num_layers):
+        attention = SelfAttention(encoder_embed_dim, encoder_num_heads, encoder_attention_dropout)
+        feed_forward = FeedForward(
+            encoder_embed_dim, encoder_ff_interm_features, encoder_ff_interm_dropout, encoder_dropout
+        )
+        layers.append(EncoderLayer(attention, encoder_dropout, encoder_layer_norm_first, feed_forward))
+    # The norm of the whole stack stands on the other side of that of its layers: before them in post-norm models.
+    transformer = Transformer(positional, encoder_dropout, layers, not encoder_layer_norm_first, encoder_layer_drop)
+    mask_generator = MaskGenerator(
+        encoder_embed_dim,
+        mask_prob,
+        mask_selection,
+        mask_other,
+        mask_length,
+        no_mask_overlap,
+        mask_min_space,
+        mask_channel_prob,
+        mask_channel_selection,
+        mask_channel_other,
+        mask_channel_length,
+        no_mask_channel_overlap,
+        mask_channel_min_space,
+    )
+    logit_generator = LogitGenerator(encoder_embed_dim, num_classes, final_dim, skip_masked, skip_nomask)
+    model = HuBERTPretrainModel(
+        Wav2Vec2Model(feature_extractor, Encoder(projection, transformer)),
+        mask_generator,
+        logit_generator,
+        feature_grad_mult,
+    )
+    model.apply(_initialize)
+    return model
+
+
+def _initialize(module: nn.Module) -> None:
+    """torchaudio's initialisation for pre-training, draw for draw; children come before their parents."""
+    if isinstance(module, ConvLayerBlock):
+        nn.init.kaiming_normal_(module.conv.weight)
+    elif isinstance(module, ConvolutionalPositionalEmbedding):
+        initialize_positional_embedding(module)
+    elif isinstance(module, SelfAttention):
+        initialize_attention(module)
+    elif isinstance(module, Transformer):
+        initialize_transformer(module)
+
+
+def hubert_pretrain_base(
+    encoder_projection_dropout: float = 0.1,
+    encoder_attention_dropout: float = 0.1,
+    encoder_ff_interm_dropout: float = 0.0,
+    encoder_dropout: float = 0.1,
+    encoder_layer_drop: float = 0.05,
+    mask_prob: float = 0.8,
+    mask_channel_prob: float = 0.0,
+    mask_channel_length: int = 10,
+    feature_grad_mult: Optional[float] = 0.1,
+    num_classes: int = 100,
+    *,
+    padding_invariant: bool = False,
+) -> HuBERTPretrainModel:
+    """HuBERT Base: 12 layers of width 768. Arguments as those of `hubert_pretrain_model`."""
+    return hubert_pretrain_model(
+        extractor_mode="group_norm",
+        encoder_embed_dim=768,
+        encoder_num_layers=12,
+        encoder_num_heads=12,
+        encoder_ff_interm_features=3072,
+        encoder_layer_norm_first=False,
+        final_dim=256,
+        num_classes=num_classes,
+        encoder_projection_dropout=encoder_projection_dropout,
+        encoder_attention_dropout=encoder_attention_dropout,
+        encoder_ff_interm_dropout=encoder_ff_interm_dropout,
+        encoder_dropout=encoder_dropout,
+        encoder_layer_drop=encoder_layer_drop,
+        mask_prob=mask_prob,
+        mask_channel_prob=mask_channel_prob,
+        mask_channel_length=mask_channel_length,
+        feature_grad_mult=feature_grad_mult,
+        padding_invariant=padding_invariant,
+        **_SHARED,
+    )
+
+
+def hubert_pretrain_large(
+    encoder_projection_dropout: float = 0.0,
+    encoder_attention_dropout: float = 0.0,
+    encoder_ff_interm_dropout: float = 0.0,
+    encoder_dropout: float = 0.0,
+    encoder_layer_drop: float = 0.0,
+    mask_prob: float = 0.8,
+    mask_channel_prob: float = 0.0,
+    mask_channel_length: int = 10,
+    feature_grad_mult: Optional[float] = None,
+    *,
+    padding_invariant: bool = False,
+) -> HuBERTPretrainModel:
+    """HuBERT Large: 24 layers of width 1024, 500 classes. Arguments as those of `hubert_pretrain_model`."""
+    return hubert_pretrain_model(
+        extractor_mode="layer_norm",
+        encoder_embed_dim=1024,
+        encoder_num_layers=24,
+        encoder_num_heads=16,
+        encoder_ff_interm_features=4096,
+        encoder_layer_norm_first=True,
+        final_dim=768,
+        num_classes=500,
+        encoder_projection_dropout=encoder_projection_dropout,
+        encoder_attention_dropout=encoder_attention_dropout,
+        encoder_ff_interm_dropout=encoder_ff_interm_dropout,
+        encoder_dropout=encoder_dropout,
+        encoder_layer_drop=encoder_layer_drop,
+        mask_prob=mask_prob,
+        mask_channel_prob=mask_channel_prob,
+        mask_channel_length=mask_channel_length,
+        feature_grad_mult=feature_grad_mult,
+        padding_invariant=padding_invariant,
+        **_SHARED,
+    )
+
+
+def hubert_pretrain_xlarge(
+    encoder_projection_dropout: float = 0.0,
+    encoder_attention_dropout: float = 0.0,
+    encoder_ff_interm_dropout: float = 0.0,
+    encoder_dropout: float = 0.0,
+    encoder_layer_drop: float = 0.0,
+    mask_prob: float = 0.8,
+    mask_channel_prob: float = 0.0,
+    mask_channel_length: int = 10,
+    feature_grad_mult: Optional[float] = None,
+    *,
+    padding_invariant: bool = False,
+) -> HuBERTPretrainModel:
+    """HuBERT X-Large: 48 layers of width 1280, 500 classes. Arguments as those of `hubert_pretrain_model`."""
+    return hubert_pretrain_model(
+        extractor_mode="layer_norm",
+        encoder_embed_dim=1280,
+        encoder_num_layers=48,
+        encoder_num_heads=16,
+        encoder_ff_interm_features=5120,
+        encoder_layer_norm_first=True,
+        final_dim=1024,
+        num_classes=500,
+        encoder_projection_dropout=encoder_projection_dropout,
+        encoder_attention_dropout=encoder_attention_dropout,
+        encoder_ff_interm_dropout=encoder_ff_interm_dropout,
+        encoder_dropout=encoder_dropout,
+        encoder_layer_drop=encoder_layer_drop,
+        mask_prob=mask_prob,
+        mask_channel_prob=mask_channel_prob,
+        mask_channel_length=mask_channel_length,
+        feature_grad_mult=feature_grad_mult,
+        padding_invariant=padding_invariant,
+        **_SHARED,
+    )
+
+
+# What the three published sizes have in common.
+_SHARED = dict(
+    extractor_conv_layer_config=None,
+    extractor_conv_bias=False,
+    encoder_pos_conv_kernel=128,
+    encoder_pos_conv_groups=16,
+    mask_selection="static",
+    mask_other=0.0,
+    mask_length=10,
+    no_mask_overlap=False,
+    mask_min_space=1,
+    mask_channel_selection="static",
+    mask_channel_other=0.0,
+    no_mask_channel_overlap=False,
+    mask_channel_min_space=1,
+    skip_masked=False,
+    skip_nomask=False,
+)

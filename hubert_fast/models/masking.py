@@ -1,0 +1,99 @@
+"""Masking for masked prediction: which frames, and what stands in their place."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from hubert_fast.ops.span_mask import span_mask
+
+__all__ = ["MaskGenerator", "span_mask"]
+
+
+class MaskGenerator(nn.Module):
+    """Replaces spans of frames by a learned embedding, and zeroes spans of channels.
+
+    Arguments and parameter names are torchaudio's.
+    """
+
+    def __init__(
+        self,
+        encoder_embed_dim: int,
+        mask_prob: float,
+        mask_selection: str,
+        mask_other: float,
+        mask_length: int,
+        no_mask_overlap: bool,
+        mask_min_space: int,
+        mask_channel_prob: float,
+        mask_channel_selection: str,
+        mask_channel_other: float,
+        mask_channel_length: int,
+        no_mask_channel_overlap: bool,
+        mask_channel_min_space: int,
+    ) -> None:
+        super().__init__()
+        self.mask_prob = mask_prob
+        self.mask_selection = mask_selection
+        self.mask_other = mask_other
+        self.mask_length = mask_length
+        self.no_mask_overlap = no_mask_overlap
+        self.mask_min_space = mask_min_space
+        self.mask_channel_prob = mask_channel_prob
+        self.mask_channel_selection = mask_channel_selection
+        self.mask_channel_other = mask_channel_other
+        self.mask_channel_length = mask_channel_length
+        self.no_mask_channel_overlap = no_mask_channel_overlap
+        self.mask_channel_min_space = mask_channel_min_space
+        self.mask_embedding = nn.Parameter(torch.empty(encoder_embed_dim).uniform_())
+
+    def draw(self, batch: int, frames: int, lengths: Optional[Tensor] = None) -> Tensor:
+        """A mask with this generator's settings: bool ``[batch, frames]`` on the CPU, from torch's default generator.
+
+        ``lengths`` (``[batch]``, frames) keeps the padding unmasked. No frame is masked where ``mask_prob`` is 0.
+        """
+        if self.mask_prob <= 0:
+            return torch.zeros(batch, frames, dtype=torch.bool)
+        return span_mask(
+            (batch, frames),
+            lengths,
+            mask_prob=self.mask_prob,
+            mask_length=self.mask_length,
+            mask_selection=self.mask_selection,
+            mask_other=self.mask_other,
+            min_masks=2,
+            no_overlap=self.no_mask_overlap,
+            min_space=self.mask_min_space,
+        )
+
+    def forward(
+        self,
+        x: Tensor,  # [batch, frames, channels]
+        padding_mask: Optional[Tensor] = None,  # [batch, frames] bool, True is padding
+        *,
+        mask: Optional[Tensor] = None,  # [batch, frames] bool
+    ) -> tuple[Tensor, Tensor]:
+        """``x`` with the masked frames replaced and the masked channels zeroed, and the mask of frames.
+
+        ``mask`` is one made ahead by `draw`; without it one is drawn here. ``x`` is not changed.
+        """
+        batch, frames, channels = x.shape
+        if mask is None:
+            lengths = None if padding_mask is None else (~padding_mask).sum(1)
+            mask = self.draw(batch, frames, lengths)
+        mask = mask.to(x.device, non_blocking=True)
+        x = torch.where(mask[:, :, None], self.mask_embedding.to(x.dtype), x)
+        if self.mask_channel_prob > 0:
+            channel_mask = span_mask(
+                (batch, channels),
+                mask_prob=self.mask_channel_prob,
+                mask_length=self.mask_channel_length,
+                mask_selection=self.mask_channel_selection,
+                mask_other=self.mask_channel_other,
+                no_overlap=self.no_mask_channel_overlap,
+                min_space=self.mask_channel_min_space,
+            )
+            x = x.masked_fill(channel_mask.to(x.device, non_blocking=True)[:, None], 0.0)
+        return x, mask

@@ -1,0 +1,95 @@
+"""The pre-training loss as one module: no logits are built, and nothing is computed that has no weight."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor, nn
+
+from hubert_fast.models.hubert import HuBERTPretrainModel
+
+
+class PretrainingLoss(NamedTuple):
+    """What `PretrainingObjective` returns. Sums are over the frames of the batch; all are scalars on its device."""
+
+    loss: Tensor  # float: masked_weight * masked_loss + unmasked_weight * unmasked_loss + feature_weight * penalty * count
+    masked_count: Tensor  # int64
+    masked_correct: Optional[Tensor]  # int64: masked frames whose own class scores highest; None where the weight is 0
+    masked_loss: Optional[Tensor]  # float: summed cross-entropy of the masked frames; None where the weight is 0
+    unmasked_count: Optional[Tensor]  # None, as the next two, where the weight is 0
+    unmasked_correct: Optional[Tensor]
+    unmasked_loss: Optional[Tensor]
+    feature_penalty: Tensor  # float: mean square of the features
+
+
+class PretrainingObjective(nn.Module):
+    """HuBERT's loss (Hsu et al. 2021, eq. 2) with the feature penalty of the released recipes.
+
+    ``loss = masked_weight * L_m + unmasked_weight * L_u + feature_weight * feature_penalty * masked_count``, where L_m and
+    L_u are sums of cross-entropies. Divide it by ``masked_count`` (of all ranks) for a mean. It is a module, so DDP and
+    FSDP wrap it; its only submodule is ``model``.
+
+    Args:
+        model: the model.
+        masked_weight: weight of the masked frames.
+        unmasked_weight: weight of the unmasked frames; 0 leaves them out of the last layer and of all that follows.
+        feature_weight: weight of the mean square of the features.
+
+    Raises:
+        ValueError: for a negative weight.
+    """
+
+    def __init__(
+        self,
+        model: HuBERTPretrainModel,
+        *,
+        masked_weight: float = 1.0,
+        unmasked_weight: float = 0.0,
+        feature_weight: float = 10.0,
+    ) -> None:
+        super().__init__()
+        weights = {"masked_weight": masked_weight, "unmasked_weight": unmasked_weight, "feature_weight": feature_weight}
+        for name, weight in weights.items():
+            if not weight >= 0:
+                raise ValueError(f"{name} must be at least 0; got {weight}")
+        self.model = model
+        self.masked_weight = masked_weight
+        self.unmasked_weight = unmasked_weight
+        self.feature_weight = feature_weight
+
+    def forward(
+        self,
+        waveforms: Tensor,
+        labels: Tensor,
+        audio_lengths: Optional[Tensor] = None,
+        *,
+        mask: Optional[Tensor] = None,
+    ) -> PretrainingLoss:
+        """The loss of a batch; arguments and errors as those of `HuBERTPretrainModel.forward`."""
+        encoded = self.model.encode(
+            waveforms, labels, audio_lengths, mask=mask, masked_only=self.unmasked_weight == 0
+        )
+        masked_count = encoded.masked.sum()
+        loss = self.feature_weight * encoded.feature_penalty * masked_count
+        results: list[Optional[Tensor]] = [masked_count]
+        for weight, chosen in ((self.masked_weight, encoded.masked), (self.unmasked_weight, encoded.unmasked)):
+            if weight == 0:
+                results += [None, None, None]
+                continue
+            part = self.model.logit_generator.cross_entropy(
+                encoded.hidden, torch.where(chosen, encoded.labels, -1)
+            )
+            loss = loss + weight * part.loss
+            results += [part.correct, part.loss, chosen.sum()]
+        _, masked_correct, masked_loss, _, unmasked_correct, unmasked_loss, unmasked_count = results
+        return PretrainingLoss(
+            loss,
+            masked_count,
+            masked_correct,
+            masked_loss,
+            unmasked_count,
+            unmasked_correct,
+            unmasked_loss,
+            encoded.feature_penalty,
+        )

@@ -1,0 +1,378 @@
+"""The convolutional front end as a chain of GEMMs in channels-last layout, in chunks of rows that stay in cache.
+
+Three ideas (derivations in the docstrings below):
+
+- In layout ``[frames, channels]`` the window of an output frame is ``kernel * channels`` contiguous values, so a strided
+  convolution is a GEMM over an overlapping view: no im2col of the whole signal.
+- Layer 0 has one input channel, so the mean and variance of each of its channels follow from the 10 means and the 10 x 10
+  covariance of the waveform's windows: convolution, group norm and GELU are one pass, forward and backward.
+- Layer 0's activations are never stored: each chunk of layer 1 computes the rows it needs from the waveform, in the forward
+  and again in the backward. Each later layer keeps one tensor, its input to norm and GELU.
+
+What is kept for the backward: layers 1.. before their norm and GELU, in the compute dtype (for the standard layers
+0.99 x 512 values for each 10 samples of audio), and the waveform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hubert_fast.reference.conv_frontend import NORM_EPS, output_length
+
+# Rows of a GEMM on a CPU: enough to run at full rate, few enough that a chunk's input window and output stay in the
+# last-level cache, where GELU costs a quarter of what it costs from memory. On other devices launches are what costs.
+_CPU_CHUNK_ROWS = 1024
+_DEVICE_CHUNK_ROWS = 1 << 20
+
+
+class _Statistics(NamedTuple):
+    """Group-norm statistics of one row's layer 0, all in float64 (or the waveform's dtype if that is wider)."""
+
+    window_mean: Tensor  # m: [kernel]
+    covariance: Tensor  # C: [kernel, kernel]
+    rstd: Tensor  # 1 / sqrt(w_c^T C w_c + eps): [channels]
+
+
+class _Frontend:
+    """The parameters in the layouts the GEMMs want, and the pieces that forward and backward share."""
+
+    def __init__(
+        self,
+        waveforms: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        norm_weights: Sequence[Tensor],
+        norm_biases: Sequence[Tensor],
+        strides: Sequence[int],
+        norm: str,
+        valid_samples: Optional[Tensor],
+        dtype: torch.dtype,
+    ) -> None:
+        self.dtype = dtype
+        # Layer 0 and every norm run in float32 at least: their cost is nothing, their precision is everything after them.
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.waveforms = waveforms.to(self.wide).contiguous()
+        self.layer_norm = norm == "layer_norm"
+        self.kernels = [weight.shape[2] for weight in weights]
+        self.channels = [weight.shape[0] for weight in weights]
+        self.strides = list(strides)
+        # [out, in, kernel] -> [out, kernel * in]: the order of a window in channels-last layout.
+        self.weights = [weight.permute(0, 2, 1).flatten(1).to(dtype) for weight in weights[1:]]
+        self.first_weight = weights[0].flatten(1).to(self.wide)  # [channels, kernel]
+        self.biases = [bias.to(dtype) for bias in biases]
+        self.norm_weights = [weight.to(self.wide) for weight in norm_weights]
+        self.norm_biases = [bias.to(self.wide) for bias in norm_biases]
+        self.first_bias = biases[0].to(self.wide) if biases and self.layer_norm else None
+        self.chunk_rows = _CPU_CHUNK_ROWS if waveforms.device.type == "cpu" else _DEVICE_CHUNK_ROWS
+        self.frames = [output_length(waveforms.shape[1], self.kernels[: i + 1], strides) for i in range(len(weights))]
+        self.statistics: list[_Statistics] = []
+        if not self.layer_norm:
+            self.statistics = [self._statistics(row, valid_samples) for row in range(len(waveforms))]
+
+    def layers(self) -> range:
+        """The layers after the first: those that are GEMMs over channels."""
+        return range(1, len(self.frames))
+
+    def chunks(self, rows: int) -> Iterator[tuple[int, int]]:
+        for start in range(0, rows, self.chunk_rows):
+            yield start, min(start + self.chunk_rows, rows)
+
+    def windows(self, row: int, start: int, stop: int) -> Tensor:
+        """``X[t] = x[stride t : stride t + kernel]`` for frames ``start <= t < stop`` of layer 0: [frames, kernel]."""
+        signal = self.waveforms[row, start * self.strides[0] :]
+        return signal.as_strided((stop - start, self.kernels[0]), (self.strides[0], 1)).contiguous()
+
+    def _statistics(self, row: int, valid_samples: Optional[Tensor]) -> _Statistics:
+        """mean_c = w_c . m and var_c = w_c^T C w_c, from the means m and the covariance C of the windows.
+
+        Windows are centred in float64 before they are squared, so neither a large DC offset nor a signal of 1e-4 loses
+        the variance.
+        """
+        windows = self.windows(row, 0, self.frames[0]).double()
+        if valid_samples is None:
+            weight = 1.0 / len(windows)
+            window_mean = windows.mean(0)
+            centred = windows - window_mean
+            covariance = centred.T @ centred * weight
+        else:
+            last = torch.div(valid_samples[row] - self.kernels[0], self.strides[0], rounding_mode="floor")
+            valid = (torch.arange(len(windows), device=windows.device) <= last).double()
+            count = valid.sum().clamp(min=1)
+            window_mean = valid @ windows / count
+            centred = (windows - window_mean) * valid[:, None]
+            covariance = centred.T @ centred / count
+        filters = self.first_weight.double()
+        variance = ((filters @ covariance) * filters).sum(1)
+        return _Statistics(window_mean, covariance, torch.rsqrt(variance + NORM_EPS))
+
+    def first_preactivation(self, row: int, start: int, stop: int) -> Tensor:
+        """Layer 0 before GELU (group norm folded in) or before LayerNorm, in the wide dtype: [rows, channels]."""
+        windows = self.windows(row, start, stop)
+        if self.layer_norm:
+            return F.linear(windows, self.first_weight, self.first_bias)
+        # w.X - w.m as w.(X - m): with a DC offset the two terms would be large and cancel.
+        statistics = self.statistics[row]
+        centred = windows - statistics.window_mean.to(self.wide)
+        scale = self.norm_weights[0].double() * statistics.rstd
+        filters = (scale[:, None] * self.first_weight.double()).to(self.wide)
+        return F.linear(centred, filters, self.norm_biases[0])
+
+    def activation(self, layer: int, preactivations: Sequence[Tensor], row: int, start: int, stop: int) -> Tensor:
+        """Rows ``start <= t < stop`` of a layer's output, in the compute dtype: [rows, channels]."""
+        if layer == 0:
+            x = self.first_preactivation(row, start, stop)
+        else:
+            x = preactivations[layer - 1][row, start:stop]
+        if self.layer_norm:
+            x = self.normalise(layer, x)[0]
+        return F.gelu(x).to(self.dtype)
+
+    def normalise(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.native_layer_norm(
+            x.to(self.wide), x.shape[-1:], self.norm_weights[layer], self.norm_biases[layer], NORM_EPS
+        )
+
+    def unfold(self, layer: int, x: Tensor, rows: int) -> Tensor:
+        """The windows of ``rows`` frames of ``layer`` over its input rows ``x``: [rows, kernel * in_channels]."""
+        width = x.shape[1]
+        view = x.as_strided((rows, self.kernels[layer] * width), (self.strides[layer] * width, 1))
+        return view.contiguous()  # BLAS refuses rows that overlap; a chunk's copy stays in cache
+
+    def layer_input(self, layer: int, preactivations: Sequence[Tensor], row: int, start: int, stop: int) -> Tensor:
+        """The GEMM operand of frames ``start <= t < stop`` of ``layer``, from the layer below."""
+        stride, kernel = self.strides[layer], self.kernels[layer]
+        below = self.activation(layer - 1, preactivations, row, start * stride, (stop - 1) * stride + kernel)
+        return self.unfold(layer, below, stop - start)
+
+
+def conv_frontend(
+    waveforms: Tensor,  # [batch, samples]
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    strides: Sequence[int],
+    norm: str,
+    valid_samples: Optional[Tensor],
+    dtype: torch.dtype,
+    save: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The features ``[batch, frames, channels]`` in ``dtype`` and, where ``save``, what the backward needs."""
+    frontend = _Frontend(waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype)
+    batch = len(waveforms)
+    preactivations: list[Tensor] = []
+    for layer in frontend.layers():
+        out = waveforms.new_empty(batch, frontend.frames[layer], frontend.channels[layer], dtype=dtype)
+        weight = frontend.weights[layer - 1].T
+        for row in range(batch):
+            for start, stop in frontend.chunks(frontend.frames[layer]):
+                operand = frontend.layer_input(layer, preactivations, row, start, stop)
+                if frontend.biases:
+                    torch.addmm(frontend.biases[layer], operand, weight, out=out[row, start:stop])
+                else:
+                    torch.mm(operand, weight, out=out[row, start:stop])
+        if layer >= 2 and not save:
+            preactivations[layer - 2] = out.new_empty(0)  # the layer below has been used up
+        preactivations.append(out)
+    last = len(frontend.frames) - 1
+    features = waveforms.new_empty(batch, frontend.frames[last], frontend.channels[last], dtype=dtype)
+    for row in range(batch):
+        for start, stop in frontend.chunks(frontend.frames[last]):
+            features[row, start:stop] = frontend.activation(last, preactivations, row, start, stop)
+    return features, preactivations if save else []
+
+
+class Gradients(NamedTuple):
+    """Of each parameter, in the order of the operator's arguments."""
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+    norm_weights: list[Tensor]
+    norm_biases: list[Tensor]
+
+
+class _Backward:
+    """Walks the layers from the last to the first, chunk by chunk, summing every parameter's gradient."""
+
+    def __init__(self, frontend: _Frontend, preactivations: Sequence[Tensor], parameters: Sequence[Sequence[Tensor]]):
+        self.frontend = frontend
+        self.preactivations = preactivations
+        self.sums = Gradients(
+            *([torch.zeros_like(parameter, dtype=frontend.wide) for parameter in group] for group in parameters)
+        )
+        # Gradients of the GEMM layers in the GEMM's layout [out, kernel * in].
+        self.weight_sums = [torch.zeros_like(weight, dtype=frontend.wide) for weight in frontend.weights]
+
+    def run(self, grad: Tensor) -> Gradients:
+        frontend = self.frontend
+        last = len(frontend.frames) - 1
+        upstream = grad.new_empty(grad.shape, dtype=frontend.dtype)
+        for row in range(len(grad)):
+            for start, stop in frontend.chunks(frontend.frames[last]):
+                normalised, norm_state = self._preactivation(last, row, start, stop)
+                through = self._through_activation(last, grad[row, start:stop], normalised, norm_state)
+                if last == 0:
+                    self._sum_first_layer(row, start, stop, through)
+                upstream[row, start:stop] = through
+        for layer in reversed(frontend.layers()):
+            upstream = self._layer(layer, upstream)
+        for layer in frontend.layers():
+            out_channels, in_channels, kernel = self.sums.weights[layer].shape
+            total = self.weight_sums[layer - 1].view(out_channels, kernel, in_channels)
+            self.sums.weights[layer].copy_(total.permute(0, 2, 1))
+        return self.sums
+
+    def _layer(self, layer: int, upstream: Tensor) -> Tensor:
+        """From the gradient of a layer's GEMM output to that of the layer below; its own parameters on the way.
+
+        A chunk is a range of blocks of ``stride`` input rows: block t holds the inputs that frame t reads first, so the
+        blocks partition the input and each is written once. Nothing is returned from layer 1: layer 0's gradient
+        goes straight into its sums, and no tensor of its size is ever allocated.
+        """
+        frontend = self.frontend
+        batch, frames, _ = upstream.shape
+        stride, kernel = frontend.strides[layer], frontend.kernels[layer]
+        rows_below = frontend.frames[layer - 1]
+        below = upstream.new_empty(batch, rows_below if layer > 1 else 0, frontend.channels[layer - 1])
+        for row in range(batch):
+            for start, stop in frontend.chunks(-(-rows_below // stride)):
+                first, end = start * stride, min(stop * stride, rows_below)
+                last_frame = min(stop, frames)
+                window_end = max((last_frame - 1) * stride + kernel, end)
+                normalised, norm_state = self._preactivation(layer - 1, row, first, window_end)
+                if last_frame > start:
+                    self._sum_weight(layer, upstream[row, start:last_frame], F.gelu(normalised).to(frontend.dtype))
+                grad = self._input_gradient(layer, upstream[row], start, stop)[: end - first]
+                own = normalised[: end - first], tuple(state[: end - first] for state in norm_state)
+                grad = self._through_activation(layer - 1, grad, *own)
+                if layer == 1:
+                    self._sum_first_layer(row, first, end, grad)
+                else:
+                    below[row, first:end] = grad
+        return below
+
+    def _sum_weight(self, layer: int, upstream: Tensor, below: Tensor) -> None:
+        frontend = self.frontend
+        operand = frontend.unfold(layer, below, len(upstream))
+        total = self.weight_sums[layer - 1]
+        if frontend.dtype == frontend.wide:
+            total.addmm_(upstream.T, operand)
+        else:
+            total.add_(upstream.T @ operand)  # a chunk's product in the compute dtype, the sum over chunks in float32
+        if frontend.biases:
+            self.sums.biases[layer].add_(upstream.sum(0, dtype=frontend.wide))
+
+    def _input_gradient(self, layer: int, upstream: Tensor, start: int, stop: int) -> Tensor:
+        """Gradient of the input rows of blocks ``start <= t < stop``: [blocks * stride, in_channels].
+
+        Tap j of frame t reads row j % stride of block t + j // stride, so the taps of one j // stride are one GEMM onto
+        whole blocks: for kernel 3 and stride 2, taps 0 and 1 go to block t and tap 2 to the first half of block t + 1.
+        """
+        frontend = self.frontend
+        width = frontend.channels[layer - 1]
+        block = frontend.strides[layer] * width
+        weight = frontend.weights[layer - 1]
+        grad = upstream.new_empty(stop - start, block)
+        for shift, column in enumerate(range(0, weight.shape[1], block)):
+            taps = weight[:, column : column + block]
+            first = max(start, shift)
+            end = max(min(stop, len(upstream) + shift), first)
+            rows, product = grad[first - start : end - start], upstream[first - shift : end - shift]
+            if shift == 0:
+                grad[len(rows) :].zero_()  # blocks past the last frame: read only by later taps, or by none
+                grad[:, taps.shape[1] :].zero_()  # rows that a stride longer than the kernel leaves out
+                torch.mm(product, taps, out=rows[:, : taps.shape[1]])
+            elif len(rows):
+                rows[:, : taps.shape[1]].addmm_(product, taps)
+        return grad.view(-1, width)
+
+    def _preactivation(self, layer: int, row: int, start: int, stop: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What GELU was applied to and, under layer norm, (input, mean, rstd) of the norm."""
+        frontend = self.frontend
+        if layer == 0:
+            x = frontend.first_preactivation(row, start, stop)
+        else:
+            x = self.preactivations[layer - 1][row, start:stop]
+        if not frontend.layer_norm:
+            return x, ()
+        normalised, mean, rstd = frontend.normalise(layer, x)
+        return normalised, (x, mean, rstd)
+
+    def _through_activation(
+        self, layer: int, grad: Tensor, normalised: Tensor, norm_state: tuple[Tensor, ...]
+    ) -> Tensor:
+        grad = torch.ops.aten.gelu_backward(grad.to(normalised.dtype), normalised)
+        if not norm_state:
+            return grad
+        frontend = self.frontend
+        x, mean, rstd = norm_state
+        weight, bias = frontend.norm_weights[layer], frontend.norm_biases[layer]
+        grad, weight_grad, bias_grad = torch.ops.aten.native_layer_norm_backward(
+            grad, x.to(frontend.wide), x.shape[-1:], mean, rstd, weight, bias, [True, True, True]
+        )
+        self.sums.norm_weights[layer].add_(weight_grad)
+        self.sums.norm_biases[layer].add_(bias_grad)
+        return grad if layer == 0 else grad.to(frontend.dtype)
+
+    def _sum_first_layer(self, row: int, start: int, stop: int, grad: Tensor) -> None:
+        """S0 = sum_t dz, S1 = sum_t dz X[t]; under group norm each row of the batch has its own."""
+        frontend = self.frontend
+        windows = frontend.windows(row, start, stop)
+        if frontend.layer_norm:
+            self.sums.weights[0].add_((grad.T @ windows).unsqueeze(1))
+            if frontend.biases:
+                self.sums.biases[0].add_(grad.sum(0))
+            return
+        if start == 0:
+            self._row_sums = (grad.new_zeros(grad.shape[1], dtype=torch.float64), 0.0)
+        total, products = self._row_sums
+        centred = windows - frontend.statistics[row].window_mean.to(frontend.wide)
+        self._row_sums = (total + grad.sum(0).double(), products + (grad.T @ centred).double())
+        if stop == frontend.frames[0]:
+            self._finish_row(row, *self._row_sums)
+
+    def _finish_row(self, row: int, total: Tensor, products: Tensor) -> None:
+        """Gradients through group norm from the two sums, with P = sum_t dz (X[t] - m), so S1 = P + S0 m.
+
+        With z = g r (w . X - mean) + b: db = S0, dg = Sx = r w . P, dw = g r (P - Sx r C w).
+        The same holds for statistics over the valid frames only, because sums run over every frame that has a gradient.
+        """
+        frontend = self.frontend
+        statistics = frontend.statistics[row]
+        filters = frontend.first_weight.double()
+        scaled = statistics.rstd * (filters * products).sum(1)
+        correction = (scaled * statistics.rstd)[:, None] * (filters @ statistics.covariance)
+        scale = (frontend.norm_weights[0].double() * statistics.rstd)[:, None]
+        self.sums.weights[0].add_((scale * (products - correction)).unsqueeze(1).to(frontend.wide))
+        self.sums.norm_weights[0].add_(scaled.to(frontend.wide))
+        self.sums.norm_biases[0].add_(total.to(frontend.wide))
+
+
+def conv_frontend_backward(
+    grad: Tensor,  # [batch, frames, channels]
+    waveforms: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    preactivations: Sequence[Tensor],
+    strides: Sequence[int],
+    norm: str,
+    valid_samples: Optional[Tensor],
+    dtype: torch.dtype,
+) -> Gradients:
+    """Gradients of every parameter, each in its own dtype; sums over chunks and rows run in float32 or wider.
+
+    Under group norm the bias of layer 0 has no effect on the output and its gradient is exactly 0.
+    """
+    frontend = _Frontend(waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype)
+    parameters = (weights, biases, norm_weights, norm_biases)
+    sums = _Backward(frontend, preactivations, parameters).run(grad)
+    return Gradients(
+        *([total.to(p.dtype) for total, p in zip(totals, group)] for totals, group in zip(sums, parameters))
+    )

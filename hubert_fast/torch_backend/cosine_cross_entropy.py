@@ -1,0 +1,79 @@
+"""Cosine cross-entropy in chunks of frames: no ``[frames, classes]`` tensor outlives its chunk.
+
+The positive class stands in its own column of the class scores, so column 0 of `cosine_logits` is never built: the loss
+is log-sum-exp over the classes (less those that equal the positive one) minus the positive score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from hubert_fast.reference.cosine_logits import TEMPERATURE
+from hubert_fast.torch_backend.cosine_logits import Unit, class_groups, unit_rows, unit_rows_backward
+
+_CHUNK_ROWS = 2048
+
+
+class _Chunk(NamedTuple):
+    select: Optional[Tensor]  # which frames, or None for the range
+    rows: slice  # where they lie in the selection
+    labels: Tensor  # [rows], 0 where the frame does not count
+    counted: Tensor  # [rows] bool
+    frames: Unit
+    scores: Tensor  # [rows, classes], -inf at classes that equal the positive one
+
+
+def cosine_cross_entropy(
+    frames: Tensor, label_embeddings: Tensor, labels: Tensor, index: Optional[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of losses, correct frames, and the log-sum-exp of each selected frame for the backward."""
+    embeddings = unit_rows(label_embeddings)
+    selected = len(labels) if index is None else len(index)
+    lse = embeddings.direction.new_empty(selected)
+    loss = lse.new_zeros(())
+    correct = labels.new_zeros(())
+    for chunk in _chunks(frames, label_embeddings, embeddings, labels, index):
+        positive = chunk.scores.gather(1, chunk.labels[:, None]).squeeze(1)
+        sums = torch.logsumexp(chunk.scores, 1)
+        lse[chunk.rows] = sums
+        loss += (sums - positive).where(chunk.counted, 0).sum()
+        correct += ((positive >= chunk.scores.amax(1)) & chunk.counted).sum()
+    return loss, correct, lse
+
+
+def cosine_cross_entropy_backward(
+    grad: Tensor, frames: Tensor, label_embeddings: Tensor, labels: Tensor, index: Optional[Tensor], lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    embeddings = unit_rows(label_embeddings)
+    frames_grad = torch.zeros_like(frames) if index is not None else torch.empty_like(frames)
+    direction_grad = torch.zeros_like(embeddings.direction)
+    for chunk in _chunks(frames, label_embeddings, embeddings, labels, index):
+        scores_grad = (chunk.scores - lse[chunk.rows, None]).exp_()
+        scores_grad.scatter_add_(1, chunk.labels[:, None], torch.full_like(scores_grad[:, :1], -1.0))
+        scores_grad.mul_((chunk.counted * (grad / TEMPERATURE))[:, None])
+        direction_grad.addmm_(scores_grad.T, chunk.frames.direction)
+        rows_grad = unit_rows_backward(scores_grad @ embeddings.direction, chunk.frames).to(frames.dtype)
+        frames_grad[chunk.rows if chunk.select is None else chunk.select] = rows_grad
+    return frames_grad, unit_rows_backward(direction_grad, embeddings).to(label_embeddings.dtype)
+
+
+def _chunks(
+    frames: Tensor, label_embeddings: Tensor, embeddings: Unit, labels: Tensor, index: Optional[Tensor]
+) -> Iterator[_Chunk]:
+    groups = class_groups(label_embeddings)
+    selected = len(labels) if index is None else len(index)
+    for start in range(0, selected, _CHUNK_ROWS):
+        rows = slice(start, min(start + _CHUNK_ROWS, selected))
+        select = None if index is None else index[rows]
+        chunk_labels = labels[rows if select is None else select]
+        counted = chunk_labels >= 0
+        chunk_labels = chunk_labels.clamp(min=0)
+        x = unit_rows(frames[rows if select is None else select])
+        scores = (x.direction @ embeddings.direction.T).div_(TEMPERATURE)
+        equal = groups[chunk_labels][:, None] == groups
+        equal.scatter_(1, chunk_labels[:, None], False)
+        yield _Chunk(select, rows, chunk_labels, counted, x, scores.masked_fill_(equal, float("-inf")))

@@ -1,0 +1,75 @@
+"""Cosine logits as normalise-and-matmul: one ``[frames, classes]`` product instead of a ``[classes + 1, frames, dim]`` broadcast."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hubert_fast.reference.cosine_logits import NORM_MIN, TEMPERATURE
+
+
+class Unit(NamedTuple):
+    """Rows over their clamped norms."""
+
+    direction: Tensor  # [rows, dim]
+    norm: Tensor  # [rows, 1]
+
+
+def unit_rows(x: Tensor) -> Unit:
+    """Each row over its norm, in float32 or wider."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_(min=NORM_MIN)
+    return Unit(x / norm, norm)
+
+
+def unit_rows_backward(grad: Tensor, unit: Unit) -> Tensor:
+    """d(x / |x|): what of the gradient is orthogonal to the direction, over the norm.
+
+    For a row of zeros the direction is 0 and so is the projection: the gradient passes over the clamped norm, as autograd's.
+    """
+    along = (grad * unit.direction).sum(1, keepdim=True)
+    return torch.addcmul(grad, unit.direction, along, value=-1).div_(unit.norm)
+
+
+def class_groups(label_embeddings: Tensor) -> Tensor:
+    """For each class a number that classes with an equal embedding, and no others, share: [classes] int64.
+
+    Rows are brought together by a 64-bit hash of their bits and compared with their neighbours: linear in the size of
+    the embeddings, and without a host synchronisation.
+    """
+    x = (label_embeddings + 0.0).contiguous()  # -0.0 equals 0.0 but has other bits
+    bits = x.view(torch.int16 if x.element_size() == 2 else torch.int32).long()
+    multipliers = torch.arange(1, 2 * bits.shape[1], 2, device=x.device) * 0x1E3779B97F4A7C15
+    mixed = (bits ^ (bits << 29)) * multipliers  # odd multipliers, and products wrap modulo 2^64
+    order = torch.argsort((mixed ^ (mixed >> 31)).sum(1), stable=True)
+    ordered = x[order]
+    starts = torch.ones(len(x), dtype=torch.int64, device=x.device)
+    starts[1:] = (ordered[1:] != ordered[:-1]).any(1)
+    groups = torch.empty_like(order)
+    groups[order] = starts.cumsum(0)
+    return groups
+
+
+def cosine_logits(frames: Tensor, label_embeddings: Tensor, labels: Tensor) -> Tensor:
+    similarity = unit_rows(frames).direction @ unit_rows(label_embeddings).direction.T
+    similarity = similarity.div_(TEMPERATURE)
+    logits = similarity.new_empty(len(labels), 1 + len(label_embeddings))
+    logits[:, :1] = similarity.gather(1, labels[:, None])
+    groups = class_groups(label_embeddings)
+    logits[:, 1:] = similarity.masked_fill_(groups[labels][:, None] == groups, float("-inf"))
+    return logits.to(frames.dtype)
+
+
+def cosine_logits_backward(
+    grad: Tensor, frames: Tensor, label_embeddings: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    x, embeddings = unit_rows(frames), unit_rows(label_embeddings)
+    groups = class_groups(label_embeddings)
+    similarity_grad = grad[:, 1:].to(x.direction.dtype).masked_fill(groups[labels][:, None] == groups, 0.0)
+    similarity_grad.scatter_(1, labels[:, None], grad[:, :1].to(x.direction.dtype))
+    similarity_grad.div_(TEMPERATURE)
+    frames_grad = unit_rows_backward(similarity_grad @ embeddings.direction, x)
+    embeddings_grad = unit_rows_backward(similarity_grad.T @ x.direction, embeddings)
+    return frames_grad.to(frames.dtype), embeddings_grad.to(label_embeddings.dtype)

@@ -1,0 +1,212 @@
+"""Self-attention on packed rows with PyTorch's own kernels; no attention mask of size frames x frames is kept.
+
+On a CPU each sequence runs by itself, so padding costs nothing: PyTorch's flash kernel without dropout; with dropout, a few
+heads at a time so that the scores stay in cache (PyTorch has no fused CPU kernel with dropout), recomputed in the backward.
+On other devices the rows are padded for scaled_dot_product_attention, without a host synchronisation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hubert_fast.reference.dropout import keep_mask, keep_scale
+
+# Scores of a group of heads, in bytes: half of a core's usual L2 cache.
+_SCORES_BYTES = 1 << 20
+
+
+class _Sequence(NamedTuple):
+    """One sequence's rows and the heads' views of them, each [heads, frames, head_dim]."""
+
+    rows: slice
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def masked_attention(
+    qkv: Tensor,  # [rows, 3, heads, head_dim]
+    offsets: Tensor,  # [sequences + 1] int64
+    key_lengths: Optional[Tensor],  # [sequences] int64
+    max_frames: int,
+    dropout_p: float,
+    seed: Optional[Tensor],
+    save: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The output ``[rows, heads, head_dim]`` and, where ``save``, the log-sum-exp of the scores if it is used again."""
+    rows, _, heads, head_dim = qkv.shape
+    if qkv.device.type != "cpu":
+        return _device_forward(qkv, offsets, key_lengths, max_frames, dropout_p, seed), []
+    out = qkv.new_empty(rows, heads, head_dim)
+    lse = qkv.new_empty(rows if dropout_p == 0.0 else 0, heads, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    generator = _generator(dropout_p, seed)
+    for sequence in _sequences(qkv, offsets, key_lengths):
+        if generator is None:
+            _flash_forward(sequence, out, lse)
+        else:
+            for group in _head_groups(sequence):
+                weights = _weights(sequence, group)
+                _drop_(weights, generator, dropout_p)
+                out[sequence.rows, group] = (weights @ sequence.value[group]).transpose(0, 1)
+    return out, [lse] if save and dropout_p == 0.0 else []
+
+
+def masked_attention_backward(
+    grad: Tensor,  # [rows, heads, head_dim]
+    qkv: Tensor,
+    out: Tensor,
+    saved: list[Tensor],
+    offsets: Tensor,
+    key_lengths: Optional[Tensor],
+    max_frames: int,
+    dropout_p: float,
+    seed: Optional[Tensor],
+) -> Tensor:
+    """The gradient of ``qkv``: [rows, 3, heads, head_dim]."""
+    if qkv.device.type != "cpu":
+        return _device_backward(grad, qkv, offsets, key_lengths, max_frames, dropout_p, seed)
+    qkv_grad = torch.zeros_like(qkv) if key_lengths is not None else torch.empty_like(qkv)
+    generator = _generator(dropout_p, seed)
+    for sequence in _sequences(qkv, offsets, key_lengths):
+        grads = qkv_grad[sequence.rows].permute(1, 2, 0, 3)  # [3, heads, frames, head_dim]
+        out_grad = grad[sequence.rows].transpose(0, 1)
+        if generator is None:
+            _flash_backward(sequence, grads, out_grad, out, saved[0])
+        else:
+            for group in _head_groups(sequence):
+                _group_backward(sequence, group, grads, out_grad, generator, dropout_p)
+    return qkv_grad
+
+
+def _sequences(qkv: Tensor, offsets: Tensor, key_lengths: Optional[Tensor]) -> list[_Sequence]:
+    bounds = offsets.tolist()
+    keys = [0] * (len(bounds) - 1) if key_lengths is None else key_lengths.tolist()
+    sequences = []
+    for start, stop, length in zip(bounds, bounds[1:], keys):
+        if start < stop:
+            query, key, value = qkv[start:stop].permute(1, 2, 0, 3)
+            length = length or stop - start
+            sequences.append(_Sequence(slice(start, stop), query, key[:, :length], value[:, :length]))
+    return sequences
+
+
+def _generator(dropout_p: float, seed: Optional[Tensor]) -> Optional[torch.Generator]:
+    return torch.Generator().manual_seed(int(seed)) if dropout_p > 0.0 else None
+
+
+def _flash_forward(sequence: _Sequence, out: Tensor, lse: Tensor) -> None:
+    result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        sequence.query[None], sequence.key[None], sequence.value[None]
+    )
+    out[sequence.rows] = result[0].transpose(0, 1)
+    lse[sequence.rows] = sums[0].T
+
+
+def _flash_backward(sequence: _Sequence, grads: Tensor, out_grad: Tensor, out: Tensor, lse: Tensor) -> None:
+    results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        out_grad[None],
+        sequence.query[None],
+        sequence.key[None],
+        sequence.value[None],
+        out[sequence.rows].transpose(0, 1)[None],
+        lse[sequence.rows].T[None],
+        0.0,
+        False,
+    )
+    for grad, result in zip(grads, results):
+        grad[:, : result.shape[2]] = result[0]
+
+
+def _head_groups(sequence: _Sequence) -> list[slice]:
+    heads, frames, _ = sequence.query.shape
+    size = max(1, _SCORES_BYTES // (frames * sequence.key.shape[1] * sequence.query.element_size()))
+    return [slice(start, min(start + size, heads)) for start in range(0, heads, size)]
+
+
+def _weights(sequence: _Sequence, group: slice) -> Tensor:
+    """Softmax of the scaled scores: [group, frames, keys]."""
+    query = sequence.query[group] * sequence.query.shape[-1] ** -0.5
+    scores = query @ sequence.key[group].transpose(1, 2)
+    return torch.softmax(scores, -1, out=scores)
+
+
+def _drop_(x: Tensor, generator: torch.Generator, p: float) -> Tensor:
+    """Zero ``x`` where a fresh mask says so and scale the rest, in place; returns the mask as multipliers."""
+    kept = keep_mask(generator, x.shape[0], x[0].numel(), p).view(x.shape)
+    multipliers = kept.to(x.dtype).mul_(keep_scale(p))
+    x.mul_(multipliers)
+    return multipliers
+
+
+def _group_backward(
+    sequence: _Sequence, group: slice, grads: Tensor, out_grad: Tensor, generator: torch.Generator, p: float
+) -> None:
+    weights = _weights(sequence, group)
+    dropped = weights.clone()
+    multipliers = _drop_(dropped, generator, p)
+    keys = sequence.key.shape[1]
+    upstream = out_grad[group].contiguous()
+    grads[2, group, :keys] = dropped.transpose(1, 2) @ upstream
+    scores_grad = (upstream @ sequence.value[group].transpose(1, 2)).mul_(multipliers)
+    scores_grad = torch._softmax_backward_data(scores_grad, weights, -1, weights.dtype)
+    scores_grad.mul_(sequence.query.shape[-1] ** -0.5)
+    grads[0, group] = scores_grad @ sequence.key[group]
+    grads[1, group, :keys] = scores_grad.transpose(1, 2) @ sequence.query[group]
+
+
+def _device_forward(
+    qkv: Tensor,
+    offsets: Tensor,
+    key_lengths: Optional[Tensor],
+    max_frames: int,
+    dropout_p: float,
+    seed: Optional[Tensor],
+) -> Tensor:
+    """scaled_dot_product_attention on padded rows. The seed lies on the host, so re-seeding costs no synchronisation."""
+    rows, _, heads, head_dim = qkv.shape
+    offsets = offsets.to(qkv.device, non_blocking=True)
+    lengths = offsets.diff()
+    sequences = len(lengths)
+    frames = torch.arange(max_frames, device=qkv.device)
+    packed = rows != sequences * max_frames
+    mask = None
+    if packed:
+        position = (offsets[:-1, None] + frames).clamp(max=rows - 1)  # [sequences, max_frames]
+        padded = qkv[position]
+    else:
+        padded = qkv.view(sequences, max_frames, 3, heads, head_dim)
+    if packed or key_lengths is not None:
+        keys = lengths if key_lengths is None else key_lengths.to(qkv.device, non_blocking=True)
+        keys = keys.where(keys > 0, max_frames)  # a row without keys attends to all of them, and is never read
+        mask = (frames < keys[:, None])[:, None, None]
+    query, key, value = padded.permute(2, 0, 3, 1, 4)  # each [sequences, heads, frames, head_dim]
+    with torch.random.fork_rng(devices=[qkv.device], device_type=qkv.device.type, enabled=dropout_p > 0.0):
+        if dropout_p > 0.0:
+            torch.manual_seed(int(seed))
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p)
+    out = out.transpose(1, 2).reshape(-1, heads, head_dim)
+    if not packed:
+        return out
+    sequence = torch.repeat_interleave(lengths, output_size=rows)
+    within = torch.arange(rows, device=qkv.device) - offsets[sequence]
+    return out[sequence * max_frames + within]
+
+
+def _device_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    offsets: Tensor,
+    key_lengths: Optional[Tensor],
+    max_frames: int,
+    dropout_p: float,
+    seed: Optional[Tensor],
+) -> Tensor:
+    """Runs the forward again under autograd: the same seed gives the same dropout."""
+    with torch.enable_grad():
+        leaf = qkv.detach().requires_grad_()
+        out = _device_forward(leaf, offsets, key_lengths, max_frames, dropout_p, seed)
+    return torch.autograd.grad(out, leaf, grad)[0]
