@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional, Tuple
 
@@ -150,6 +150,18 @@ class IterationConfig:
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    batch_seconds: Optional[float] = None
+    """audio of a global batch where it differs from ``data.batch_seconds``"""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How representations are scored on the held-out part, where it has phone alignments."""
+
+    clusters: int = 100
+    """k-means clusters of every layer; scores are only comparable at the same number"""
+    fit_frames: int = 100_000
+    init_attempts: int = 5
 
 
 @dataclass(frozen=True)
@@ -177,11 +189,18 @@ class PretrainConfig:
     second: IterationConfig = IterationConfig(
         units=UnitsConfig(clusters=500, layer=6), optimizer=OptimizerConfig(steps=400_000)
     )
-    third: IterationConfig = field(default_factory=lambda: IterationConfig(optimizer=OptimizerConfig(steps=0)))
+    third: IterationConfig = IterationConfig(optimizer=OptimizerConfig(steps=0))
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     def iterations(self) -> list[IterationConfig]:
         """The iterations that are to be run, in order."""
         return [iteration for iteration in (self.first, self.second, self.third) if iteration.optimizer.steps > 0]
+
+    def data_of(self, iteration: IterationConfig) -> DataConfig:
+        """The data settings of one iteration."""
+        if iteration.batch_seconds is None:
+            return self.data
+        return dataclasses.replace(self.data, batch_seconds=iteration.batch_seconds)
 
 
 def resolved_device(name: str) -> str:
@@ -194,4 +213,5 @@ def resolved_device(name: str) -> str:
 
 
 def config_path(run: Path) -> Path:
+    """Where a run keeps its settings."""
     return Path(run) / "config.toml"

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hubert_fast.reference.dropout import keep_mask, keep_scale
 
-# Scores of a group of heads, in bytes: half of a core's usual L2 cache.
-_SCORES_BYTES = 1 << 20
+# Scores of a group of heads, in bytes: a fraction of a usual last-level cache, large enough that calls cost little.
+_SCORES_BYTES = 1 << 22
 
 
 class _Sequence(NamedTuple):

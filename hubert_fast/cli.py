@@ -1,0 +1,77 @@
+"""``hubert-fast``: the command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Optional
+
+_USAGE = """\
+usage: hubert-fast COMMAND ...
+
+  pretrain   a folder of speech in, a pre-trained HuBERT and a report out
+  scan       its stages, one by one: list the usable audio
+  units      make the units that an iteration predicts
+  train      train an iteration's model
+  evaluate   score an iteration's representations on the held-out part
+  report     write RUN/report.html
+  info       versions, devices, and which backend each operator uses and why
+
+`hubert-fast COMMAND --help` lists a command's options. `hubert-fast pretrain` alone pre-trains a tiny model on the speech
+that comes with this package."""
+
+_STAGES = ("pretrain", "scan", "units", "train", "evaluate", "report")
+
+
+def main(arguments: Optional[list[str]] = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command == "--version":
+        from hubert_fast import __version__
+
+        print(__version__)
+        return 0
+    if command == "info":
+        return _info()
+    if command not in _STAGES:
+        print(f"hubert-fast: unknown command {command!r}\n\n{_USAGE}", file=sys.stderr)
+        return 2
+    try:
+        from hubert_fast.pretrain.command_line import run_stage
+
+        return run_stage(command, rest)
+    except ModuleNotFoundError as error:
+        message = f"{error}; the main job needs what `pip install 'hubert-fast[pretrain]'` installs"
+    except (ValueError, OSError, RuntimeError) as error:
+        # Bad input and full disks: the message is all that a user needs.
+        if os.environ.get("HUBERT_FAST_TRACEBACK"):
+            raise
+        message = f"{error}\n(HUBERT_FAST_TRACEBACK=1 shows where this was raised)"
+    print(f"hubert-fast {command}: {message}", file=sys.stderr)
+    return 1
+
+
+def _info() -> int:
+    import platform
+
+    import torch
+
+    import hubert_fast
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    print(f"hubert_fast {hubert_fast.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"GPU: {gpu}; CPU threads: {torch.get_num_threads()}\n")
+    rows = [("operator", "backend", "why", "available")]
+    rows += [(c.operator, c.runs, c.why, ", ".join(c.available)) for c in hubert_fast.backend.report()]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) + "  " + row[3])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

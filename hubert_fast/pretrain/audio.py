@@ -1,0 +1,111 @@
+"""From a cut to its waveform: 16 kHz, mono, float32.
+
+Files are decoded by libsndfile (soundfile) alone, at the scan and ever after, because decoders differ by a few samples
+at the edges of mp3 and ogg files, and the number of samples decides the number of frames.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import soundfile
+from scipy.signal import resample_poly
+
+from hubert_fast.pretrain.frames import SAMPLE_RATE
+
+if TYPE_CHECKING:
+    from lhotse.cut import Cut
+
+
+class AudioError(ValueError):
+    """Audio that cannot be used: ``path`` and ``reason``."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class NonFiniteAudioError(AudioError):
+    """Audio with a NaN or an infinity in it."""
+
+
+def resampled_length(samples: int, rate: int) -> int:
+    """Samples at 16 kHz of ``samples`` samples at ``rate`` Hz, as `load_audio` returns them."""
+    return -(-samples * SAMPLE_RATE // rate)
+
+
+def utterance_samples(cut: Cut) -> int:
+    """Samples of a cut at 16 kHz: exactly what `load_audio` returns, without reading the file."""
+    stored = (cut.custom or {}).get("samples_16k")
+    return resampled_length(cut.num_samples, cut.sampling_rate) if stored is None else stored
+
+
+def utterance_path(cut: Cut) -> str:
+    """The audio file of a cut."""
+    source = cut.recording.sources[0]
+    if len(cut.recording.sources) != 1 or source.type != "file":
+        kinds = [source.type for source in cut.recording.sources]
+        raise AudioError(cut.id, f"its recording has sources of type {kinds}; exactly one of type 'file' is accepted")
+    return source.source
+
+
+def load_audio(cut: Cut) -> np.ndarray:
+    """The waveform of a cut.
+
+    Returns:
+        float32 ``[samples]`` at 16 kHz, the mean of the cut's channels, nominally in [-1, 1]; ``samples`` is
+        `utterance_samples` of the cut.
+
+    Raises:
+        AudioError: the file is gone, cannot be decoded, or is not the one that was scanned.
+        NonFiniteAudioError: it holds a NaN or an infinity.
+    """
+    path = utterance_path(cut)
+    waveform = _decode(path, round(cut.start * cut.sampling_rate), cut.num_samples, cut.sampling_rate)
+    if not np.isfinite(waveform).all():
+        row = int(np.argmin(np.isfinite(waveform).all(axis=1)))
+        raise NonFiniteAudioError(path, f"utterance {cut.id!r} holds a NaN or an infinity at sample {row}")
+    channels = [cut.channel] if isinstance(cut.channel, int) else list(cut.channel)
+    return resample(waveform[:, channels].mean(axis=1), cut.sampling_rate)
+
+
+def resample(waveform: np.ndarray, rate: int) -> np.ndarray:
+    """``[samples]`` at ``rate`` Hz to float32 ``[resampled_length(samples, rate)]``, 16 kHz, by a polyphase filter."""
+    if rate == SAMPLE_RATE:
+        return np.ascontiguousarray(waveform, dtype=np.float32)
+    divisor = gcd(rate, SAMPLE_RATE)
+    return resample_poly(waveform, SAMPLE_RATE // divisor, rate // divisor).astype(np.float32, copy=False)
+
+
+def normalized(waveform: np.ndarray) -> np.ndarray:
+    """``[samples]`` with zero mean and unit variance (silence stays silence), as the large recipes have it."""
+    variance = waveform.var(dtype=np.float64)
+    return ((waveform - waveform.mean(dtype=np.float64)) / np.sqrt(variance + 1e-5)).astype(np.float32)
+
+
+def _decode(path: str, start: int, samples: int, rate: int) -> np.ndarray:
+    """float32 ``[samples, channels]`` of a file, from sample ``start`` on."""
+    if not Path(path).is_file():
+        raise AudioError(path, "there is no such file (it was there when the manifest was made)")
+    try:
+        with soundfile.SoundFile(path) as file:
+            found_rate = file.samplerate
+            if start:
+                file.seek(start)
+            waveform = file.read(samples, dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise AudioError(path, f"unreadable ({error})") from error
+    if found_rate != rate or len(waveform) != samples:
+        raise AudioError(
+            path,
+            f"the manifest says {samples} samples from sample {start} on at {rate} Hz, "
+            f"the file gives {len(waveform)} at {found_rate} Hz: it changed, scan again",
+        )
+    return waveform

@@ -1,0 +1,225 @@
+"""Streams of batches: what is random about a batch is decided by its place in the run and by nothing else.
+
+A global batch is what one optimizer update sees. Its rows, crops and masks are a pure function of (seed, epoch, batch),
+and all its rows are padded to one length; so data-loader workers, the number of processes, gradient accumulation and
+resuming change how it is computed, never its numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from math import ceil
+from typing import Any
+
+import numpy as np
+import torch
+from lhotse.cut import Cut
+from torch.utils.data import DataLoader
+
+from hubert_fast.pretrain.audio import AudioError
+from hubert_fast.pretrain.config import DataConfig
+from hubert_fast.pretrain.epoch_plan import fill, plan_epoch, smallest_batch
+from hubert_fast.pretrain.frames import SAMPLE_RATE
+from hubert_fast.pretrain.units import Units
+from hubert_fast.pretrain.utterances import TRAINING, VALIDATION, Batch, MaskSource, Place, Utterances
+
+__all__ = ["Batch", "GlobalBatches", "ValidationBatches"]
+
+
+class GlobalBatches:
+    """The training batches, without end: from the place of ``state_dict()`` on, this rank's micro-batches of each
+    global batch.
+
+    Every epoch holds every utterance once. Rows are dealt as evenly as can be over the ``world_size * accumulate``
+    micro-batches.
+
+    Args:
+        cuts: utterances with at least one frame each.
+        units: of every cut.
+        masks: the model's mask generator.
+        accumulate: micro-batches of each rank.
+        pin_memory: hand over page-locked tensors.
+
+    Raises:
+        ValueError: no utterances; units that are missing or of another length; a ``batch_seconds`` in which fewer of
+        the
+            longest utterances fit than there are micro-batches.
+        NonFiniteAudioError, AudioError: while iterating, at the utterance that cannot be used.
+    """
+
+    def __init__(
+        self,
+        cuts: Sequence[Cut],
+        units: Units,
+        config: DataConfig,
+        masks: MaskSource,
+        *,
+        seed: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        micro_batches = _micro_batches(accumulate, rank, world_size)
+        self._utterances = Utterances(
+            cuts,
+            units,
+            masks,
+            seed=seed,
+            purpose=TRAINING,
+            max_seconds=config.max_seconds,
+            normalize_audio=config.normalize_audio,
+            micro_batches=micro_batches,
+            mine=range(rank, micro_batches, world_size),
+        )
+        self._budget = _budget(self._utterances.samples, config.batch_seconds, micro_batches)
+        self._seed = seed
+        self._workers = config.workers
+        self._pin_memory = pin_memory
+        self._epoch = self._batch = 0
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        for place, micro_batches in _load(self._utterances, self._places(), self._workers, self._pin_memory):
+            # The place after the batch that the caller gets now; the workers are further ahead.
+            self._epoch, self._batch = (place.epoch + 1, 0) if place.last else (place.epoch, place.batch + 1)
+            yield micro_batches
+
+    def state_dict(self) -> dict[str, int]:
+        """The place of the next global batch: those before it have been handed out."""
+        return {"epoch": self._epoch, "batch": self._batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to a place without reading what lies before it. Iterators that exist stay where they are."""
+        batches = len(self.epoch_plan(state["epoch"]))
+        if not 0 <= state["batch"] < batches:
+            raise ValueError(
+                f"state is {state}, but that epoch has {batches} batches: it belongs to other data or settings"
+            )
+        self._epoch, self._batch = state["epoch"], state["batch"]
+
+    def epoch_plan(self, epoch: int) -> list[np.ndarray]:
+        """Indices into ``cuts`` of the rows of each global batch of an epoch."""
+        return plan_epoch(self._utterances.samples, self._budget, seed=self._seed, epoch=epoch)
+
+    def _places(self) -> Iterator[tuple[Place, np.ndarray]]:
+        epoch, first = self._epoch, self._batch
+        while True:
+            plan = self.epoch_plan(epoch)
+            for batch in range(first, len(plan)):
+                yield Place(epoch, batch, last=batch + 1 == len(plan)), plan[batch]
+            epoch, first = epoch + 1, 0
+
+
+class ValidationBatches:
+    """The held-out utterances, once, whole and by falling length, with the same masks every time.
+
+    A batch takes the audio of one training micro-batch (a longer utterance has one of its own) and goes to one rank;
+    its numbers do not depend on the rank that computes it. Each comes as a list of one, as `GlobalBatches` has it.
+    Iterating goes on from the place of ``state_dict()``, and at the end returns to the start. Arguments and errors are
+    those of `GlobalBatches`.
+    """
+
+    def __init__(
+        self,
+        cuts: Sequence[Cut],
+        units: Units,
+        config: DataConfig,
+        masks: MaskSource,
+        *,
+        seed: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        self._utterances = Utterances(
+            cuts,
+            units,
+            masks,
+            seed=seed,
+            purpose=VALIDATION,
+            max_seconds=None,
+            normalize_audio=config.normalize_audio,
+            micro_batches=1,
+            mine=[0],
+        )
+        samples = self._utterances.samples
+        budget = round(config.batch_seconds * SAMPLE_RATE) // _micro_batches(accumulate, rank, world_size)
+        plan = [np.array(rows) for rows in fill(np.argsort(-samples, kind="stable"), samples, budget)]
+        places = [Place(0, batch, last=batch + 1 == len(plan)) for batch in range(len(plan))]
+        self._places = list(zip(places, plan, strict=True))[rank::world_size]
+        self._workers = config.workers
+        self._pin_memory = pin_memory
+        self._next = 0
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        remaining = self._places[self._next :]
+        for _, micro_batches in _load(self._utterances, remaining, self._workers, self._pin_memory):
+            self._next += 1
+            yield micro_batches
+        self._next = 0
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return len(self._places)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batch": self._next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._next = state["batch"]
+
+
+def _micro_batches(accumulate: int, rank: int, world_size: int) -> int:
+    if not 0 <= rank < world_size or accumulate < 1:
+        raise ValueError(
+            f"rank={rank}, world_size={world_size}, accumulate={accumulate}; 0 <= rank < world_size, accumulate >= 1"
+        )
+    return world_size * accumulate
+
+
+def _budget(samples: np.ndarray, batch_seconds: float, micro_batches: int) -> int:
+    """Samples of a global batch, in which every micro-batch must find a row."""
+    budget = round(batch_seconds * SAMPLE_RATE)
+    longest = int(samples.max())
+    seconds = longest / SAMPLE_RATE
+    if longest > budget:
+        raise ValueError(
+            f"batch_seconds={batch_seconds} is less than the longest utterance, {seconds:.2f} s after cropping to "
+            "max_seconds: raise batch_seconds or lower max_seconds"
+        )
+    if len(samples) < micro_batches:
+        raise ValueError(
+            f"{len(samples)} utterances cannot fill world_size x accumulate = {micro_batches} micro-batches"
+        )
+    if smallest_batch(samples, budget) < micro_batches:
+        raise ValueError(
+            f"batch_seconds={batch_seconds} holds {budget // longest} of the longest utterances ({seconds:.2f} s), "
+            f"fewer than world_size x accumulate = {micro_batches} micro-batches: "
+            f"{ceil(10 * micro_batches * seconds) / 10} or more is accepted"
+        )
+    return budget
+
+
+def _load(
+    utterances: Utterances, places: Iterable[tuple[Place, np.ndarray]], workers: int, pin_memory: bool
+) -> Iterator[tuple[Place, list[Batch]]]:
+    """The batches at ``places``, in order, read ahead by worker processes."""
+    loader = DataLoader(
+        utterances,
+        sampler=places,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        pin_memory=pin_memory,
+        # A loader draws a seed for its workers as it starts: not from the generator that dropout draws from.
+        generator=torch.Generator(),
+    )
+    for place, loaded in loader:
+        if isinstance(loaded, AudioError):
+            raise loaded
+        yield place, loaded
+
+
+def _unchanged(loaded: Any) -> Any:
+    return loaded

@@ -1,0 +1,272 @@
+"""Evaluate an iteration: how much do units made from MFCC and from every layer of its model know about phones?
+
+For each representation k-means is fitted on the training part and its units are scored on the held-out part against the
+phone alignments (`phone_metrics`). Every representation gets the same number of clusters and the same frames, because
+PNMI rises with the number of clusters and is comparable only at equal numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from hubert_fast.pretrain import atomic
+from hubert_fast.pretrain.audio import load_audio, normalized, utterance_samples
+from hubert_fast.pretrain.codebook import Codebook, fit_codebook
+from hubert_fast.pretrain.features import MfccFeatures, all_layers, load_model
+from hubert_fast.pretrain.frames import FRAMES_PER_SECOND, SAMPLE_RATE, num_frames, num_samples
+from hubert_fast.pretrain.manifest import SPLITS, fingerprint, load_manifest
+from hubert_fast.pretrain.phone_metrics import chance_pnmi, frame_phones, score_units
+from hubert_fast.pretrain.progress import audio_progress
+from hubert_fast.pretrain.run_summary import read_json, training_metrics
+from hubert_fast.pretrain.units import Units
+
+if TYPE_CHECKING:
+    from lhotse.cut import Cut
+
+MFCC = "mfcc"
+TRAINING_UNITS = "training_units"
+_FIT_BYTES = 2 * 1024**3
+_MIN_FRAMES_PER_CLUSTER = 20
+_OVERSAMPLING = 4
+_NO_ALIGNMENTS = "The held-out part has no phone alignments, so phone purity, cluster purity and PNMI are unknown."
+
+
+def evaluate(
+    iteration_dir: Path,
+    manifest_dir: Path,
+    *,
+    clusters: int,
+    seed: int,
+    device: str = "cpu",
+    autocast: bool = True,
+    normalize_audio: bool = False,
+    fit_frames: int = 100_000,
+    init_attempts: int = 5,
+    batch_seconds: float = 60.0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Score an iteration on the held-out part and write ``iteration_dir/evaluation.json``.
+
+    An evaluation that is there, made with the same settings of the same weights and utterances, is kept.
+
+    Args:
+        iteration_dir: ``RUN/iterationN``, trained: holds train/model.safetensors, train/metrics.jsonl and units/.
+        manifest_dir: ``RUN/manifest``.
+        clusters: k-means clusters of every representation that is fitted here (the training units keep their own).
+        seed: of the choice of frames, of k-means and of the chance level.
+        device: where the model runs.
+        autocast: bfloat16 in the model.
+        normalize_audio: the model was trained on utterances of zero mean and unit variance.
+        fit_frames: frames that k-means is fitted on, fewer where all layers of them would fill more than 2 GiB.
+        init_attempts: k-means++ starts of every representation.
+        batch_seconds: audio of a model call.
+        progress: show progress bars.
+
+    Returns:
+        the content of evaluation.json: ``training`` (`Metrics.outcome`) and, where the held-out part has alignments,
+        ``representations``: one object per representation with ``name`` ("mfcc", "layer1", ..., "training_units"),
+        ``layer`` (0 for MFCC, None for the training units), ``clusters``, ``chance_pnmi`` and the fields of
+        `PhoneScores`. Where it has none, ``representations`` is empty and ``note`` says why.
+    """
+    iteration_dir = Path(iteration_dir)
+    target, weights = iteration_dir / "evaluation.json", iteration_dir / "train" / "model.safetensors"
+    cuts = {split: list(load_manifest(manifest_dir, split)) for split in SPLITS}
+    settings = {
+        "clusters": clusters,
+        "seed": seed,
+        "autocast": autocast,
+        "normalize_audio": normalize_audio,
+        "fit_frames": fit_frames,
+        "init_attempts": init_attempts,
+        "weights_sha256": hashlib.sha256(np.memmap(weights, mode="r")).hexdigest(),
+        "utterances_sha256": fingerprint([*cuts["train"], *cuts["valid"]]),
+    }
+    done = read_json(target)
+    if done is not None and done["settings"] == settings:
+        return done
+    training = training_metrics(iteration_dir / "train").outcome()
+    result: dict[str, Any] = {"settings": settings, "training": training, "representations": []}
+    scored = [cut for cut in cuts["valid"] if phone_alignment(cut)]
+    if scored:
+        encode = _Encoder(weights, device=device, autocast=autocast, normalize_audio=normalize_audio)
+        reader = _Reader(batch_seconds, progress)
+        codebooks, fitted = _fit_codebooks(
+            cuts["train"], reader, encode, clusters, fit_frames, init_attempts, seed=seed
+        )
+        training_units = Units.load(iteration_dir / "units" / "valid.safetensors")
+        held_out = _HeldOut(scored, reader, encode, codebooks, training_units)
+        result |= {"clusters": clusters, "fit_frames": fitted} | held_out.description()
+        result["representations"] = held_out.scores(seed)
+    else:
+        result["note"] = _NO_ALIGNMENTS
+    atomic.write_text(target, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def phone_alignment(cut: Cut) -> list[tuple]:
+    """The phone items of a cut's supervisions, times in seconds from the start of the cut; empty without alignments."""
+    return [
+        (item.symbol, item.start, item.duration)
+        for supervision in cut.supervisions
+        for item in (supervision.alignment or {}).get("phone", [])
+    ]
+
+
+class _Encoder:
+    """MFCC and every transformer layer of a batch of utterances."""
+
+    def __init__(self, weights: Path, *, device: str, autocast: bool, normalize_audio: bool) -> None:
+        self._model = load_model(weights).to(device).eval()
+        self._mfcc = MfccFeatures()
+        self._device, self._autocast, self._normalize = torch.device(device), autocast, normalize_audio
+
+    def __call__(self, waveforms: list[np.ndarray]) -> dict[str, list[np.ndarray]]:
+        """float32 ``[frames, dim]`` per utterance, for each representation by name."""
+        features = {MFCC: self._mfcc(waveforms)}
+        if self._normalize:
+            waveforms = [normalized(waveform) for waveform in waveforms]
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast):
+            layers = all_layers(self._model, waveforms, self._device)
+        return features | {f"layer{number}": layer for number, layer in enumerate(layers, start=1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Turns cuts into batches of audio, utterances of like length together."""
+
+    batch_seconds: float
+    progress: bool
+
+    def batches(self, cuts: Sequence[Cut], title: str) -> Iterator[tuple[list[Cut], list[np.ndarray]]]:
+        with audio_progress(sum(map(_seconds, cuts)), title, enabled=self.progress) as bar:
+            for batch in self._bucketed(cuts):
+                yield batch, [load_audio(cut) for cut in batch]
+                bar.update(sum(map(_seconds, batch)))
+
+    def _bucketed(self, cuts: Sequence[Cut]) -> Iterator[list[Cut]]:
+        batch: list[Cut] = []
+        for cut in sorted(cuts, key=lambda cut: (_seconds(cut), cut.id)):
+            # Rising length: the newest cut is the longest, and all rows are padded to it.
+            if batch and (len(batch) + 1) * _seconds(cut) > self.batch_seconds:
+                yield batch
+                batch = []
+            batch.append(cut)
+        if batch:
+            yield batch
+
+
+def _seconds(cut: Cut) -> float:
+    return utterance_samples(cut) / SAMPLE_RATE
+
+
+def _fit_codebooks(
+    cuts: list[Cut],
+    reader: _Reader,
+    encode: _Encoder,
+    clusters: int,
+    fit_frames: int,
+    init_attempts: int,
+    *,
+    seed: int,
+) -> tuple[dict[str, Codebook], int]:
+    """A codebook per representation, and on how many frames each was fitted."""
+    rng = np.random.default_rng(seed)
+    fit_frames = _affordable_frames(fit_frames, encode, clusters)
+    chosen, share = _choose_utterances(cuts, fit_frames, rng)
+    kept: dict[str, list[np.ndarray]] = {}
+    for _, waveforms in reader.batches(chosen, "features for k-means"):
+        features = encode(waveforms)
+        rows = [_choose_rows(len(utterance), share, rng) for utterance in features[MFCC]]
+        for name, utterances in features.items():
+            kept.setdefault(name, []).extend(utterance[row] for utterance, row in zip(utterances, rows, strict=True))
+    fitted = sum(len(rows) for rows in kept.get(MFCC, []))
+    codebooks = {}
+    for name in tqdm(list(kept), desc="k-means", unit=" representations", disable=not reader.progress):
+        # Popped, so that the memory of a representation is free once it is clustered.
+        features = np.concatenate(kept.pop(name))
+        codebooks[name] = fit_codebook([features], clusters, seed=seed, init_attempts=init_attempts)
+    return codebooks, fitted
+
+
+def _affordable_frames(fit_frames: int, encode: _Encoder, clusters: int) -> int:
+    one_frame = encode([np.zeros(num_samples(1), dtype=np.float32)])
+    bytes_per_frame = sum(utterances[0].nbytes for utterances in one_frame.values())
+    return min(fit_frames, max(_FIT_BYTES // bytes_per_frame, _MIN_FRAMES_PER_CLUSTER * clusters))
+
+
+def _choose_utterances(cuts: list[Cut], fit_frames: int, rng: np.random.Generator) -> tuple[list[Cut], float]:
+    """Random utterances with about four times the frames asked for, and the share of their frames to keep.
+
+    Frames of one utterance resemble each other: a few from many utterances make a better codebook than all from a few.
+    """
+    chosen, frames = [], 0.0
+    for index in rng.permutation(len(cuts)):
+        if frames >= _OVERSAMPLING * fit_frames:
+            break
+        chosen.append(cuts[index])
+        frames += _seconds(cuts[index]) * FRAMES_PER_SECOND
+    return chosen, min(1.0, fit_frames / max(frames, 1.0))
+
+
+def _choose_rows(frames: int, share: float, rng: np.random.Generator) -> np.ndarray:
+    return np.sort(rng.choice(frames, size=min(frames, int(np.ceil(frames * share))), replace=False))
+
+
+class _HeldOut:
+    """Phones and units of the held-out frames, utterances one after the other."""
+
+    def __init__(
+        self, cuts: list[Cut], reader: _Reader, encode: _Encoder, codebooks: dict[str, Codebook], training_units: Units
+    ) -> None:
+        self._utterances = len(cuts)
+        phones: list[np.ndarray] = []
+        units: dict[str, list[np.ndarray]] = {name: [] for name in [*codebooks, TRAINING_UNITS]}
+        for batch, waveforms in reader.batches(cuts, "held-out units"):
+            for name, utterances in encode(waveforms).items():
+                units[name].extend(codebooks[name].assign(utterance) for utterance in utterances)
+            for cut, waveform in zip(batch, waveforms, strict=True):
+                frames = num_frames(len(waveform))
+                phones.append(frame_phones(phone_alignment(cut), frames))
+                units[TRAINING_UNITS].append(_units_of(training_units, cut.id, frames))
+        self._phones = np.concatenate(phones)
+        self._units = {name: np.concatenate(utterances) for name, utterances in units.items()}
+        self._clusters = {name: len(codebook.centroids) for name, codebook in codebooks.items()}
+        self._clusters[TRAINING_UNITS] = training_units.num_classes
+
+    def description(self) -> dict[str, Any]:
+        symbols, counts = np.unique(self._phones, return_counts=True)
+        frequencies = {str(symbols[index]): int(counts[index]) for index in np.argsort(-counts, kind="stable")}
+        return {"utterances": self._utterances, "frames": len(self._phones), "phone_frames": frequencies}
+
+    def scores(self, seed: int) -> list[dict[str, Any]]:
+        return [
+            {"name": name, "layer": _layer_number(name), "clusters": self._clusters[name]}
+            | dataclasses.asdict(score_units(self._phones, units))
+            | {"chance_pnmi": chance_pnmi(self._phones, units, seed=seed)}
+            for name, units in self._units.items()
+        ]
+
+
+def _units_of(units: Units, cut_id: str, frames: int) -> np.ndarray:
+    found = units[cut_id]
+    if len(found) != frames:
+        raise ValueError(
+            f"the units of utterance {cut_id!r} have {len(found)} frames, its audio has {frames}: "
+            "units/valid.safetensors was made from another version of the audio; delete it to have it made anew"
+        )
+    return found
+
+
+def _layer_number(name: str) -> int | None:
+    if name == TRAINING_UNITS:
+        return None
+    return 0 if name == MFCC else int(name.removeprefix("layer"))

@@ -1,0 +1,267 @@
+"""From a folder of audio to a manifest: lhotse cuts of the utterances to train on and of those held out.
+
+``summary.json`` is written last: a manifest directory with it is complete, one without it is made anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from lhotse import AudioSource, CutSet, MonoCut, MultiCut, Recording
+from lhotse.cut import Cut
+from tqdm import tqdm
+
+from hubert_fast.pretrain.alignments import Alignments
+from hubert_fast.pretrain.atomic import write_text, write_with
+from hubert_fast.pretrain.audio import AudioError, resampled_length, utterance_samples
+from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
+from hubert_fast.pretrain.probe import AudioInfo, probe
+from hubert_fast.pretrain.splits import held_out_files
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
+SPLITS = ("train", "valid")
+
+
+@dataclass(frozen=True)
+class ManifestSummary:
+    """What a scan found; counts and seconds of audio by split, counts by sampling rate (Hz)."""
+
+    settings: dict[str, Any]
+    utterances: dict[str, int]
+    seconds: dict[str, float]
+    hours: dict[str, float]
+    sampling_rates: dict[str, int]
+    skipped: int
+    has_alignments: bool
+
+    @classmethod
+    def load(cls, directory: Path) -> ManifestSummary | None:
+        """The summary of a complete manifest directory, else None."""
+        path = Path(directory) / "summary.json"
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def scan(
+    audio: Path,
+    out: Path,
+    *,
+    min_seconds: float,
+    valid_fraction: float,
+    seed: int,
+    workers: int = 0,
+    longest_seconds: float = 60.0,
+    progress: bool = True,
+) -> ManifestSummary:
+    """Decode every audio file below ``audio`` once and write the manifest of the usable ones to ``out``.
+
+    Files that are unreadable, truncated, empty, shorter than ``min_seconds`` or hold a NaN or an infinity are left out,
+    counted, and listed with the reason in ``out/skipped.jsonl``. A recording longer than ``longest_seconds`` becomes
+    several cuts of equal length. A cut's id is the file's path relative to ``audio``, suffix included, with
+    ``#<number>`` for such a part.
+
+    Held out are the files that ``audio/splits.json`` names (``{"valid": [relative path, ...]}``); without that file,
+    those whose path hashes below ``valid_fraction``, and at least one file where there are two. A complete manifest
+    made with the same settings is kept as it is (remove ``out`` to scan again).
+
+    Args:
+        seed: varies which files are held out.
+        workers: threads that decode; 0 decodes in the calling one. It changes nothing in the result.
+
+    Raises:
+        ValueError: an argument is out of range, no file is usable, or an alignment or ``splits.json`` is malformed.
+    """
+    audio, out = Path(audio).resolve(), Path(out)
+    _check_arguments(audio, min_seconds, valid_fraction, workers, longest_seconds)
+    settings = {
+        "audio": str(audio),
+        "min_seconds": min_seconds,
+        "valid_fraction": valid_fraction,
+        "seed": seed,
+        "longest_seconds": longest_seconds,
+    }
+    done = ManifestSummary.load(out)
+    if done is not None and done.settings == settings:
+        return done
+    (out / "summary.json").unlink(missing_ok=True)
+
+    files = find_audio(audio)
+    if not files:
+        raise ValueError(
+            f"audio={str(audio)!r} holds no audio: files ending in {', '.join(AUDIO_SUFFIXES)} are accepted"
+        )
+    usable, skipped = _probe_all(audio, files, min_seconds, workers, progress)
+    write_text(out / "skipped.jsonl", "".join(json.dumps(line) + "\n" for line in skipped))
+    if not usable:
+        raise ValueError(
+            f"audio={str(audio)!r}: none of its {len(files)} audio files is usable; the first, {skipped[0]['path']}: "
+            f"{skipped[0]['reason']}. {out / 'skipped.jsonl'} lists all."
+        )
+    held_out = held_out_files(audio, list(usable), valid_fraction, seed)
+    alignments = Alignments(audio)
+    cuts: dict[str, list[Cut]] = {split: [] for split in SPLITS}
+    for relative, info in usable.items():
+        split = "valid" if relative in held_out else "train"
+        cuts[split].extend(_cuts(audio, relative, info, alignments, longest_seconds))
+    for split in SPLITS:
+        write_with(out / f"{split}.jsonl.gz", CutSet.from_cuts(cuts[split]).to_file)
+    summary = _summary(settings, cuts, usable.values(), len(skipped))
+    write_text(out / "summary.json", json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+    return summary
+
+
+def load_manifest(directory: Path, split: str) -> CutSet:
+    """The cuts of ``split`` ("train" or "valid") of a manifest directory; it may have none.
+
+    Raises:
+        FileNotFoundError: there is no such manifest.
+    """
+    path = Path(directory) / f"{split}.jsonl.gz"
+    if not path.is_file():
+        raise FileNotFoundError(f"directory={str(directory)!r} holds no {path.name}: `scan` makes it")
+    # An empty file tells lhotse nothing about the type of manifest it holds.
+    return CutSet.from_cuts(CutSet.from_jsonl_lazy(path))
+
+
+def fingerprint(cuts: Iterable[Cut]) -> str:
+    """A hash of the utterances (ids, order and samples): equal where units and features of one fit the other."""
+    digest = hashlib.sha256()
+    for cut in cuts:
+        digest.update(f"{cut.id}\t{utterance_samples(cut)}\n".encode())
+    return digest.hexdigest()
+
+
+def find_audio(folder: Path) -> list[str]:
+    """Audio files below ``folder``, as sorted relative paths. Links to folders are followed, hidden names are not."""
+    found = []
+    seen = set()
+    for directory, subfolders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(directory)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in names:
+            if name.lower().endswith(AUDIO_SUFFIXES) and not name.startswith("."):
+                found.append((Path(directory) / name).relative_to(folder).as_posix())
+    return sorted(found)
+
+
+def _check_arguments(
+    audio: Path, min_seconds: float, valid_fraction: float, workers: int, longest_seconds: float
+) -> None:
+    if not audio.is_dir():
+        raise ValueError(f"audio={str(audio)!r} is not a folder")
+    if not 0 <= min_seconds < longest_seconds:
+        raise ValueError(f"min_seconds={min_seconds} must lie in [0, longest_seconds={longest_seconds})")
+    if not 0 <= valid_fraction < 1:
+        raise ValueError(f"valid_fraction={valid_fraction} must lie in [0, 1)")
+    if workers < 0:
+        raise ValueError(f"workers={workers} must be 0 (decode in the calling thread) or more")
+
+
+def _probe_all(
+    audio: Path, files: list[str], min_seconds: float, workers: int, progress: bool
+) -> tuple[dict[str, AudioInfo], list[dict[str, str]]]:
+    """What each usable file holds, and the others with the reason; both in the order of ``files``."""
+    usable: dict[str, AudioInfo] = {}
+    skipped: list[dict[str, str]] = []
+    seconds, began = 0.0, time.monotonic()
+
+    def examine(relative: str) -> AudioInfo | str:
+        return _examine(audio / relative, min_seconds)
+
+    with tqdm(total=len(files), desc="scan", unit=" files", disable=not progress) as bar:
+        for relative, result in zip(files, _in_order(examine, files, workers), strict=True):
+            if isinstance(result, str):
+                skipped.append({"path": _printable(audio / relative), "reason": result})
+            else:
+                usable[relative] = result
+                seconds += result.seconds
+            bar.update()
+            rate = seconds / (time.monotonic() - began)
+            bar.set_postfix_str(f"{rate:.0f} audio-s/s, {len(skipped)} skipped", refresh=False)
+    return usable, skipped
+
+
+def _in_order(function: Any, items: list[str], workers: int) -> Iterator[Any]:
+    if workers == 0:
+        yield from map(function, items)
+        return
+    # libsndfile decodes without Python's lock, so threads are enough.
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(function, items)
+
+
+def _examine(path: Path, min_seconds: float) -> AudioInfo | str:
+    if _printable(path) != str(path):
+        return "the name of the file is not UTF-8"
+    try:
+        info = probe(path)
+    except AudioError as error:
+        return error.reason
+    if info.seconds < min_seconds:
+        return f"too short: {info.seconds:.3f} s, min_seconds is {min_seconds}"
+    if num_frames(resampled_length(info.samples, info.rate)) == 0:
+        return f"too short: {info.seconds:.3f} s is less than one frame of 0.025 s"
+    return info
+
+
+def _printable(path: Path) -> str:
+    return str(path).encode(errors="backslashreplace").decode()
+
+
+def _cuts(audio: Path, relative: str, info: AudioInfo, alignments: Alignments, longest_seconds: float) -> Iterator[Cut]:
+    channels = list(range(info.channels))
+    # Not Recording.from_file: it may ask another decoder for the number of samples.
+    recording = Recording(
+        id=relative,
+        sources=[AudioSource(type="file", channels=channels, source=str(audio / relative))],
+        sampling_rate=info.rate,
+        num_samples=info.samples,
+        duration=info.seconds,
+    )
+    parts = ceil(info.seconds / longest_seconds)
+    for part in range(parts):
+        first, last = info.samples * part // parts, info.samples * (part + 1) // parts
+        start, duration = first / info.rate, (last - first) / info.rate
+        cut_id = relative if parts == 1 else f"{relative}#{part:04d}"
+        supervision = alignments.supervision(relative, cut_id=cut_id, start=start, duration=duration)
+        kind = MonoCut if info.channels == 1 else MultiCut
+        yield kind(
+            id=cut_id,
+            start=start,
+            duration=duration,
+            channel=0 if info.channels == 1 else channels,
+            recording=recording,
+            supervisions=[] if supervision is None else [supervision],
+            custom={"samples_16k": resampled_length(last - first, info.rate)},
+        )
+
+
+def _summary(
+    settings: dict[str, Any], cuts: dict[str, list[Cut]], infos: Iterable[AudioInfo], skipped: int
+) -> ManifestSummary:
+    seconds = {split: sum(map(utterance_samples, part)) / SAMPLE_RATE for split, part in cuts.items()}
+    rates = Counter(str(info.rate) for info in infos)
+    supervisions = (supervision for part in cuts.values() for cut in part for supervision in cut.supervisions)
+    return ManifestSummary(
+        settings=settings,
+        utterances={split: len(part) for split, part in cuts.items()},
+        seconds=seconds,
+        hours={split: value / 3600 for split, value in seconds.items()},
+        sampling_rates=dict(sorted(rates.items(), key=lambda item: int(item[0]))),
+        skipped=skipped,
+        has_alignments=any(supervision.alignment for supervision in supervisions),
+    )

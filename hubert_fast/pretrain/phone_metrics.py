@@ -1,0 +1,127 @@
+"""How well discrete units tell phones apart: phone purity, cluster purity and PNMI of frame-aligned sequences.
+
+The measures are those of HuBERT (Hsu et al. 2021, arXiv 2106.07447), taken over the joint distribution of the phone and
+the unit of each frame. As in the script released with the paper, silence is a phone like any other. The paper scored
+hours of speech; on a small held-out part the same measures are biased upwards (many units, few frames: each unit tells
+phones apart by accident), so `chance_pnmi` measures what the same units score where they cannot know the phone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hubert_fast.pretrain.frames import FRAME_SHIFT, RECEPTIVE_FIELD, SAMPLE_RATE
+
+SILENCE = "sil"
+
+
+@dataclass(frozen=True)
+class PhoneScores:
+    """Agreement of units with phones; purities and ``pnmi`` lie in [0, 1], entropies are in nats."""
+
+    phone_purity: float
+    """frame accuracy of a listener who hears the unit and names the phone most often found with it"""
+    cluster_purity: float
+    """frame accuracy of guessing the unit from the phone; falls as units get finer"""
+    pnmi: float
+    """phone-normalised mutual information I(phone; unit) / H(phone): the share of the doubt about the phone that the
+    unit removes"""
+    phone_entropy: float
+    unit_perplexity: float
+    """exp H(unit): how many equally frequent units would be as varied"""
+    frames: int
+
+
+def frame_phones(alignment: Sequence[tuple], frames: int) -> np.ndarray:
+    """The phone at the centre sample, ``320 t + 200`` at 16 kHz, of each HuBERT frame ``t``.
+
+    Args:
+        alignment: (symbol, start, duration, ...) items, times in seconds, such as lhotse's ``AlignmentItem``; any
+            order. Of items that overlap, the one that starts last counts.
+        frames: how many frames.
+
+    Returns:
+        str array ``[frames]``; a frame that no item covers is silence (``"sil"``).
+    """
+    if frames < 0:
+        raise ValueError(f"frames must not be negative; got {frames}")
+    phones = np.full(frames, SILENCE, dtype=object)
+    for symbol, start, duration, *_ in sorted(alignment, key=lambda item: item[1]):
+        phones[_first_centred_at(start) : _first_centred_at(start + duration)] = symbol
+    return phones.astype(str)
+
+
+def _first_centred_at(seconds: float) -> int:
+    """The first frame whose centre is at ``seconds`` or later. Rounded to samples: 0.1 + 0.2 must not move a frame."""
+    sample = round(seconds * SAMPLE_RATE)
+    return max(0, -((RECEPTIVE_FIELD // 2 - sample) // FRAME_SHIFT))
+
+
+def joint_counts(phones: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """Count the frames of every (phone, unit) pair.
+
+    Args:
+        phones: ``[frames]``, str or integer.
+        units: ``[frames]``, integer.
+
+    Returns:
+        int64 ``[distinct phones, distinct units]``, both in sorted order; no row or column is all 0.
+    """
+    phones, units = np.asarray(phones), np.asarray(units)
+    if phones.ndim != 1 or phones.shape != units.shape:
+        raise ValueError(f"phones and units must both be [frames]; got shapes {phones.shape} and {units.shape}")
+    if phones.size == 0:
+        raise ValueError("phones and units have no frames; at least one is needed")
+    phone_names, phone_index = np.unique(phones, return_inverse=True)
+    unit_names, unit_index = np.unique(units, return_inverse=True)
+    shape = (phone_names.size, unit_names.size)
+    return np.bincount(phone_index * shape[1] + unit_index, minlength=shape[0] * shape[1]).reshape(shape)
+
+
+def phone_scores(counts: np.ndarray) -> PhoneScores:
+    """Score a joint count matrix ``[phones, units]``. With one phone there is nothing to tell apart: ``pnmi`` is 0."""
+    total = int(counts.sum())
+    if total == 0:
+        raise ValueError("counts holds no frames; at least one is needed")
+    phone_entropy, unit_entropy = _entropy(counts.sum(axis=1)), _entropy(counts.sum(axis=0))
+    information = max(0.0, phone_entropy + unit_entropy - _entropy(counts))
+    return PhoneScores(
+        phone_purity=float(counts.max(axis=0).sum() / total),
+        cluster_purity=float(counts.max(axis=1).sum() / total),
+        pnmi=min(1.0, information / phone_entropy) if phone_entropy > 0 else 0.0,
+        phone_entropy=phone_entropy,
+        unit_perplexity=float(np.exp(unit_entropy)),
+        frames=total,
+    )
+
+
+def score_units(phones: np.ndarray, units: np.ndarray) -> PhoneScores:
+    """`phone_scores` of two aligned sequences ``[frames]``."""
+    return phone_scores(joint_counts(phones, units))
+
+
+def chance_pnmi(phones: np.ndarray, units: np.ndarray, *, seed: int, shifts: int = 10) -> float:
+    """The PNMI of units that cannot know the phone: the same sequence, rotated against the phones.
+
+    A rotation keeps how often units occur and how long they last, which shuffling single frames would not, so that the
+    bias of a short sequence is kept too. Both sequences are ``[frames]``, utterances one after the other. Returns the
+    mean of ``shifts`` random rotations.
+    """
+    if shifts < 1:
+        raise ValueError(f"shifts must be at least 1; got {shifts}")
+    phones = np.unique(np.asarray(phones), return_inverse=True)[1]
+    units = np.asarray(units)
+    # A rotation by a tenth of the sequence at least, so that a unit does not meet its own phone again.
+    margin = units.size // 10
+    rotations = np.random.default_rng(seed).integers(margin, max(units.size - margin, margin + 1), size=shifts)
+    return float(np.mean([score_units(phones, np.roll(units, rotation)).pnmi for rotation in rotations]))
+
+
+def _entropy(counts: np.ndarray) -> float:
+    """Entropy in nats of the distribution that ``counts`` (any shape) are proportional to."""
+    positive = counts[counts > 0].astype(np.float64)
+    total = positive.sum()
+    return max(0.0, float(np.log(total) - (positive * np.log(positive)).sum() / total))

@@ -1,0 +1,88 @@
+"""Named configurations: the paper's recipes, and one that finishes on two CPU cores.
+
+Sources: HuBERT (Hsu et al. 2021), section IV-B and table II for base, large and xlarge. Batches are the paper's for all its
+GPUs together; on fewer, raise ``optimizer.accumulate`` until a micro-batch fits, or lower ``data.batch_seconds``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hubert_fast.pretrain.config import (
+    DataConfig,
+    EvaluationConfig,
+    IterationConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    UnitsConfig,
+)
+
+_BASE = PretrainConfig()
+
+_LARGE_MODEL = ModelConfig(
+    extractor_mode="layer_norm",
+    encoder_embed_dim=1024,
+    encoder_projection_dropout=0.0,
+    encoder_num_layers=24,
+    encoder_num_heads=16,
+    encoder_attention_dropout=0.0,
+    encoder_ff_interm_features=4096,
+    encoder_dropout=0.0,
+    encoder_layer_norm_first=True,
+    encoder_layer_drop=0.0,
+    final_dim=768,
+    feature_grad_mult=None,
+)
+
+_XLARGE_MODEL = replace(
+    _LARGE_MODEL, encoder_embed_dim=1280, encoder_num_layers=48, encoder_ff_interm_features=5120, final_dim=1024
+)
+
+
+def _after_base(model: ModelConfig, learning_rate: float, batch_seconds: float) -> PretrainConfig:
+    """The paper's order: two iterations of Base, then the big model once, on units of the second Base's layer 9."""
+    third = IterationConfig(
+        units=UnitsConfig(clusters=500, layer=9),
+        model=model,
+        optimizer=OptimizerConfig(steps=400_000, learning_rate=learning_rate, clip_norm=1.0),
+        batch_seconds=batch_seconds,
+    )
+    return replace(_BASE, data=replace(_BASE.data, normalize_audio=True), third=third)
+
+
+# Two CPU cores pre-train this twice on ten minutes of speech in a few minutes. Small enough for that, it keeps Base's
+# frame grid, masking and objective; it has neither LayerDrop nor dropout on the attention, since it sees too little to overfit.
+_TINY_MODEL = ModelConfig(
+    extractor_conv_layer_config=((128, 10, 5),) + ((128, 3, 2),) * 4 + ((128, 2, 2),) * 2,
+    encoder_embed_dim=192,
+    encoder_projection_dropout=0.0,
+    encoder_num_layers=4,
+    encoder_num_heads=3,
+    encoder_attention_dropout=0.0,
+    encoder_ff_interm_features=768,
+    encoder_dropout=0.05,
+    encoder_layer_drop=0.0,
+    final_dim=128,
+)
+_TINY_OPTIMIZER = OptimizerConfig(steps=300, learning_rate=2e-3, warmup_fraction=0.1, clip_norm=1.0)
+
+_TINY = PretrainConfig(
+    data=DataConfig(batch_seconds=80.0, max_seconds=8.0, min_seconds=1.0, valid_fraction=0.1, workers=1),
+    logging=LoggingConfig(log_every=10, valid_every=100, save_every=100),
+    first=IterationConfig(
+        units=UnitsConfig(clusters=50, init_attempts=3), model=_TINY_MODEL, optimizer=_TINY_OPTIMIZER
+    ),
+    second=IterationConfig(
+        units=UnitsConfig(clusters=100, layer=3, init_attempts=3), model=_TINY_MODEL, optimizer=_TINY_OPTIMIZER
+    ),
+    evaluation=EvaluationConfig(clusters=100, fit_frames=20_000, init_attempts=2),
+)
+
+PRESETS: dict[str, PretrainConfig] = {
+    "base": _BASE,
+    "large": _after_base(_LARGE_MODEL, 1.5e-3, 128 * 56.25),
+    "xlarge": _after_base(_XLARGE_MODEL, 3e-3, 256 * 22.5),
+    "tiny": _TINY,
+}

@@ -1,0 +1,243 @@
+"""The sections of the report, each made from what the run directory says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hubert_fast.pretrain.config import config_path
+from hubert_fast.pretrain.html_page import Markup, element, facts, folded, join, png, section, table
+from hubert_fast.pretrain.report_text import GLOSSARY, PLOT_CAPTIONS, PNMI_NOTE, loading_code
+from hubert_fast.pretrain.run_record import describe_machine, recorded_starts
+from hubert_fast.pretrain.run_summary import IterationSummary, ModelSummary, read_json_lines
+
+_LISTED_FILES = 200
+_ABSENT = "–"
+_PARTS = {"train": "training", "valid": "held-out"}
+
+
+def summary_cards(found: Sequence[IterationSummary], manifest: Mapping[str, Any] | None) -> Markup:
+    """The handful of numbers that a reader in a hurry wants."""
+    cards: list[tuple[str, str]] = []
+    if manifest:
+        cards.append((duration(sum(manifest["seconds"].values())), "of speech"))
+    trained = [iteration for iteration in found if iteration.metrics.training]
+    if trained:
+        outcome, name = trained[-1].metrics.outcome(), f"iteration {trained[-1].number}"
+        cards.append((percent(outcome["last_masked_accuracy"]), f"masked accuracy at the end of {name}, training"))
+        cards.append((percent(outcome.get("valid_masked_accuracy")), "the same on held-out speech"))
+        cards.append((realtime(outcome), f"speed of training {name}"))
+    best = _best_layer(found)
+    if best:
+        iteration, layer = best
+        name = f"PNMI of the best layer, layer {layer['layer']} of iteration {iteration.number}"
+        cards.append((number(layer["pnmi"]), f"{name} (by chance {number(layer['chance_pnmi'])})"))
+    drawn = [element("div", element("b", value), element("span", name), class_="card") for value, name in cards]
+    return element("div", *drawn, class_="cards")
+
+
+def what_was_run(run: Path) -> Markup:
+    starts, config = recorded_starts(run), config_path(run)
+    values: dict[str, str] = {}
+    for number_, start in enumerate(starts):
+        values[f"{'started' if number_ == 0 else 'resumed'} {start['date']}"] = element("code", start["command"])
+    values |= starts[-1]["machine"] if starts else describe_machine()
+    content = [facts(values)]
+    if not starts:
+        note = "The start of this run was not recorded: the machine named here is the one that wrote this report."
+        content.append(element("p", note, class_="note"))
+    if config.is_file():
+        content.append(folded("Full configuration (config.toml)", element("pre", config.read_text(encoding="utf-8"))))
+    return section("What was run", *content)
+
+
+def speech(run: Path, manifest: Mapping[str, Any] | None) -> Markup:
+    if manifest is None:
+        return section("The speech", element("p", "The audio has not been scanned."))
+    skipped = read_json_lines(Path(run) / "manifest" / "skipped.jsonl")
+    if not skipped:
+        return section("The speech", _manifest_facts(manifest), element("p", "No file was skipped."))
+    title = f"Skipped files: {count(len(skipped))}"
+    if len(skipped) > _LISTED_FILES:
+        title += f", of which the first {_LISTED_FILES} are listed (all are in manifest/skipped.jsonl)"
+    listed = table(["file", "reason"], [(line["path"], line["reason"]) for line in skipped[:_LISTED_FILES]])
+    return section("The speech", _manifest_facts(manifest), element("h3", title), listed)
+
+
+def _manifest_facts(manifest: Mapping[str, Any]) -> Markup:
+    rows = [
+        (_PARTS[split], count(manifest["utterances"][split]), duration(seconds))
+        for split, seconds in manifest["seconds"].items()
+    ]
+    rates = [f"{int(rate):,} Hz: {count(files)}" for rate, files in manifest["sampling_rates"].items()]
+    others = {
+        "folder": manifest["settings"]["audio"],
+        "files by sampling rate": ", ".join(rates),
+        "phone alignments": "yes" if manifest["has_alignments"] else "no",
+    }
+    return join([table(["part", "utterances", "duration"], rows), facts(others)])
+
+
+def training(found: Sequence[IterationSummary], plots: Mapping[str, Path]) -> Markup:
+    if not found:
+        return section("Iterations", element("p", "No iteration has been started."))
+    columns = [_iteration_facts(iteration) for iteration in found]
+    rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
+    header = ["", *(f"iteration {iteration.number}" for iteration in found)]
+    pictures = [png(plots[name], PLOT_CAPTIONS[name]) for name in ("loss", "masked_accuracy", "speed") if name in plots]
+    return section("Iterations", table(header, rows), *pictures)
+
+
+def _iteration_facts(iteration: IterationSummary) -> dict[str, str]:
+    units, outcome, model = iteration.units or {}, iteration.metrics.outcome(), iteration.model
+    rates = [line["lr"] for line in iteration.metrics.training]
+    return {
+        "units made from": units_source(units),
+        "clusters": count(units.get("clusters")),
+        "unit perplexity": number(units.get("perplexity"), 1),
+        "model": _architecture(model),
+        "parameters": f"{model.parameters / 1e6:,.2f} million" if model else _ABSENT,
+        "optimizer steps": count(outcome.get("last_step")),
+        "audio in a step": duration(outcome["audio_seconds"] / outcome["last_step"]) if rates else _ABSENT,
+        "highest learning rate": f"{max(rates):.2g}" if rates else _ABSENT,
+        "audio taken in": duration(outcome.get("audio_seconds")),
+        "wall time of training": duration(outcome.get("seconds")),
+        "speed": realtime(outcome),
+        "loss, first": number(outcome.get("first_loss")),
+        "loss, last": number(outcome.get("last_loss")),
+        "masked accuracy, first": percent(outcome.get("first_masked_accuracy")),
+        "masked accuracy, last": percent(outcome.get("last_masked_accuracy")),
+        "held-out loss, last": number(outcome.get("valid_loss")),
+        "held-out masked accuracy, last": percent(outcome.get("valid_masked_accuracy")),
+    }
+
+
+def _architecture(model: ModelSummary | None) -> str:
+    if model is None:
+        return _ABSENT
+    layers, dim = model.config["encoder_num_layers"], model.config["encoder_embed_dim"]
+    return f"{layers} transformer layers, {dim} dimensions"
+
+
+def phones(found: Sequence[IterationSummary], plots: Mapping[str, Path]) -> Markup:
+    """The tables of purity and PNMI."""
+    title, evaluated = "What the units know about phones", [each for each in found if each.evaluation is not None]
+    if not evaluated:
+        return section(title, element("p", "No iteration has been evaluated."))
+    scored = [iteration for iteration in evaluated if representations(iteration)]
+    if not scored:
+        return section(title, element("p", evaluated[-1].evaluation.get("note", "No representation was scored.")))
+    content: list[str] = [element("p", PNMI_NOTE, class_="note")]
+    if len({iteration.evaluation["clusters"] for iteration in scored}) > 1:
+        warning = "The iterations were evaluated with different numbers of clusters: their PNMI must not be compared."
+        content.append(element("p", warning, class_="warning"))
+    content += [png(plots["pnmi"], PLOT_CAPTIONS["pnmi"])] if "pnmi" in plots else []
+    content += [part for iteration in scored for part in _phone_table(iteration)]
+    return section(title, *content)
+
+
+def _phone_table(iteration: IterationSummary) -> list[Markup]:
+    evaluation, rows = iteration.evaluation, representations(iteration)
+    best = max((row for row in rows if row["layer"]), key=lambda row: row["pnmi"], default=None)
+    header = ["units made from", "clusters", "PNMI", "by chance", "phone purity", "cluster purity", "unit perplexity"]
+    cells = [
+        (
+            representation_name(row, iteration),
+            count(row["clusters"]),
+            number(row["pnmi"]),
+            number(row["chance_pnmi"]),
+            number(row["phone_purity"]),
+            number(row["cluster_purity"]),
+            number(row["unit_perplexity"], 1),
+        )
+        for row in rows
+    ]
+    basis = (
+        f"{count(evaluation['utterances'])} held-out utterances, {count(evaluation['frames'])} frames of 20 ms, "
+        f"{len(evaluation['phone_frames'])} phones; clusters fitted on {count(evaluation['fit_frames'])} others."
+    )
+    title = element("h3", f"Iteration {iteration.number}")
+    return [title, table(header, cells, strong=[rows.index(best)] if best else []), element("p", basis, class_="note")]
+
+
+def words() -> Markup:
+    entries = [part for term, meaning in GLOSSARY.items() for part in (element("dt", term), element("dd", meaning))]
+    return section("Words", element("dl", *entries))
+
+
+def next_steps(run: Path, found: Sequence[IterationSummary]) -> Markup:
+    trained = [iteration for iteration in found if iteration.weights.is_file()]
+    if not trained:
+        text = "There are no weights yet. `hubert-fast pretrain --resume` goes on with the run."
+        return section("Next steps", element("p", text))
+    weights = trained[-1].weights.relative_to(run)
+    content: list[str] = [
+        element("p", "The weights of the last iteration, below the run directory: ", element("code", str(weights)), ".")
+    ]
+    for library, code in loading_code(weights.as_posix(), normalize_audio=_normalizes_audio(run)).items():
+        content += [element("h3", f"Load them with {library}"), element("pre", element("code", code))]
+    curves = "All curves, step by step: ", element("code", "tensorboard --logdir ."), " in the run directory."
+    return section("Next steps", *content, element("p", *curves))
+
+
+def _normalizes_audio(run: Path) -> bool:
+    config = config_path(run)
+    text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    return re.search(r"^normalize_audio\s*=\s*true", text, re.MULTILINE) is not None
+
+
+def representations(iteration: IterationSummary) -> list[dict[str, Any]]:
+    return (iteration.evaluation or {}).get("representations", [])
+
+
+def representation_name(row: Mapping[str, Any], iteration: IterationSummary) -> str:
+    if row["layer"] is None:
+        return f"the units it was trained on ({units_source(iteration.units or {})})"
+    return "MFCC" if row["layer"] == 0 else f"layer {row['layer']}"
+
+
+def units_source(units: Mapping[str, Any]) -> str:
+    """In words: a units summary has ``source`` "mfcc" or "layer<N>"."""
+    source = units.get("source")
+    if source is None:
+        return _ABSENT
+    return "MFCC" if source == "mfcc" else f"{source.replace('layer', 'layer ')} of the iteration before"
+
+
+def _best_layer(found: Sequence[IterationSummary]) -> tuple[IterationSummary, dict[str, Any]] | None:
+    """Of the newest iteration that was scored."""
+    for iteration in reversed(found):
+        layers = [row for row in representations(iteration) if row["layer"]]
+        if layers:
+            return iteration, max(layers, key=lambda row: row["pnmi"])
+    return None
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return _ABSENT if value is None else f"{value:,.{digits}f}"
+
+
+def count(value: int | None) -> str:
+    return _ABSENT if value is None else f"{value:,}"
+
+
+def percent(share: float | None) -> str:
+    return _ABSENT if share is None else f"{100 * share:.1f} %"
+
+
+def realtime(outcome: Mapping[str, Any]) -> str:
+    """Over the whole training, validation and saving included."""
+    seconds = outcome.get("seconds")
+    return f"{outcome['audio_seconds'] / seconds:,.0f} x real time" if seconds else _ABSENT
+
+
+def duration(seconds: float | None) -> str:
+    """In the unit that reads best."""
+    if seconds is None:
+        return _ABSENT
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.1f} s"

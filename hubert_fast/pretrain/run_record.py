@@ -1,0 +1,59 @@
+"""RUN/run.json: by which command, when and on which machine a run was started, each time that it was."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hubert_fast.pretrain import atomic
+from hubert_fast.pretrain.run_summary import read_json
+
+
+def record_start(run: Path, command: Sequence[str]) -> None:
+    """Append this start, ``{"command", "date", "machine"}``, to ``run/run.json``. Call it from one process (rank 0)."""
+    start = {"command": shlex.join(command), "date": now(), "machine": describe_machine()}
+    atomic.write_text(Path(run) / "run.json", json.dumps({"starts": [*recorded_starts(run), start]}, indent=2) + "\n")
+
+
+def recorded_starts(run: Path) -> list[dict[str, Any]]:
+    """The starts recorded so far, oldest first."""
+    return (read_json(Path(run) / "run.json") or {}).get("starts", [])
+
+
+def now() -> str:
+    """Local date and time, to the second, with its offset from UTC."""
+    return datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+
+
+def describe_machine() -> dict[str, str]:
+    """This machine and the software on it, in words. No host or user name: reports are mailed around."""
+    import torch
+
+    from hubert_fast._version import __version__
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "processor": f"{_processor_name()}, {usable} of {os.cpu_count()} logical cores usable",
+        "GPU": ", ".join(gpus) if gpus else "none",
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "hubert_fast": __version__,
+    }
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,118 @@
+"""What a run directory says about itself, as far as the run has come: an unfinished stage is None or empty."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hubert_fast.pretrain.metrics_log import read_metrics
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The lines of metrics.jsonl, by rising step; after a resume the newest line of a step counts."""
+
+    training: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+
+    def outcome(self) -> dict[str, Any]:
+        """First and last values, as far as there are any: what evaluation.json and the report quote."""
+        outcome: dict[str, Any] = {}
+        if self.training:
+            first, last = self.training[0], self.training[-1]
+            outcome |= {"first_step": first["step"], "first_loss": first.get("loss"), "last_step": last["step"]}
+            outcome |= {"last_loss": last.get("loss"), "last_masked_accuracy": last.get("masked_accuracy")}
+            outcome |= {"first_masked_accuracy": first.get("masked_accuracy")}
+            outcome |= {"audio_seconds": last.get("audio_seconds"), "seconds": last.get("seconds")}
+        if self.validation:
+            last = self.validation[-1]
+            outcome |= {name: last.get(name) for name in ("valid_loss", "valid_masked_accuracy")}
+        return outcome
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What the header of model.safetensors says."""
+
+    parameters: int
+    num_classes: int
+    config: dict[str, Any]
+    """the fields of ModelConfig"""
+
+
+@dataclass(frozen=True)
+class IterationSummary:
+    """One iteration directory."""
+
+    number: int
+    directory: Path
+
+    @property
+    def weights(self) -> Path:
+        return self.directory / "train" / "model.safetensors"
+
+    @cached_property
+    def units(self) -> dict[str, Any] | None:
+        return read_json(self.directory / "units" / "summary.json")
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        return training_metrics(self.directory / "train")
+
+    @cached_property
+    def model(self) -> ModelSummary | None:
+        return read_model_summary(self.weights)
+
+    @cached_property
+    def evaluation(self) -> dict[str, Any] | None:
+        return read_json(self.directory / "evaluation.json")
+
+
+def iterations(run: Path) -> list[IterationSummary]:
+    """The iterations that have a directory below ``run``, in order."""
+    found = []
+    for directory in Path(run).glob("iteration*"):
+        number = re.fullmatch(r"iteration(\d+)", directory.name)
+        if number and directory.is_dir():
+            found.append(IterationSummary(int(number[1]), directory))
+    return sorted(found, key=lambda iteration: iteration.number)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, or None where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """One object a line; none where there is no file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def training_metrics(directory: Path) -> Metrics:
+    """The metrics of ``RUN/iterationN/train``: ``loss`` marks a line of training, ``valid_loss`` one of validation."""
+    training: dict[int, dict[str, Any]] = {}
+    validation: dict[int, dict[str, Any]] = {}
+    for line in read_metrics(directory):
+        if "loss" in line:
+            training[line["step"]] = line
+        if "valid_loss" in line:
+            validation[line["step"]] = line
+    return Metrics([training[step] for step in sorted(training)], [validation[step] for step in sorted(validation)])
+
+
+def read_model_summary(weights: Path) -> ModelSummary | None:
+    """Read the header only: no tensor is loaded."""
+    if not weights.is_file():
+        return None
+    from safetensors import safe_open
+
+    with safe_open(weights, framework="numpy") as file:
+        parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+        metadata = file.metadata()
+    return ModelSummary(parameters, int(metadata["num_classes"]), json.loads(metadata["model_config"]))

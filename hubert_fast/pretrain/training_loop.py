@@ -1,0 +1,297 @@
+"""The training loop: updates, logging, validation and checkpoints of one process among one or many.
+
+A run is a function of its configuration and seed alone: stopped at any moment and resumed, it ends with the same
+weights.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from hubert_fast.pretrain.checkpoint import checkpoint_path, save_checkpoint
+from hubert_fast.pretrain.config import LoggingConfig, OptimizerConfig
+from hubert_fast.pretrain.distributed import Process
+from hubert_fast.pretrain.finite import FiniteGuard
+from hubert_fast.pretrain.interrupts import StopRequest, TrainingInterrupted
+from hubert_fast.pretrain.metrics_log import Clock, Meter, MetricsLog
+from hubert_fast.pretrain.random_state import (
+    preserved_random_state,
+    random_state,
+    restore_random_state,
+    seed_everything,
+)
+from hubert_fast.pretrain.schedule import linear_warmup_decay
+
+if TYPE_CHECKING:
+    from hubert_fast.pretrain.batches import Batch
+
+
+class BatchStream(Protocol):
+    """Yields this rank's micro-batches of one update after another, without end; its state is the place of the next."""
+
+    def __iter__(self) -> Iterator[list[Batch]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Trainer:
+    """Takes ``optimizer_config.steps`` updates of ``objective.model``, logging, validating and saving below ``out``.
+
+    ``objective`` is a `hubert_fast.PretrainingObjective` on the process's device, equal on every rank. ``description``
+    is stored in each checkpoint (see `checkpoint.require_same_run`). ``unused_parameters``: an update may leave out
+    parameters (layer drop does), which DDP must then look for.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        batches: BatchStream,
+        valid_batches: Iterable[list[Batch]] | None,
+        optimizer_config: OptimizerConfig,
+        logging_config: LoggingConfig,
+        *,
+        process: Process,
+        out: Path,
+        description: Mapping[str, Any],
+        seed: int,
+        autocast: bool,
+        unused_parameters: bool,
+        progress: bool,
+    ) -> None:
+        self.objective = objective
+        self.parallel = _data_parallel(objective, unused_parameters) if process.world_size > 1 else objective
+        self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(  # decays every parameter, as the recipe does
+            self.parameters,
+            lr=optimizer_config.learning_rate,
+            betas=optimizer_config.betas,
+            eps=optimizer_config.eps,
+            weight_decay=optimizer_config.weight_decay,
+            fused=True,
+        )
+        self.steps = optimizer_config.steps
+        self.clip_norm = optimizer_config.clip_norm
+        self.scheduler = linear_warmup_decay(
+            self.optimizer, steps=self.steps, warmup_fraction=optimizer_config.warmup_fraction
+        )
+        self.batches = batches
+        self.position = batches.state_dict()
+        self.valid_batches = valid_batches
+        self.logging = logging_config
+        self.process = process
+        self.checkpoints = Path(out) / "checkpoints"
+        self.out = Path(out)
+        self.description = dict(description)
+        self.seed = seed
+        self.autocast = autocast
+        self.progress = progress
+        self.meter = Meter(process.device)
+        self.guard = FiniteGuard(process.device)
+        self.clock = Clock()
+        self.step = 0
+        self.learning_rate = self.scheduler.get_last_lr()[0]
+        self._saved_step = -1
+        seed_everything(seed, process.rank)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from the ``state`` of a checkpoint of the same run."""
+        self.objective.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.batches.load_state_dict(state["batches"])
+        self.position = state["batches"]
+        self.step = self._saved_step = state["step"]
+        self.clock = Clock(seconds=state["seconds"], audio_seconds=state["audio_seconds"])
+        ranks = state["ranks"]
+        if len(ranks) == self.process.world_size:
+            restore_random_state(ranks[self.process.rank]["random"])
+            self.meter.load_state_dict(ranks[self.process.rank]["meter"])
+        else:
+            seed_everything(self.seed, self.process.rank, self.step)
+            warnings.warn(
+                f"the checkpoint was saved by {len(ranks)} processes, this run has {self.process.world_size}: batches "
+                "stay the same, but dropout is drawn anew: the weights will not be those of an uninterrupted run",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def fit(self) -> None:
+        """Train from the current step to the last.
+
+        Raises:
+            NonFiniteTrainingError: for a loss or gradient that is not finite.
+            DiskFullError: when a checkpoint does not fit; the one before it survives.
+            TrainingInterrupted: on SIGTERM or SIGINT, after saving a checkpoint.
+        """
+        with StopRequest() as stop, self._metrics_log() as log, self._progress_bar() as bar:
+            self.clock.restart_window()
+            updates = _keeping_random_state(self.batches)
+            while self.step < self.steps:
+                update = _next_unless_stopped(updates, stop)
+                masked_frames, audio_seconds, stopping = self.process.sum_on_host(
+                    [
+                        sum(int(batch.mask.sum()) for batch in update),
+                        sum(batch.seconds for batch in update),
+                        stop.signum > 0,
+                    ]
+                )
+                if stopping:
+                    self._interrupt(stop.signum)
+                self._update(update, masked_frames)
+                self.clock.add_audio(audio_seconds)
+                self.position = self.batches.state_dict()
+                self._show_progress(bar)
+                if self.step == 1 or self._due(self.logging.log_every):
+                    self._log(log)
+                if self.valid_batches is not None and self._due(self.logging.valid_every):
+                    self._validate(log)
+                if self._due(self.logging.save_every):
+                    self._save()
+            if self.process.sum_on_host([stop.signum > 0])[0]:
+                self._interrupt(stop.signum)
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.steps or (every > 0 and self.step % every == 0)
+
+    def _update(self, update: list[Batch], masked_frames: float) -> None:
+        """One optimizer step on the loss per masked frame; ``masked_frames`` are those of all ranks and micro-batches.
+
+        DDP averages gradients over ranks, so the sum over ranks needs the factor ``world_size``.
+        """
+        scale = self.process.world_size / max(1.0, masked_frames)
+        loss = torch.zeros((), device=self.process.device)
+        for batch in update:
+            with self._gradients_stay_here() if batch is not update[-1] else nullcontext():
+                output = self._forward(self.parallel, batch)
+                (output.loss * scale).backward()
+            self.meter.add_micro_batch(output)
+            loss += output.loss.detach()
+        gradient_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        self.meter.add_update(gradient_norm)
+        self.guard.watch(self.step + 1, [name for batch in update for name in batch.ids], loss, gradient_norm)
+        if self.process.device.type == "cpu":
+            self.guard.check()
+        self.learning_rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def _forward(self, objective: nn.Module, batch: Batch) -> Any:
+        device = self.process.device
+        waveforms, labels = (tensor.to(device, non_blocking=True) for tensor in (batch.waveforms, batch.labels))
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
+            # Lengths and mask stay on the host: knowing the sizes of what it launches, it never waits for a GPU.
+            return objective(waveforms, labels, batch.audio_lengths, mask=batch.mask)
+
+    def _gradients_stay_here(self) -> AbstractContextManager[Any]:
+        return self.parallel.no_sync() if self.process.world_size > 1 else nullcontext()
+
+    def _log(self, log: MetricsLog | None) -> None:
+        self.guard.check()
+        values = self.meter.read(self.process)
+        values |= {"lr": self.learning_rate, "x_realtime": self.clock.audio_seconds_per_second()}
+        values |= {"audio_seconds": self.clock.audio_seconds, "seconds": self.clock.seconds()}
+        if log is not None:
+            log.write(self.step, values)
+        self.clock.restart_window()
+
+    @torch.no_grad()
+    def _validate(self, log: MetricsLog | None) -> None:
+        """Loss and accuracy on the held-out utterances, with the same crops and masks every time."""
+        meter = Meter(self.process.device)
+        self.objective.eval()
+        with preserved_random_state():
+            seed_everything(self.seed, self.process.rank)
+            for update in self.valid_batches:
+                for batch in update:
+                    meter.add_micro_batch(self._forward(self.objective, batch))
+        self.objective.train()
+        means = meter.read(self.process)
+        if log is not None:
+            log.write(self.step, {f"valid_{name}": means[name] for name in ("loss", "masked_accuracy")})
+        self.clock.restart_window()
+
+    def _save(self) -> Path:
+        """Write the checkpoint of this step, unless it exists; all ranks call it together."""
+        path = checkpoint_path(self.checkpoints, self.step)
+        if self._saved_step == self.step:
+            return path
+        self.guard.check()  # a checkpoint of broken weights would push out the good ones
+        ranks = self.process.gather({"random": random_state(), "meter": self.meter.state_dict()})
+        if self.process.is_main:
+            state = {
+                **self.description,
+                "step": self.step,
+                "model": self.objective.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "batches": self.position,
+                "ranks": ranks,
+                "audio_seconds": self.clock.audio_seconds,
+                "seconds": self.clock.seconds(),
+            }
+            save_checkpoint(self.checkpoints, self.step, state, keep=self.logging.keep_checkpoints)
+        self.process.barrier()
+        self._saved_step = self.step
+        self.clock.restart_window()
+        return path
+
+    def _interrupt(self, signum: int) -> None:
+        # A rank that has had no signal itself learns of it from the others, and leaves as they do.
+        interrupted = TrainingInterrupted(signum or signal.SIGTERM, self.step, self._save())
+        if self.process.is_main:
+            tqdm.write(str(interrupted), file=sys.stderr)
+        raise interrupted
+
+    def _metrics_log(self) -> AbstractContextManager[MetricsLog | None]:
+        return MetricsLog(self.out, step=self.step) if self.process.is_main else nullcontext()
+
+    def _progress_bar(self) -> tqdm:
+        hidden = not (self.progress and self.process.is_main)
+        return tqdm(total=self.steps, initial=self.step, desc="train", unit="step", disable=hidden)
+
+    def _show_progress(self, bar: tqdm) -> None:
+        bar.set_postfix_str(f"{self.clock.audio_seconds_per_second():.0f} audio-seconds/s", refresh=False)
+        bar.update()
+
+
+def _data_parallel(objective: nn.Module, unused_parameters: bool) -> DistributedDataParallel:
+    return DistributedDataParallel(  # without device_ids, which would move lengths and mask to the GPU
+        objective,
+        find_unused_parameters=unused_parameters,
+        gradient_as_bucket_view=True,
+    )
+
+
+def _next_unless_stopped(updates: Iterator[list[Batch]], stop: StopRequest) -> list[Batch]:
+    """The next update's micro-batches; none after a signal, which may also have ended the workers that read them."""
+    try:
+        return [] if stop.signum else next(updates)
+    except RuntimeError:
+        if stop.signum:
+            return []
+        raise
+
+
+def _keeping_random_state(batches: BatchStream) -> Iterator[list[Batch]]:
+    """Fetch batches without shifting what dropout draws: a data loader draws a seed when it starts."""
+    with preserved_random_state():
+        iterator = iter(batches)
+    while True:
+        with preserved_random_state():
+            update = next(iterator)
+        yield update

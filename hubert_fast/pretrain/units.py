@@ -1,0 +1,231 @@
+"""Units: the cluster of every frame of every utterance, which an iteration learns to predict."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lhotse.cut import Cut
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from hubert_fast.pretrain.atomic import write_text, write_with
+from hubert_fast.pretrain.audio import load_audio, utterance_samples
+from hubert_fast.pretrain.codebook import Codebook, fit_codebook
+from hubert_fast.pretrain.config import UnitsConfig
+from hubert_fast.pretrain.features import FeatureSource
+from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
+from hubert_fast.pretrain.manifest import SPLITS, fingerprint, load_manifest
+from hubert_fast.pretrain.progress import audio_progress
+
+# Audio that is read ahead and handed to the source at once, so that it can batch utterances of like length.
+_GROUP_SECONDS = 240.0
+
+
+class Units:
+    """The units of a split, read from disk when they are asked for: workers share the pages of one mapped file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = Path(path)
+        self._file: Any = None
+        self._file_owner = 0
+        metadata = self._open().metadata() or {}
+        if "num_classes" not in metadata:
+            raise ValueError(f"path={str(path)!r} is no file of units: it lacks the metadata num_classes")
+        self.num_classes = int(metadata["num_classes"])
+        self.ids = list(self._open().keys())
+
+    @classmethod
+    def load(cls, path: Path) -> Units:
+        """Open ``units/<split>.safetensors``.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there are no units at {str(path)!r}: `make_units` makes them")
+        return cls(path)
+
+    def __getitem__(self, cut_id: str) -> np.ndarray:
+        """int32 ``[frames]`` of an utterance; KeyError names an utterance that has none."""
+        try:
+            return self._open().get_tensor(cut_id)
+        except Exception as error:
+            raise KeyError(f"{self._path} holds no units for utterance {cut_id!r}") from error
+
+    def frames(self, cut_id: str) -> int:
+        """Number of frames of an utterance, without reading them."""
+        return self._open().get_slice(cut_id).get_shape()[0]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+    def _open(self) -> Any:
+        # A forked worker must not share the parent's handle.
+        if self._file is None or self._file_owner != os.getpid():
+            self._file = safe_open(self._path, framework="numpy")
+            self._file_owner = os.getpid()
+        return self._file
+
+
+def make_units(
+    manifest_dir: Path,
+    source: FeatureSource,
+    config: UnitsConfig,
+    out: Path,
+    *,
+    seed: int,
+    workers: int = 2,
+    progress: bool = True,
+) -> None:
+    """Fit a codebook on a random part of the training utterances and write the units of all: codebook.safetensors,
+    train.safetensors, valid.safetensors and, last, summary.json into ``out``.
+
+    Units that are there, made with the same settings from the same utterances, are kept. At no time are more features
+    in memory than the ``config.fit_frames`` that k-means needs, and a few minutes of audio.
+
+    Args:
+        seed: decides the utterances that k-means sees, and its start.
+        workers: threads that read audio ahead.
+
+    Raises:
+        ValueError: ``source`` is not what ``config.layer`` names, or there are fewer frames than clusters.
+        AudioError: audio changed or vanished since the scan, or is not finite.
+    """
+    out = Path(out)
+    _check_source(source, config)
+    cuts = {split: list(load_manifest(manifest_dir, split)) for split in SPLITS}
+    settings = {
+        **dataclasses.asdict(config),
+        **source.settings,
+        "seed": seed,
+        "utterances_sha256": fingerprint([*cuts["train"], *cuts["valid"]]),
+    }
+    if _made_with(out, settings):
+        return
+    (out / "summary.json").unlink(missing_ok=True)
+
+    chosen = choose_utterances(cuts["train"], config.fit_frames, seed)
+    fitted = dict(_features(chosen, source, "features for k-means", workers, progress))
+    data = np.concatenate(list(fitted.values()))
+    codebook = fit_codebook([data], config.clusters, seed=seed, init_attempts=config.init_attempts)
+    inertia = codebook.inertia(data)
+    codebook = Codebook(
+        codebook.centroids,
+        {"source": source.name, "layer": config.layer, "clusters": config.clusters, "seed": seed, "inertia": inertia},
+    )
+    codebook.save(out / "codebook.safetensors")
+
+    units = {cut_id: codebook.assign(features) for cut_id, features in fitted.items()}
+    fitted.clear()
+    rest = [cut for split in SPLITS for cut in cuts[split] if cut.id not in units]
+    for cut_id, features in _features(rest, source, "units", workers, progress):
+        units[cut_id] = codebook.assign(features)
+    for split in SPLITS:
+        _save(out / f"{split}.safetensors", {cut.id: units[cut.id] for cut in cuts[split]}, config.clusters)
+    train = np.concatenate([units[cut.id] for cut in cuts["train"]])
+    summary = {
+        "settings": settings,
+        "source": source.name,
+        "clusters": config.clusters,
+        "dim": source.dim,
+        "frames": {split: sum(len(units[cut.id]) for cut in cuts[split]) for split in SPLITS},
+        "fit_frames": len(data),
+        "inertia": inertia,
+        **_usage(train, config.clusters),
+    }
+    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def choose_utterances(cuts: Sequence[Cut], frames: int, seed: int) -> list[Cut]:
+    """Random utterances, in the order of ``cuts``, with ``frames`` frames or (the last is taken whole) a few more."""
+    if not cuts:
+        raise ValueError("the manifest holds no training utterance to make units from")
+    chosen, total = [], 0
+    for index in np.random.default_rng(seed).permutation(len(cuts)):
+        if total >= frames:
+            break
+        chosen.append(index)
+        total += num_frames(utterance_samples(cuts[index]))
+    return [cuts[index] for index in sorted(chosen)]
+
+
+def _check_source(source: FeatureSource, config: UnitsConfig) -> None:
+    expected = "mfcc" if config.layer == 0 else f"layer{config.layer}"
+    if source.name != expected:
+        raise ValueError(f"source is {source.name!r}, but units.layer={config.layer} asks for {expected!r}")
+
+
+def _made_with(out: Path, settings: dict[str, Any]) -> bool:
+    names = ["codebook.safetensors", *(f"{split}.safetensors" for split in SPLITS), "summary.json"]
+    if not all((out / name).is_file() for name in names):
+        return False
+    return json.loads((out / "summary.json").read_text(encoding="utf-8"))["settings"] == settings
+
+
+def _features(
+    cuts: Sequence[Cut], source: FeatureSource, description: str, workers: int, progress: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Id and features ``[frames, dim]`` of every cut."""
+    seconds = sum(utterance_samples(cut) for cut in cuts) / SAMPLE_RATE
+    with audio_progress(seconds, description, enabled=progress) as bar:
+        for group, waveforms in _read_ahead(cuts, workers):
+            for cut, features in zip(group, source(waveforms), strict=True):
+                frames = num_frames(utterance_samples(cut))
+                if features.shape != (frames, source.dim):
+                    raise ValueError(
+                        f"source {source.name!r} made features of shape {features.shape} for utterance {cut.id!r}, "
+                        f"whose audio has {frames} frames: {(frames, source.dim)} is accepted"
+                    )
+                yield cut.id, features
+            bar.update(sum(len(waveform) for waveform in waveforms) / SAMPLE_RATE)
+
+
+def _read_ahead(cuts: Sequence[Cut], workers: int) -> Iterator[tuple[list[Cut], list[np.ndarray]]]:
+    """Groups of cuts with their waveforms; the next group is read while the caller works on this one."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        pending: deque = deque()
+        for group in _groups(cuts):
+            pending.append((group, [pool.submit(load_audio, cut) for cut in group]))
+            if len(pending) == 2:
+                yield _arrived(*pending.popleft())
+        while pending:
+            yield _arrived(*pending.popleft())
+
+
+def _arrived(group: list[Cut], futures: list) -> tuple[list[Cut], list[np.ndarray]]:
+    return group, [future.result() for future in futures]
+
+
+def _groups(cuts: Sequence[Cut]) -> Iterator[list[Cut]]:
+    group, samples = [], 0
+    for cut in cuts:
+        group.append(cut)
+        samples += utterance_samples(cut)
+        if samples >= _GROUP_SECONDS * SAMPLE_RATE:
+            yield group
+            group, samples = [], 0
+    if group:
+        yield group
+
+
+def _save(path: Path, units: dict[str, np.ndarray], num_classes: int) -> None:
+    write_with(path, lambda target: save_file(units, target, metadata={"num_classes": str(num_classes)}))
+
+
+def _usage(units: np.ndarray, clusters: int) -> dict[str, float]:
+    """How evenly the clusters are used: perplexity is 2 to the entropy, at most ``clusters``."""
+    shares = np.bincount(units, minlength=clusters) / len(units)
+    used = shares[shares > 0]
+    entropy = float(-(used * np.log2(used)).sum())
+    return {"units_used": len(used), "entropy_bits": entropy, "perplexity": 2.0**entropy}

@@ -1,0 +1,100 @@
+import pickle
+
+import numpy as np
+import pytest
+import soundfile
+
+from hubert_fast.pretrain.audio import (
+    AudioError,
+    NonFiniteAudioError,
+    load_audio,
+    normalized,
+    resampled_length,
+    utterance_samples,
+)
+from hubert_fast.pretrain.manifest import load_manifest
+from tests.pretrain.speech_folder import scan_folder, write_audio
+
+
+def only_cut(folder):
+    return next(iter(load_manifest(folder / "manifest", "train")))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "rate"),
+    [
+        ("wav", 16_000),
+        ("wav", 11_025),
+        ("wav", 44_100),
+        ("wav", 7_919),
+        ("flac", 48_000),
+        ("ogg", 22_050),
+        ("mp3", 44_100),
+        ("opus", 24_000),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_any_format_rate_and_channel_count_becomes_16_khz_mono_of_the_scanned_length(tmp_path, suffix, rate, channels):
+    audio = write_audio(tmp_path / "audio" / f"a.{suffix}", 1.237, rate=rate, channels=channels)
+    scan_folder(tmp_path)
+    cut = only_cut(tmp_path)
+    waveform = load_audio(cut)
+    assert waveform.dtype == np.float32 and waveform.ndim == 1
+    assert len(waveform) == utterance_samples(cut) == cut.custom["samples_16k"]
+    assert len(waveform) == pytest.approx(1.237 * 16_000, abs=1200 if suffix == "mp3" else 2)
+    if suffix in ("wav", "flac") and rate == 16_000:
+        np.testing.assert_allclose(waveform, audio.mean(axis=1), atol=1e-4)
+
+
+def test_resampling_keeps_a_tone_where_it_was(tmp_path):
+    write_audio(tmp_path / "audio" / "a.wav", 1.0, rate=44_100)
+    scan_folder(tmp_path)
+    spectrum = np.abs(np.fft.rfft(load_audio(only_cut(tmp_path))))
+    assert np.argmax(spectrum) == 200
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 44_100, 48_000, 7_919])
+def test_resampled_length_is_what_the_resampler_gives(rate):
+    from hubert_fast.pretrain.audio import resample
+
+    for samples in (1, 2, 399, 400, 1001, 4410):
+        assert len(resample(np.ones(samples, dtype=np.float32), rate)) == resampled_length(samples, rate)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_audio_that_is_not_finite_names_utterance_and_file(tmp_path, bad):
+    path = tmp_path / "audio" / "speaker" / "a.wav"
+    audio = write_audio(path, 0.5, subtype="FLOAT")
+    scan_folder(tmp_path)
+    audio[1234] = bad
+    soundfile.write(path, audio, 16_000, subtype="FLOAT")
+    with pytest.raises(NonFiniteAudioError, match="'speaker/a.wav'.*sample 1234") as error:
+        load_audio(only_cut(tmp_path))
+    assert str(path) in str(error.value)
+
+
+def test_a_file_that_changed_or_vanished_since_the_scan_is_named(tmp_path):
+    path = tmp_path / "audio" / "a.wav"
+    write_audio(path, 0.5)
+    scan_folder(tmp_path)
+    write_audio(path, 0.4)
+    with pytest.raises(AudioError, match="8000 samples .* gives 6400 .* scan again"):
+        load_audio(only_cut(tmp_path))
+    path.write_bytes(b"no audio")
+    with pytest.raises(AudioError, match="unreadable"):
+        load_audio(only_cut(tmp_path))
+    path.unlink()
+    with pytest.raises(AudioError, match="no such file"):
+        load_audio(only_cut(tmp_path))
+
+
+def test_errors_cross_process_borders():
+    error = pickle.loads(pickle.dumps(NonFiniteAudioError("a.wav", "a NaN")))
+    assert isinstance(error, NonFiniteAudioError) and str(error) == "a.wav: a NaN"
+
+
+def test_normalized_has_zero_mean_and_unit_variance_and_leaves_silence():
+    waveform = normalized(np.random.default_rng(0).normal(3, 2, 10_000).astype(np.float32))
+    assert waveform.dtype == np.float32
+    assert waveform.mean() == pytest.approx(0, abs=1e-5) and waveform.std() == pytest.approx(1, abs=1e-4)
+    assert not normalized(np.zeros(1000, dtype=np.float32)).any()

@@ -1,0 +1,280 @@
+import dataclasses
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from hubert_fast.models.masking import MaskGenerator
+from hubert_fast.pretrain.audio import AudioError, NonFiniteAudioError
+from hubert_fast.pretrain.batches import Batch, GlobalBatches, ValidationBatches
+from hubert_fast.pretrain.config import DataConfig
+from hubert_fast.pretrain.frames import num_frames
+from hubert_fast.pretrain.manifest import load_manifest
+from hubert_fast.pretrain.units import Units
+from tests.pretrain.speech_folder import numbered_folder, write_units
+
+LENGTHS = [4000, 4321, 5000, 6400, 7000, 8000, 8123, 9000, 9600, 10_000, 12_000, 16_000, 20_000]
+CONFIG = DataConfig(batch_seconds=2.0, max_seconds=0.5, min_seconds=0.1, workers=0)
+
+
+class HalfMasked:
+    """Masks half of the frames that every row has, drawn from torch's default generator as the model's mask generator
+    does.
+    """
+
+    def draw(self, batch, frames, lengths=None):
+        scores = torch.rand(batch, frames).masked_fill(torch.arange(frames) >= lengths[:, None], -1.0)
+        return torch.zeros(batch, frames, dtype=torch.bool).scatter_(
+            1, scores.topk(int(lengths.min()) // 2).indices, True
+        )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("numbered")
+    numbered_folder(folder, LENGTHS)
+    return folder
+
+
+def parts(folder):
+    return load_manifest(folder / "manifest", "train"), Units.load(folder / "units.safetensors")
+
+
+def stream(folder, *, kind=GlobalBatches, seed=0, config=CONFIG, masks=None, split=None, **changes):
+    config = dataclasses.replace(config, **{name: changes.pop(name) for name in list(changes) if hasattr(config, name)})
+    return kind(*parts(folder), config, masks or HalfMasked(), seed=seed, **changes)
+
+
+def take(batches, count):
+    return list(itertools.islice(iter(batches), count))
+
+
+def rows(micro_batches: list[Batch]) -> dict[str, tuple]:
+    """The rows of micro-batches by utterance, as plain values."""
+    return {
+        batch.ids[row]: tuple(
+            tensor[row].numpy().tobytes() for tensor in (batch.waveforms, batch.audio_lengths, batch.labels, batch.mask)
+        )
+        for batch in micro_batches
+        for row in range(len(batch.ids))
+    }
+
+
+def test_shapes_dtypes_and_padding(folder):
+    for (batch,) in take(stream(folder), 6):
+        samples, frames = batch.waveforms.shape[1], batch.labels.shape[1]
+        assert batch.waveforms.dtype == torch.float32 and batch.labels.dtype == batch.audio_lengths.dtype == torch.int64
+        assert (
+            batch.mask.dtype == torch.bool and batch.mask.shape == batch.labels.shape and frames == num_frames(samples)
+        )
+        assert samples == int(batch.audio_lengths.max()) <= 8000
+        assert batch.seconds == pytest.approx(int(batch.audio_lengths.sum()) / 16_000)
+        assert len(set(batch.mask.sum(dim=1).tolist())) == 1
+        for row, length in enumerate(batch.audio_lengths.tolist()):
+            assert (batch.waveforms[row, :length] != 0).all() and not batch.waveforms[row, length:].any()
+            assert not batch.labels[row, num_frames(length) :].any() and not batch.mask[row, num_frames(length) :].any()
+
+
+@pytest.mark.parametrize("kind", [GlobalBatches, ValidationBatches])
+def test_labels_belong_to_the_audio_after_a_random_crop(folder, kind):
+    starts = set()
+    for micro_batches in take(stream(folder, kind=kind), 30):
+        for batch in micro_batches:
+            for row, length in enumerate(batch.audio_lengths.tolist()):
+                frames = num_frames(length)
+                number = (batch.waveforms[row, : 320 * frames : 320] * 32_768).long() - 1
+                torch.testing.assert_close(batch.labels[row, :frames], number)
+                starts.add(int(number[0]))
+    assert len(starts) > 5 if kind is GlobalBatches else starts == {0}
+
+
+def test_an_epoch_holds_every_utterance_once_and_the_next_differs(folder):
+    batches = stream(folder)
+    epochs = [take(stream_from(folder, epoch), len(batches.epoch_plan(epoch))) for epoch in (0, 1)]
+    for epoch in epochs:
+        assert sorted(name for (batch,) in epoch for name in batch.ids) == [
+            f"{index:03d}.wav" for index in range(len(LENGTHS))
+        ]
+    assert [batch.ids for (batch,) in epochs[0]] != [batch.ids for (batch,) in epochs[1]]
+
+
+def stream_from(folder, epoch, batch=0, **changes):
+    batches = stream(folder, **changes)
+    batches.load_state_dict({"epoch": epoch, "batch": batch})
+    return batches
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(folder, workers):
+    expected, got = take(stream(folder), 12), take(stream(folder, workers=workers), 12)
+    assert [rows(one) for one in expected] == [rows(other) for other in got]
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (1, 2), (2, 2), (1, 4)])
+def test_ranks_and_accumulation_split_the_same_global_batch(folder, world_size, accumulate):
+    whole = take(stream(folder), 10)
+    ranks = [
+        take(stream(folder, rank=rank, world_size=world_size, accumulate=accumulate), 10) for rank in range(world_size)
+    ]
+    for step, (expected,) in enumerate(whole):
+        micro_batches = [batch for rank in ranks for batch in rank[step]]
+        assert [len(rank[step]) for rank in ranks] == [accumulate] * world_size
+        assert rows(micro_batches) == rows([expected])
+        assert sum(batch.seconds for batch in micro_batches) == pytest.approx(expected.seconds)
+        sizes = [len(batch.ids) for batch in micro_batches]
+        assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_continues_where_the_state_says(folder, workers):
+    expected = take(stream(folder), 12)
+    batches = stream(folder, workers=workers)
+    iterator = iter(batches)
+    for step in range(9):
+        assert rows(next(iterator)) == rows(expected[step])
+        if step in (0, 3, 8):
+            resumed = stream(folder)
+            resumed.load_state_dict(pickle.loads(pickle.dumps(batches.state_dict())))
+            assert [rows(batch) for batch in take(resumed, 2)] == [
+                rows(batch) for batch in expected[step + 1 : step + 3]
+            ]
+
+
+def test_the_state_after_an_epoch_is_the_start_of_the_next(folder):
+    batches = stream(folder)
+    assert batches.state_dict() == {"epoch": 0, "batch": 0}
+    take(batches, len(batches.epoch_plan(0)))
+    assert batches.state_dict() == {"epoch": 1, "batch": 0}
+
+
+def test_a_state_of_other_data_is_refused(folder):
+    with pytest.raises(ValueError, match="'batch': 99.*other data or settings"):
+        stream_from(folder, 0, 99)
+
+
+def test_seeds_differ_and_another_visit_crops_and_masks_anew(folder):
+    first, second = (rows(take(stream(folder, seed=seed, batch_seconds=100.0), 1)[0]) for seed in (0, 1))
+    later = rows(take(stream_from(folder, 1, batch_seconds=100.0), 1)[0])
+    for other in (second, later):
+        assert all(first[name][3] != other[name][3] for name in first)
+        assert first["012.wav"][2] != other["012.wav"][2]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_iterating_leaves_the_random_streams_of_the_process_alone(folder, workers):
+    torch.manual_seed(5)
+    np.random.seed(5)
+    expected = torch.rand(3), np.random.rand(3)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    take(stream(folder, workers=workers), 3)
+    assert torch.equal(torch.rand(3), expected[0]) and np.array_equal(np.random.rand(3), expected[1])
+
+
+def test_normalised_audio_is_scaled_over_the_whole_utterance_before_the_crop(folder):
+    for micro_batches in take(stream(folder, normalize_audio=True), 5):
+        for batch in micro_batches:
+            for name, length, waveform, labels in zip(
+                batch.ids, batch.audio_lengths, batch.waveforms, batch.labels, strict=True
+            ):
+                whole, _ = soundfile.read(folder / "audio" / name, dtype="float64")
+                start = 320 * int(labels[0])
+                expected = (whole - whole.mean()) / np.sqrt(whole.var() + 1e-5)
+                np.testing.assert_allclose(waveform[:length], expected[start : start + length], atol=1e-4)
+
+
+def test_the_models_mask_generator_masks_as_the_model_would(folder):
+    masks = MaskGenerator(8, 0.8, "static", 0.0, 3, False, 1, 0.0, "static", 0.0, 3, False, 1)
+    (batch,) = take(stream(folder, masks=masks), 1)[0]
+    assert batch.mask.any() and len(set(batch.mask.sum(dim=1).tolist())) == 1
+    assert [rows(one) for one in take(stream(folder, masks=masks), 4)] == [
+        rows(one) for one in take(stream(folder, masks=masks, workers=1), 4)
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_audio_that_is_not_finite_names_utterance_and_file(tmp_path, workers, bad):
+    numbered_folder(tmp_path, [8000, 8000, 8000])
+    audio = np.full(8000, 0.1)
+    audio[4567] = bad
+    soundfile.write(tmp_path / "audio" / "001.wav", audio, 16_000, subtype="FLOAT")
+    with pytest.raises(
+        NonFiniteAudioError, match=r"audio/001.wav: utterance '001.wav' holds a NaN or an infinity"
+    ) as error:
+        take(stream(tmp_path, workers=workers), 3)
+    assert "Traceback" not in str(error.value)
+
+
+def test_audio_that_vanished_is_named(tmp_path):
+    numbered_folder(tmp_path, [8000, 8000])
+    (tmp_path / "audio" / "000.wav").unlink()
+    with pytest.raises(AudioError, match="000.wav: there is no such file"):
+        take(stream(tmp_path, workers=1), 2)
+
+
+def test_units_of_another_manifest_or_length_are_refused(tmp_path):
+    numbered_folder(tmp_path, [8000, 8320])
+    write_units(tmp_path / "units.safetensors", {"000.wav": np.zeros(24, dtype=np.int32)})
+    with pytest.raises(ValueError, match="units: 1 of 2 utterances have none, the first is '001.wav'"):
+        stream(tmp_path)
+    write_units(tmp_path / "units.safetensors", {"000.wav": np.zeros(24, np.int32), "001.wav": np.zeros(24, np.int32)})
+    with pytest.raises(ValueError, match="utterance '001.wav' has 24 units, its audio has 25 frames"):
+        stream(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_seconds": 0.4}, "batch_seconds=0.4 is less than the longest utterance, 0.50 s"),
+        (
+            {"batch_seconds": 1.0, "world_size": 2, "accumulate": 2},
+            "batch_seconds=1.0 holds 2 of .* = 4 micro-batches: 2.0 or more",
+        ),
+        ({"world_size": 20}, "13 utterances cannot fill world_size x accumulate = 20"),
+        ({"max_seconds": 0.02}, "max_seconds=0.02 is shorter than one frame"),
+        ({"rank": 2, "world_size": 2}, "rank=2, world_size=2"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(folder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        stream(folder, **changes)
+
+
+def test_no_utterances_is_an_error(folder):
+    with pytest.raises(ValueError, match="cuts is empty"):
+        GlobalBatches([], parts(folder)[1], CONFIG, HalfMasked(), seed=0)
+
+
+def test_validation_holds_every_utterance_whole_and_is_the_same_every_time(folder):
+    batches = stream(folder, kind=ValidationBatches, workers=1)
+    passes = [list(batches), list(batches)]
+    assert len(passes[0]) == len(batches)
+    assert [rows(one) for one in passes[0]] == [rows(other) for other in passes[1]]
+    names = [name for (batch,) in passes[0] for name in batch.ids]
+    assert sorted(names) == [f"{index:03d}.wav" for index in range(len(LENGTHS))]
+    lengths = [length for (batch,) in passes[0] for length in batch.audio_lengths.tolist()]
+    assert dict(zip(names, lengths, strict=True)) == {
+        f"{index:03d}.wav": length for index, length in enumerate(LENGTHS)
+    }
+
+
+def test_validation_is_dealt_out_over_the_ranks(folder):
+    shares = [list(stream(folder, kind=ValidationBatches, rank=rank, world_size=2)) for rank in range(2)]
+    merged = {name: row for share in shares for one in share for name, row in rows(one).items()}
+    assert len(merged) == len(LENGTHS) == sum(len(batch.ids) for share in shares for (batch,) in share)
+
+
+def test_validation_goes_on_from_its_state(folder):
+    batches = stream(folder, kind=ValidationBatches)
+    start = batches.state_dict()
+    whole = list(batches)
+    assert batches.state_dict() == start
+    take(batches, 1)
+    assert [rows(one) for one in batches] == [rows(one) for one in whole[1:]]
+    take(batches, 1)
+    batches.load_state_dict(start)
+    assert len(list(batches)) == len(whole)

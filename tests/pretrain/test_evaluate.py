@@ -1,0 +1,183 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from hubert_fast.pretrain import evaluate as evaluation
+from hubert_fast.pretrain.config import UnitsConfig
+from hubert_fast.pretrain.features import MfccFeatures
+from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
+from hubert_fast.pretrain.manifest import load_manifest, scan
+from hubert_fast.pretrain.mfcc import mfcc39
+from hubert_fast.pretrain.units import make_units
+from tests.pretrain.fabricated_run import save_tiny_weights, write_json_lines
+
+PITCH = {"low": 300, "mid": 1100, "high": 3000, "sil": 0}
+HELD_OUT = ["d.wav", "e.wav"]
+
+
+def write_corpus(folder: Path, *, aligned: bool = True) -> None:
+    """Five utterances of four phones that any spectrum tells apart."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for name in "abcde":
+        symbols = rng.choice(list(PITCH), size=16)
+        durations = rng.uniform(0.08, 0.25, size=16)
+        starts = np.concatenate([[0.0], np.cumsum(durations)[:-1]])
+        pieces = [
+            np.sin(2 * np.pi * PITCH[symbol] * np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE)
+            for symbol, seconds in zip(symbols, durations, strict=True)
+        ]
+        waveform = 0.3 * np.concatenate(pieces)
+        soundfile.write(folder / f"{name}.wav", waveform + rng.normal(0, 1e-3, waveform.shape), SAMPLE_RATE)
+        phones = [
+            [str(symbol), start, seconds] for symbol, start, seconds in zip(symbols, starts, durations, strict=True)
+        ]
+        lines.append({"path": f"{name}.wav", "phones": phones})
+    (folder / "splits.json").write_text(json.dumps({"valid": HELD_OUT}), encoding="utf-8")
+    if aligned:
+        write_json_lines(folder / "alignments.jsonl", lines)
+
+
+class FakeModel:
+    def to(self, device):
+        return self
+
+    def eval(self):
+        return self
+
+
+class FakeUnits(dict):
+    num_classes = 2
+
+
+def fake_layers(model, waveforms, device):
+    """Layer 1 knows nothing, layer 2 is MFCC, the phones in all but name."""
+    rng = np.random.default_rng(len(waveforms[0]))
+    noise = [rng.normal(size=(num_frames(len(waveform)), 5)).astype(np.float32) for waveform in waveforms]
+    return [noise, [mfcc39(waveform) for waveform in waveforms]]
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    (tmp_path / "audio").mkdir()
+    write_corpus(tmp_path / "audio")
+    scan(tmp_path / "audio", tmp_path / "manifest", min_seconds=0.5, valid_fraction=0.2, seed=0, progress=False)
+    return tmp_path / "manifest"
+
+
+@pytest.fixture
+def iteration(tmp_path: Path, manifest: Path, monkeypatch) -> Path:
+    """An iteration directory beside the manifest; the model and the training units are stand-ins."""
+    directory = tmp_path / "iteration1"
+    lines = [
+        {"step": 1, "loss": 5.0, "masked_accuracy": 0.1},
+        {"step": 9, "valid_loss": 4.0, "valid_masked_accuracy": 0.2},
+    ]
+    write_json_lines(directory / "train" / "metrics.jsonl", lines)
+    (directory / "train" / "model.safetensors").write_bytes(b"weights")
+    cuts = load_manifest(manifest, "valid")
+    units = FakeUnits({cut.id: np.arange(num_frames(cut.num_samples), dtype=np.int32) % 2 for cut in cuts})
+    monkeypatch.setattr(evaluation, "load_model", lambda weights: FakeModel())
+    monkeypatch.setattr(evaluation, "all_layers", fake_layers)
+    monkeypatch.setattr(evaluation.Units, "load", lambda path: units)
+    return directory
+
+
+def run(iteration: Path, **options) -> dict:
+    options = {"clusters": 8, "seed": 0, "autocast": False, "progress": False} | options
+    return evaluation.evaluate(iteration, iteration.parent / "manifest", **options)
+
+
+def by_name(result: dict) -> dict[str, dict]:
+    return {each["name"]: each for each in result["representations"]}
+
+
+def test_features_that_know_the_phone_score_high_and_noise_scores_chance(iteration: Path):
+    result = run(iteration)
+    scores = by_name(result)
+    assert list(scores) == ["mfcc", "layer1", "layer2", "training_units"]
+    assert [each["layer"] for each in scores.values()] == [0, 1, 2, None]
+    assert [each["clusters"] for each in scores.values()] == [8, 8, 8, 2]
+    assert scores["mfcc"]["pnmi"] > 0.7 and scores["mfcc"]["phone_purity"] > 0.8
+    assert scores["layer2"] == scores["mfcc"] | {"name": "layer2", "layer": 2}
+    assert scores["layer1"]["pnmi"] < scores["layer1"]["chance_pnmi"] + 0.05
+    assert scores["training_units"]["unit_perplexity"] == pytest.approx(2, rel=1e-3)
+    assert result["training"]["valid_loss"] == 4.0 and result["training"]["last_loss"] == 5.0
+
+
+def test_only_held_out_frames_are_scored_and_only_training_frames_fitted(iteration: Path):
+    result = run(iteration)
+    cuts = {split: list(load_manifest(iteration.parent / "manifest", split)) for split in ("train", "valid")}
+    frames = {split: sum(num_frames(cut.num_samples) for cut in part) for split, part in cuts.items()}
+    assert sorted(cut.id for cut in cuts["valid"]) == HELD_OUT
+    assert result["utterances"] == 2 and result["frames"] == frames["valid"] == sum(result["phone_frames"].values())
+    assert result["fit_frames"] == frames["train"]
+    assert set(result["phone_frames"]) == set(PITCH)
+
+
+def test_a_second_call_returns_the_first_result_without_work(iteration: Path, monkeypatch):
+    first = run(iteration)
+    assert json.loads((iteration / "evaluation.json").read_text()) == first
+    monkeypatch.setattr(evaluation, "load_model", lambda weights: pytest.fail("worked again"))
+    assert run(iteration) == first
+
+
+@pytest.mark.parametrize("change", ["weights", "clusters"])
+def test_an_evaluation_of_other_weights_or_settings_is_made_anew(iteration: Path, change: str):
+    first = run(iteration)
+    if change == "weights":
+        (iteration / "train" / "model.safetensors").write_bytes(b"other weights")
+    second = run(iteration, clusters=8 if change == "weights" else 5)
+    assert second["settings"] != first["settings"]
+    assert (second["representations"] == first["representations"]) == (change == "weights")
+
+
+def test_the_same_seed_gives_the_same_result(iteration: Path):
+    first = run(iteration, fit_frames=150, batch_seconds=1.0)
+    assert 150 <= first["fit_frames"] < 160, "the frames of an utterance are rounded up"
+    (iteration / "evaluation.json").unlink()
+    assert run(iteration, fit_frames=150, batch_seconds=1.0) == first
+
+
+def test_frames_are_limited_by_memory_but_never_below_what_the_clusters_need(iteration: Path, monkeypatch):
+    bytes_per_frame = 4 * (39 + 5 + 39)
+    monkeypatch.setattr(evaluation, "_FIT_BYTES", 200 * bytes_per_frame)
+    assert 200 <= run(iteration)["fit_frames"] < 210
+    (iteration / "evaluation.json").unlink()
+    monkeypatch.setattr(evaluation, "_FIT_BYTES", 1)
+    assert 160 <= run(iteration)["fit_frames"] < 170
+
+
+def test_without_alignments_it_says_so_and_still_reports_the_training(iteration: Path, tmp_path: Path, monkeypatch):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    write_corpus(bare, aligned=False)
+    scan(bare, tmp_path / "manifest", min_seconds=0.5, valid_fraction=0.2, seed=0, progress=False)
+    monkeypatch.setattr(evaluation, "load_model", lambda weights: pytest.fail("there is nothing to score"))
+    result = run(iteration)
+    assert result["representations"] == [] and "no phone alignments" in result["note"]
+    assert result["training"]["valid_masked_accuracy"] == 0.2
+
+
+def test_units_of_another_length_are_refused_by_name(iteration: Path, monkeypatch):
+    stale = FakeUnits({name: np.zeros(3, np.int32) for name in HELD_OUT})
+    monkeypatch.setattr(evaluation.Units, "load", lambda path: stale)
+    with pytest.raises(ValueError, match=r"units of utterance '[de]\.wav' have 3 frames, its audio has \d+"):
+        run(iteration)
+
+
+def test_a_real_model_and_real_units_are_scored(tmp_path: Path, manifest: Path):
+    directory = tmp_path / "iteration1"
+    make_units(
+        manifest, MfccFeatures(), UnitsConfig(clusters=6, init_attempts=2), directory / "units", seed=0, progress=False
+    )
+    torch.manual_seed(0)
+    save_tiny_weights(directory / "train" / "model.safetensors")
+    scores = by_name(run(directory, clusters=6, autocast=True, normalize_audio=True))
+    assert list(scores) == ["mfcc", "layer1", "layer2", "layer3", "training_units"]
+    assert scores["training_units"]["pnmi"] > 0.6 and scores["training_units"]["clusters"] == 6
+    assert all(each["frames"] == scores["mfcc"]["frames"] for each in scores.values())

@@ -1,0 +1,129 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hubert_fast.pretrain import features as module
+from hubert_fast.pretrain.audio import normalized
+from hubert_fast.pretrain.config import STANDARD_CONV_LAYERS, ModelConfig
+from hubert_fast.pretrain.features import HubertFeatures, MfccFeatures, all_layers, load_model
+from hubert_fast.pretrain.frames import num_frames
+from hubert_fast.pretrain.mfcc import mfcc39
+
+CONFIG = ModelConfig(
+    extractor_conv_layer_config=tuple((16, kernel, stride) for _, kernel, stride in STANDARD_CONV_LAYERS),
+    encoder_embed_dim=24,
+    encoder_num_layers=3,
+    encoder_num_heads=2,
+    encoder_ff_interm_features=32,
+    encoder_pos_conv_kernel=16,
+    encoder_pos_conv_groups=4,
+    encoder_layer_drop=0.5,
+    encoder_dropout=0.5,
+    final_dim=8,
+)
+LENGTHS = [5_000, 16_000, 400, 9_999]
+
+
+def waveforms(seed=0):
+    rng = np.random.default_rng(seed)
+    return [(0.1 * rng.standard_normal(samples)).astype(np.float32) for samples in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    model = CONFIG.build(7)
+    save_file(model.state_dict(), path, metadata={"model_config": CONFIG.to_json(), "num_classes": "7"})
+    return path
+
+
+def test_a_loaded_model_is_the_saved_one(weights):
+    model = load_model(weights)
+    torch.manual_seed(0)
+    expected = CONFIG.build(7).state_dict()
+    assert not model.training and list(model.state_dict()) == list(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_weights_without_their_configuration_are_refused(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors.*lacks the metadata.*model_config"):
+        load_model(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("batch_seconds", [0.1, 60.0])
+def test_features_are_the_layer_of_the_model_without_batch_and_padding(weights, monkeypatch, batch_seconds):
+    monkeypatch.setattr(module, "_BATCH_SECONDS", batch_seconds)
+    model = load_model(weights, padding_invariant=False)
+    source = HubertFeatures(weights, 2)
+    features = source(waveforms())
+    assert source.name == "layer2" and source.dim == 24
+    for waveform, got in zip(waveforms(), features, strict=True):
+        with torch.inference_mode():
+            expected = model.wav2vec2.extract_features(torch.from_numpy(waveform)[None])[0][1][0]
+        assert got.shape == (num_frames(len(waveform)), 24) and got.dtype == np.float32
+        np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_all_layers_are_those_of_each_source_and_leave_the_mode_of_the_model(weights):
+    model = load_model(weights).train()
+    layers = all_layers(model, waveforms(), "cpu")
+    assert model.training and len(layers) == 3
+    for number, layer in enumerate(layers, start=1):
+        for got, expected in zip(layer, HubertFeatures(weights, number)(waveforms()), strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_features_are_deterministic_and_autocast_still_gives_float32(weights):
+    source = HubertFeatures(weights, 3)
+    one, same = source(waveforms()), source(waveforms())
+    rounded = HubertFeatures(weights, 3, autocast=True)(waveforms())
+    for a, b, c in zip(one, same, rounded, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert c.dtype == np.float32 and 0 < np.abs(a - c).max() < 0.2
+
+
+def test_normalize_audio_scales_each_utterance(weights):
+    for got, expected in zip(
+        HubertFeatures(weights, 1, normalize_audio=True)(waveforms()),
+        HubertFeatures(weights, 1)([normalized(waveform) for waveform in waveforms()]),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("layer", [0, 4])
+def test_a_layer_the_model_lacks_is_named(weights, layer):
+    with pytest.raises(ValueError, match=f"layer={layer}: .* layers 1 to 3"):
+        HubertFeatures(weights, layer)
+
+
+def test_settings_tell_one_source_from_another(weights, tmp_path):
+    changed = tmp_path / "model.safetensors"
+    torch.manual_seed(1)
+    other = dataclasses.replace(CONFIG, encoder_dropout=0.1)
+    save_file(other.build(7).state_dict(), changed, metadata={"model_config": other.to_json(), "num_classes": "7"})
+    sources = [
+        MfccFeatures(),
+        HubertFeatures(weights, 1),
+        HubertFeatures(weights, 2),
+        HubertFeatures(changed, 1),
+        HubertFeatures(weights, 1, normalize_audio=True),
+        HubertFeatures(weights, 1, autocast=True),
+    ]
+    assert len({str(source.settings) for source in sources}) == len(sources)
+    assert HubertFeatures(weights, 1).settings == sources[1].settings
+
+
+def test_mfcc_features_are_those_of_each_waveform():
+    for got, waveform in zip(MfccFeatures()(waveforms()), waveforms(), strict=True):
+        np.testing.assert_array_equal(got, mfcc39(waveform))
+
+
+def test_nothing_in_gives_nothing_out(weights):
+    assert HubertFeatures(weights, 1)([]) == []
+    assert MfccFeatures()([]) == []

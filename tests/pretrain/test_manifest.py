@@ -1,0 +1,289 @@
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from hubert_fast.pretrain.audio import load_audio
+from hubert_fast.pretrain.manifest import ManifestSummary, find_audio, fingerprint, load_manifest
+from tests.pretrain.speech_folder import scan_folder, write_audio
+
+
+def ids(folder, split):
+    return [cut.id for cut in load_manifest(folder / "manifest", split)]
+
+
+def skipped(folder):
+    lines = (folder / "manifest" / "skipped.jsonl").read_text().splitlines()
+    return {line["path"].removeprefix(str(folder / "audio") + "/"): line["reason"] for line in map(json.loads, lines)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for index in range(4):
+        write_audio(tmp_path / "audio" / "speaker" / f"{index}.wav", 0.5, seed=index)
+    return tmp_path
+
+
+def cut_off(path, share):
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+@pytest.mark.parametrize("share", [0.95, 0.5])
+@pytest.mark.parametrize(
+    "name",
+    ["pcm.wav", "float.wav", "a.flac", "vorbis.ogg", "a.opus", pytest.param("a.mp3", id="mp3 with a Xing header")],
+)
+def test_truncated_files_are_skipped_with_the_reason(folder, name, share):
+    path = folder / "audio" / name
+    write_audio(path, 2.0, rate=48_000, subtype={"float.wav": "FLOAT", "a.opus": "OPUS"}.get(name))
+    assert scan_folder(folder).skipped == 0
+    cut_off(path, share)
+    summary = scan_folder(folder, seed=1)
+    assert summary.skipped == 1 and "truncated" in skipped(folder)[name]
+    assert sum(summary.utterances.values()) == 4
+
+
+def test_unusable_files_are_skipped_counted_and_listed(folder):
+    audio = folder / "audio"
+    (audio / "empty.wav").touch()
+    (audio / "text.mp3").write_text("not audio")
+    (audio / "damaged.flac").write_bytes(np.random.default_rng(0).bytes(5000))
+    soundfile.write(audio / "no_samples.wav", np.zeros(0), 16_000)
+    write_audio(audio / "short.wav", 0.05)
+    broken = write_audio(audio / "nan.wav", 0.5, subtype="FLOAT")
+    broken[7] = np.nan
+    soundfile.write(audio / "nan.wav", broken, 16_000, subtype="FLOAT")
+    (audio / "secret.wav").symlink_to(audio / "nowhere.wav")
+    summary = scan_folder(folder, workers=2)
+    reasons = skipped(folder)
+    assert summary.skipped == 7 == len(reasons)
+    assert "empty" in reasons["empty.wav"]
+    assert (
+        "unreadable" in reasons["text.mp3"]
+        and "unreadable" in reasons["damaged.flac"]
+        and "unreadable" in reasons["secret.wav"]
+    )
+    assert "zero-length" in reasons["no_samples.wav"]
+    assert reasons["short.wav"] == "too short: 0.050 s, min_seconds is 0.1"
+    assert "NaN" in reasons["nan.wav"]
+
+
+def test_audio_shorter_than_a_frame_is_too_short_whatever_min_seconds(folder):
+    write_audio(folder / "audio" / "short.wav", 0.02)
+    assert scan_folder(folder, min_seconds=0.0).skipped == 1
+    assert "one frame" in skipped(folder)["short.wav"]
+
+
+def test_a_wav_that_was_written_into_a_pipe_is_not_truncated(folder):
+    path = folder / "audio" / "piped.wav"
+    write_audio(path, 0.5)
+    content = bytearray(path.read_bytes())
+    for field in (4, content.index(b"data") + 4):
+        content[field : field + 4] = b"\xff" * 4
+    path.write_bytes(content)
+    assert scan_folder(folder).skipped == 0
+
+
+def test_an_mp3_without_a_header_for_its_length_is_not_truncated(folder):
+    path = folder / "audio" / "a.mp3"
+    time = np.arange(3 * 44_100) / 44_100
+    with soundfile.SoundFile(
+        path, "w", 44_100, 1, format="MP3", bitrate_mode="CONSTANT", compression_level=0.5
+    ) as file:
+        file.write(0.3 * np.sin(1000 * time))
+    content = path.read_bytes()
+    tagged = b"ID3\x03\0\0\0\0\x07\x76" + bytes(1014) + content
+    bare = content[content.index(b"\xff\xfb", content.index(b"Info")) :]
+    for content in (tagged, bare):
+        path.write_bytes(content)
+        (folder / "manifest" / "summary.json").unlink(missing_ok=True)
+        assert scan_folder(folder, valid_fraction=0.0).skipped == 0
+        (cut,) = (cut for cut in load_manifest(folder / "manifest", "train") if cut.id == "a.mp3")
+        assert cut.duration == pytest.approx(3.0, abs=0.05) and len(load_audio(cut)) == cut.custom["samples_16k"]
+    path.write_bytes(tagged[: len(tagged) // 2])
+    assert scan_folder(folder, valid_fraction=0.1).skipped == 1
+
+
+def test_a_flac_that_does_not_say_its_length_is_skipped_with_advice(folder):
+    path = folder / "audio" / "a.flac"
+    write_audio(path, 0.5)
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    scan_folder(folder)
+    assert "does not say how long it is" in skipped(folder)["a.flac"]
+
+
+def test_ids_are_relative_paths_with_suffix_whatever_the_order_and_number_of_workers(folder):
+    write_audio(folder / "audio" / "speaker" / "0.flac", 0.5)
+    scan_folder(folder)
+    expected = ids(folder, "train"), ids(folder, "valid")
+    assert sorted(expected[0] + expected[1]) == ["speaker/0.flac", *(f"speaker/{index}.wav" for index in range(4))]
+    (folder / "manifest" / "summary.json").unlink()
+    scan_folder(folder, workers=3)
+    assert (ids(folder, "train"), ids(folder, "valid")) == expected
+
+
+def test_links_to_folders_are_followed_once_and_hidden_files_are_not(folder):
+    elsewhere = folder / "elsewhere"
+    write_audio(elsewhere / "x.WAV", 0.5)
+    write_audio(folder / "audio" / "._0.wav", 0.5)
+    (folder / "audio" / "link").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(folder / "audio")
+    assert find_audio(folder / "audio") == ["link/x.WAV", *(f"speaker/{index}.wav" for index in range(4))]
+
+
+def test_the_split_depends_on_names_and_seed_only_and_is_never_empty(folder):
+    scan_folder(folder, valid_fraction=0.001)
+    first = ids(folder, "valid")
+    assert len(first) == 1
+    write_audio(folder / "audio" / "speaker" / "a_new_one.wav", 0.5)
+    scan_folder(folder, valid_fraction=0.999)
+    assert len(ids(folder, "train")) == 1
+    scan_folder(folder, valid_fraction=0.0)
+    assert ids(folder, "valid") == [] and len(ids(folder, "train")) == 5
+    assert {tuple(scanned_valid(folder, seed)) for seed in range(4)} != {tuple(first)}
+
+
+def scanned_valid(folder, seed):
+    scan_folder(folder, seed=seed, valid_fraction=0.3)
+    return ids(folder, "valid")
+
+
+def test_a_split_that_the_corpus_names_is_used(folder):
+    splits = folder / "audio" / "splits.json"
+    splits.write_text(json.dumps({"valid": ["speaker/2.wav", "speaker/gone.wav"]}))
+    scan_folder(folder)
+    assert ids(folder, "valid") == ["speaker/2.wav"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "expected"),
+        ('{"train": []}', "expected"),
+        ('{"valid": "speaker/0.wav"}', "expected"),
+        ('{"valid": ["other.wav"]}', "none of its 1 files .*other.wav"),
+        (json.dumps({"valid": [f"speaker/{index}.wav" for index in range(4)]}), "leaves none to train on"),
+    ],
+)
+def test_a_bad_split_is_an_error_that_names_the_file(folder, content, message):
+    (folder / "audio" / "splits.json").write_text(content)
+    with pytest.raises(ValueError, match=f"splits.json: .*{message}"):
+        scan_folder(folder)
+
+
+def test_summary_counts_what_was_found(folder):
+    write_audio(folder / "audio" / "b.flac", 1.0, rate=8_000, channels=2)
+    summary = scan_folder(folder)
+    assert sum(summary.utterances.values()) == 5
+    assert sum(summary.seconds.values()) == pytest.approx(3.0)
+    assert sum(summary.hours.values()) == pytest.approx(3.0 / 3600)
+    assert summary.sampling_rates == {"8000": 1, "16000": 4}
+    assert not summary.has_alignments
+    assert ManifestSummary.load(folder / "manifest") == summary
+
+
+def test_a_complete_manifest_is_kept_and_an_incomplete_one_made_anew(folder):
+    summary = scan_folder(folder)
+    train = folder / "manifest" / "train.jsonl.gz"
+    train.write_bytes(b"kept")
+    assert scan_folder(folder) == summary and train.read_bytes() == b"kept"
+    (folder / "manifest" / "summary.json").unlink()
+    assert scan_folder(folder) == summary and train.read_bytes() != b"kept"
+    assert scan_folder(folder, min_seconds=0.2) != summary
+
+
+def test_long_recordings_become_parts_that_hold_every_sample_once(folder):
+    audio = write_audio(folder / "audio" / "long.wav", 2.5, channels=2)
+    (folder / "audio" / "long.phones.tsv").write_text("a\t0.0\t1.0\nb\t1.0\t1.5\n")
+    scan_folder(folder, longest_seconds=1.0, valid_fraction=0.0)
+    parts = [cut for cut in load_manifest(folder / "manifest", "train") if cut.id.startswith("long")]
+    assert [part.id for part in parts] == ["long.wav#0000", "long.wav#0001", "long.wav#0002"]
+    np.testing.assert_allclose(np.concatenate([load_audio(part) for part in parts]), audio.mean(axis=1), atol=1e-4)
+    (alignment,) = (supervision.alignment["phone"] for supervision in parts[1].supervisions)
+    assert [(item.symbol, item.start) for item in alignment] == [
+        ("a", 0.0),
+        ("b", pytest.approx(1 - 2.5 / 3, abs=1e-3)),
+    ]
+    assert alignment[-1].end == pytest.approx(2.5 / 3, abs=1e-3)
+
+
+def test_phone_alignments_become_supervisions(folder):
+    listed = {
+        "path": "speaker/1.wav",
+        "voice": "v",
+        "language": "en",
+        "text": "hi",
+        "phones": [["h", 0.0, 0.1], ["aI", 0.1, 0.3]],
+    }
+    (folder / "audio" / "alignments.jsonl").write_text(json.dumps(listed) + "\n\n")
+    (folder / "audio" / "speaker" / "2.phones.tsv").write_text("x\t0.1\t0.2\n")
+    assert scan_folder(folder, valid_fraction=0.0).has_alignments
+    cuts = {cut.id: cut for cut in load_manifest(folder / "manifest", "train")}
+    (supervision,) = cuts["speaker/1.wav"].supervisions
+    assert (supervision.text, supervision.speaker, supervision.language) == ("hi", "v", "en")
+    phones = [(item.symbol, item.start, pytest.approx(item.duration)) for item in supervision.alignment["phone"]]
+    assert phones == [("h", 0.0, 0.1), ("aI", 0.1, 0.3)]
+    assert cuts["speaker/2.wav"].supervisions[0].alignment["phone"][0].symbol == "x"
+    assert not cuts["speaker/0.wav"].supervisions
+
+
+@pytest.mark.parametrize(
+    "line", ['{"phones": []}', "[", '{"path": "a", "phones": [["x", -1, 1]]}', '{"path": "a", "phones": [["x", 1]]}']
+)
+def test_a_bad_alignment_is_an_error_that_names_the_line(folder, line):
+    (folder / "audio" / "alignments.jsonl").write_text('{"path": "ok.wav", "phones": []}\n' + line)
+    with pytest.raises(ValueError, match="alignments.jsonl, line 2: expected"):
+        scan_folder(folder)
+
+
+def test_a_bad_phone_table_is_an_error_that_names_the_line(folder):
+    (folder / "audio" / "speaker" / "2.phones.tsv").write_text("x\t0.1\t0.2\nx 0.3 0.2\n")
+    with pytest.raises(ValueError, match="2.phones.tsv, line 2: expected"):
+        scan_folder(folder)
+
+
+def test_a_folder_without_audio_is_an_error_that_says_what_is_accepted(tmp_path):
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio" / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match="audio='.*/audio' holds no audio: .*.wav, .flac"):
+        scan_folder(tmp_path)
+
+
+def test_a_folder_without_usable_audio_is_an_error_that_gives_a_reason(tmp_path):
+    write_audio(tmp_path / "audio" / "a.wav", 0.05)
+    with pytest.raises(ValueError, match="none of its 1 audio files is usable; .*a.wav: too short"):
+        scan_folder(tmp_path)
+    assert skipped(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_seconds": -1}, "min_seconds=-1"),
+        ({"valid_fraction": 1.0}, "valid_fraction=1.0"),
+        ({"workers": -1}, "workers=-1"),
+    ],
+)
+def test_arguments_out_of_range_are_named(folder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        scan_folder(folder, **changes)
+
+
+def test_a_missing_folder_or_manifest_is_named(tmp_path):
+    with pytest.raises(ValueError, match="is not a folder"):
+        scan_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match="train.jsonl.gz"):
+        load_manifest(tmp_path, "train")
+
+
+def test_fingerprint_changes_with_the_audio(folder):
+    scan_folder(folder, valid_fraction=0.0)
+    before = fingerprint(load_manifest(folder / "manifest", "train"))
+    assert before == fingerprint(load_manifest(folder / "manifest", "train"))
+    write_audio(folder / "audio" / "speaker" / "0.wav", 0.6)
+    scan_folder(folder, valid_fraction=0.0, seed=5)
+    assert before != fingerprint(load_manifest(folder / "manifest", "train"))

@@ -1,0 +1,70 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hubert_fast.pretrain.distributed import Process
+from hubert_fast.pretrain.metrics_log import Clock, Meter, MetricsLog, metrics_path, read_metrics
+
+
+def output(loss, count, correct, penalty):
+    values = {"loss": loss, "masked_count": count, "masked_correct": correct, "feature_penalty": penalty}
+    return SimpleNamespace(**{name: torch.tensor(value) for name, value in values.items()})
+
+
+def test_the_meter_averages_over_masked_frames_and_starts_anew():
+    meter = Meter(torch.device("cpu"))
+    meter.add_micro_batch(output(20.0, 10, 5, 0.5))
+    meter.add_micro_batch(output(70.0, 30, 5, 0.1))
+    meter.add_update(torch.tensor(3.0))
+    meter.add_update(torch.tensor(5.0))
+    assert meter.read(Process()) == pytest.approx(
+        {"loss": 90 / 40, "masked_accuracy": 10 / 40, "feature_penalty": (5 + 3) / 40, "grad_norm": 4.0}
+    )
+    assert meter.read(Process()) == {"loss": 0.0, "masked_accuracy": 0.0, "feature_penalty": 0.0}
+
+
+def test_the_meter_counts_parts_that_were_not_asked_for_as_zero():
+    meter = Meter(torch.device("cpu"))
+    meter.add_micro_batch(
+        SimpleNamespace(loss=torch.tensor(4.0), masked_count=2, masked_correct=None, feature_penalty=None)
+    )
+    assert meter.read(Process()) == {"loss": 2.0, "masked_accuracy": 0.0, "feature_penalty": 0.0}
+
+
+def test_the_meter_goes_on_from_its_state():
+    meter, resumed = Meter(torch.device("cpu")), Meter(torch.device("cpu"))
+    meter.add_micro_batch(output(20.0, 10, 5, 0.5))
+    resumed.load_state_dict(meter.state_dict())
+    assert resumed.read(Process()) == meter.read(Process())
+
+
+def test_a_resumed_log_drops_the_lines_after_its_step_and_a_line_cut_short(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for step in (1, 2, 3):
+            log.write(step, {"loss": float(step)})
+    with metrics_path(tmp_path).open("a") as file:
+        file.write('{"step": 4, "lo')
+    with MetricsLog(tmp_path, step=2) as log:
+        log.write(3, {"loss": 30.0})
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert all(json.loads(line) for line in metrics_path(tmp_path).read_text().splitlines())
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_folder_without_metrics_has_no_lines(tmp_path):
+    assert read_metrics(tmp_path) == []
+
+
+def test_the_clock_counts_earlier_processes_but_measures_speed_in_its_window(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("hubert_fast.pretrain.metrics_log.time.monotonic", lambda: now[0])
+    clock = Clock(seconds=50.0, audio_seconds=1000.0)
+    now[0] = 110.0
+    clock.add_audio(300.0)
+    assert clock.seconds() == 60.0 and clock.audio_seconds == 1300.0 and clock.audio_seconds_per_second() == 30.0
+    clock.restart_window()
+    now[0] = 112.0
+    clock.add_audio(10.0)
+    assert clock.audio_seconds_per_second() == 5.0 and clock.seconds() == 62.0

@@ -1,0 +1,206 @@
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from hubert_fast.pretrain import plots, report_sections
+from hubert_fast.pretrain.html_page import element, facts, page, table
+from hubert_fast.pretrain.report import write_report
+from hubert_fast.pretrain.report_text import loading_code
+from hubert_fast.pretrain.run_record import describe_machine, record_start, recorded_starts
+from hubert_fast.pretrain.run_summary import iterations, training_metrics
+from tests.pretrain.fabricated_run import TINY, fabricate_run, save_tiny_weights, write_json, write_json_lines
+
+
+@pytest.fixture(autouse=True)
+def coarse_pictures(monkeypatch):
+    """Drawing takes most of the time, and nobody looks at these."""
+    monkeypatch.setattr(plots, "_DOTS_PER_INCH", 30)
+
+
+_VOID = {"meta", "img", "br", "link"}
+
+
+class _Reader(HTMLParser):
+    """Collects the text, and fails where tags do not match."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"style", "title"} & set(self.open):
+            self.text.append(data)
+
+
+def read(report: Path) -> tuple[str, list[str]]:
+    """Text as a reader sees it, blanks collapsed, and the things it links to."""
+    reader = _Reader()
+    reader.feed(report.read_text(encoding="utf-8"))
+    reader.close()
+    assert reader.open == []
+    return re.sub(r"\s+", " ", " ".join(reader.text)), reader.sources
+
+
+def save_one_matrix(path: Path) -> None:
+    """A weights file with 12 parameters: enough for what the report reads."""
+    save_file({"a": np.zeros((3, 4), np.float32)}, path, metadata={"model_config": TINY.to_json(), "num_classes": "7"})
+
+
+def test_the_report_of_a_whole_run_tells_all_of_it(tmp_path: Path):
+    run = fabricate_run(tmp_path / "my-run", skipped=[{"path": "a.wav", "reason": "zero-length"}])
+    for number in (1, 2):
+        save_one_matrix(run / f"iteration{number}" / "train" / "model.safetensors")
+    record_start(run, ["hubert-fast", "pretrain", "--audio", "my speech"])
+    text, sources = read(write_report(run))
+    assert "not finished" not in text
+    for expected in (
+        "my-run",
+        "hubert-fast pretrain --audio 'my speech'",
+        "16,000 Hz: 197",
+        "180",
+        "9.0 min",
+        "a.wav zero-length",
+        "MFCC layer 3 of the iteration before",
+        "81.2 162.5",
+        "3 transformer layers, 16 dimensions",
+        "highest learning rate 0.0005",
+        "audio in a step 40.0 s",
+        "audio taken in 4.4 h",
+        "80 x real time",
+        "PNMI",
+        "cluster purity",
+        "iteration2/train/model.safetensors",
+        "load_model",
+        "torchaudio.models.hubert_pretrain_model",
+    ):
+        assert expected in text, expected
+    assert "torch" in describe_machine() and describe_machine()["torch"] in text
+    assert len(sources) == 4 and all(source.startswith("data:image/png;base64,") for source in sources)
+
+
+def test_file_names_cannot_become_markup(tmp_path: Path):
+    nasty = "<script>alert('x')</script> & \"co\".wav"
+    run = fabricate_run(tmp_path / "a <b> & c", skipped=[{"path": nasty, "reason": "bad <i>header</i>"}])
+    (run / "config.toml").write_text('name = "</pre><script>"\n', encoding="utf-8")
+    record_start(run, ["hubert-fast", "--audio", "<img src=x>"])
+    report = write_report(run)
+    assert "<script>" not in report.read_text(encoding="utf-8")
+    text, sources = read(report)
+    assert nasty in text and "bad <i>header</i>" in text and "a <b> & c" in text and "<img src=x>" in text
+    assert all(source.startswith("data:") for source in sources)
+
+
+@pytest.mark.parametrize(
+    ("removed", "named"),
+    [
+        ("manifest/summary.json", "the scan of the audio"),
+        ("iteration1/units/summary.json", "units of iteration 1"),
+        ("iteration2/evaluation.json", "evaluation of iteration 2"),
+        ("iteration2/train/model.safetensors", "trained weights of iteration 2"),
+    ],
+)
+def test_a_missing_stage_is_named_and_the_rest_is_there(tmp_path: Path, removed: str, named: str):
+    run = fabricate_run(tmp_path, steps=8)
+    for number in (1, 2):
+        save_one_matrix(run / f"iteration{number}" / "train" / "model.safetensors")
+    (run / removed).unlink()
+    text, _ = read(write_report(run))
+    assert f"This run is not finished. Missing: {named}." in text
+    assert "Iterations" in text and "model.safetensors" in text
+
+
+def test_an_empty_run_directory_gives_a_report_that_says_so(tmp_path: Path):
+    text, sources = read(write_report(tmp_path))
+    for expected in ("the scan of the audio; every iteration", "has not been scanned", "There are no weights yet"):
+        assert expected in text, expected
+    assert sources == []
+
+
+def test_without_alignments_the_report_gives_the_reason_instead_of_a_table(tmp_path: Path):
+    run = fabricate_run(tmp_path, iterations=1, steps=8)
+    note = "The held-out part has no phone alignments."
+    write_json(run / "iteration1" / "evaluation.json", {"training": {}, "representations": [], "note": note})
+    text, sources = read(write_report(run))
+    assert note in text and "by chance" not in text.split("Words")[0] and len(sources) == 3
+
+
+def test_different_numbers_of_clusters_are_warned_about(tmp_path: Path):
+    run = fabricate_run(tmp_path, steps=8)
+    assert "must not be compared" not in read(write_report(run))[0]
+    path = run / "iteration2" / "evaluation.json"
+    write_json(path, json.loads(path.read_text()) | {"clusters": 500})
+    assert "must not be compared" in read(write_report(run))[0]
+
+
+def test_only_so_many_skipped_files_are_listed(tmp_path: Path):
+    run = fabricate_run(tmp_path, steps=8, skipped=[{"path": f"{n}.wav", "reason": "too short"} for n in range(1234)])
+    text, _ = read(write_report(run))
+    assert "Skipped files: 1,234, of which the first 200 are listed" in text
+    assert "199.wav" in text and " 200.wav" not in text
+
+
+def test_a_run_that_is_no_directory_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="run=.*nowhere.*RUN directory"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_starts_are_recorded_one_after_the_other(tmp_path: Path):
+    record_start(tmp_path, ["hubert-fast", "pretrain"])
+    record_start(tmp_path, ["hubert-fast", "pretrain", "--resume"])
+    commands = [start["command"] for start in recorded_starts(tmp_path)]
+    assert commands == ["hubert-fast pretrain", "hubert-fast pretrain --resume"]
+    assert "resumed" in read(write_report(tmp_path))[0]
+
+
+def test_the_newest_line_of_a_step_counts_and_steps_are_sorted(tmp_path: Path):
+    lines = [{"step": 2, "loss": 3.0}, {"step": 1, "loss": 4.0}, {"step": 2, "loss": 2.0, "valid_loss": 5.0}]
+    write_json_lines(tmp_path / "metrics.jsonl", lines)
+    metrics = training_metrics(tmp_path)
+    assert [line["loss"] for line in metrics.training] == [4.0, 2.0]
+    outcome = metrics.outcome()
+    assert (outcome["first_loss"], outcome["last_loss"], outcome["valid_loss"]) == (4.0, 2.0, 5.0)
+
+
+def test_iterations_are_found_in_order_and_other_folders_are_not(tmp_path: Path):
+    for name in ("iteration10", "iteration2", "iterationX", "plots"):
+        (tmp_path / name).mkdir()
+    assert [iteration.number for iteration in iterations(tmp_path)] == [2, 10]
+
+
+@pytest.mark.parametrize("library", ["torchaudio", "hubert_fast"])
+def test_the_code_in_the_report_loads_the_weights(tmp_path: Path, monkeypatch, library: str):
+    monkeypatch.chdir(tmp_path)
+    save_tiny_weights(tmp_path / "it's" / "model.safetensors")
+    scope: dict = {}
+    exec(loading_code("it's/model.safetensors")[library], scope)
+    assert type(scope["model"]).__name__ == "HuBERTPretrainModel"
+
+
+def test_pages_escape_text_and_durations_read_well():
+    assert element("td", "<&>") == "<td>&lt;&amp;&gt;</td>"
+    assert element("p", element("b", "x")) == "<p><b>x</b></p>"
+    assert "&lt;" in facts({"<": "1"}) and "&lt;" in table(["<"], [["a"]]) and "&lt;" in page("<", "")
+    assert [report_sections.duration(seconds) for seconds in (None, 1, 119, 120, 7199, 7200, 3.6e6)] == [
+        "–",
+        "1.0 s",
+        "119.0 s",
+        "2.0 min",
+        "120.0 min",
+        "2.0 h",
+        "1,000.0 h",
+    ]

@@ -1,0 +1,190 @@
+"""Training on real batches of a small corpus with a small model; in processes that are killed, and under torchrun."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from hubert_fast.pretrain.audio import NonFiniteAudioError
+from hubert_fast.pretrain.checkpoint import CheckpointMismatchError, list_checkpoints
+from hubert_fast.pretrain.config import ModelConfig
+from hubert_fast.pretrain.metrics_log import read_metrics
+from tests.pretrain.train_tiny import MODEL, WITHOUT_DROPOUT, make_corpus, train_tiny
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the subprocesses, so that sums run in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """A run that nothing disturbed, with dropout and layer drop, in bfloat16 autocast."""
+    out = tmp_path_factory.mktemp("finished")
+    return out, train_tiny(corpus, out)
+
+
+def start(corpus, out, *, processes=1, **options):
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"] if processes > 1 else []
+    script = [sys.executable, *launcher, "-m", "tests.pretrain.train_tiny"]
+    arguments = [str(corpus), str(out), json.dumps(options)]
+    return subprocess.Popen(
+        [*script, *arguments],
+        cwd=REPOSITORY,
+        env=ONE_THREAD,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_steps(process, out, steps):
+    """Return soon after the run has saved that many steps."""
+    deadline = time.monotonic() + 60
+    while not any(int(path.stem.removeprefix("step-")) >= steps for path in list_checkpoints(out / "checkpoints")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def assert_same_training(out, reference):
+    ours, theirs = load_file(out / "model.safetensors"), load_file(reference / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert without_time(read_metrics(out)) == without_time(read_metrics(reference))
+
+
+def without_time(lines):
+    return [{name: value for name, value in line.items() if name not in ("seconds", "x_realtime")} for line in lines]
+
+
+def test_learns_and_writes_weights_that_say_what_they_are(finished):
+    out, result = finished
+    assert result.weights == out / "model.safetensors" and result.steps == 12
+    assert result.last_loss < result.first_loss and 0 <= result.last_masked_accuracy <= 1
+    assert result.valid_loss > 0 and result.audio_seconds > 12 and result.seconds > 0
+    with safe_open(result.weights, framework="pt") as file:
+        metadata = file.metadata()
+        names = set(file.keys())
+    assert ModelConfig.from_json(metadata["model_config"]) == MODEL
+    assert metadata["num_classes"] == "6"
+    assert names == set(MODEL.build(6).state_dict())
+
+
+def test_a_finished_training_is_not_repeated(finished, corpus):
+    out, result = finished
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    assert train_tiny(corpus, out, resume=True) == result
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_folder_with_a_training_is_refused_without_resume(finished, corpus):
+    with pytest.raises(FileExistsError, match="holds an earlier training .*resume it or choose another"):
+        train_tiny(corpus, finished[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"encoder_embed_dim": 64}}, "of another model .*encoder_embed_dim is 32 there and 64 here"),
+        ({"learning_rate": 1e-3}, "other settings .*optimizer.learning_rate is 0.005 there and 0.001 here"),
+        ({"seed": 5}, "other settings .*seed is 1 there and 5 here"),
+    ],
+)
+@pytest.mark.parametrize("what_is_there", ["weights", "checkpoints"])
+def test_resuming_with_another_model_or_settings_is_refused(finished, corpus, tmp_path, change, message, what_is_there):
+    name = {"weights": "model.safetensors", "checkpoints": "checkpoints"}[what_is_there]
+    (tmp_path / name).symlink_to(finished[0] / name)
+    with pytest.raises(CheckpointMismatchError, match=message):
+        train_tiny(corpus, tmp_path, resume=True, **change)
+
+
+def test_killed_at_a_random_moment_it_resumes_to_the_same_weights_and_metrics(finished, corpus, tmp_path):
+    for least_steps in (0, 4):  # killed anywhere before the end of the first steps, then later once more
+        process = start(corpus, tmp_path, resume=True)
+        if least_steps:
+            wait_for_steps(process, tmp_path, least_steps)
+        else:
+            time.sleep(random.uniform(1.0, 5.0))
+        time.sleep(random.uniform(0.0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+    train_tiny(corpus, tmp_path, resume=True)
+    assert_same_training(tmp_path, finished[0])
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_sigterm_to_it_and_its_workers_saves_and_leaves_quietly(corpus, tmp_path):
+    process = start(corpus, tmp_path, save_every=1000, steps=100_000)
+    deadline = time.monotonic() + 60
+    while len(read_metrics(tmp_path)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "stopped by SIGTERM after step" in errors and "Traceback" not in errors
+    assert len(list_checkpoints(tmp_path / "checkpoints")) == 1
+
+
+def test_two_processes_end_with_the_weights_of_one(corpus, tmp_path):
+    options = {"model": WITHOUT_DROPOUT, "steps": 5, "autocast": False, "workers": 0}
+    process = start(corpus, tmp_path / "two", processes=2, **options)
+    train_tiny(corpus, tmp_path / "one", **options)
+    train_tiny(corpus, tmp_path / "accumulated", accumulate=2, **options)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    one, two, accumulated = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "accumulated"))
+    initial = load_initial()
+    for name, weight in one.items():
+        moved = (weight - initial[name]).abs().max()
+        for other in (two, accumulated):
+            # Adam divides by the gradient's size, so it magnifies float32 rounding where a gradient is nearly 0.
+            assert (other[name] - weight).abs().max() <= 1e-5 + 1e-3 * moved, name
+    assert two.keys() == one.keys()
+    for measure in ("loss", "grad_norm", "masked_accuracy", "valid_loss", "audio_seconds"):
+        expected, *others = (
+            [line[measure] for line in read_metrics(tmp_path / name) if measure in line]
+            for name in ("one", "two", "accumulated")
+        )
+        assert expected
+        for measured in others:
+            assert measured == pytest.approx(expected, rel=1e-4), measure
+
+
+def load_initial():
+    torch.manual_seed(1)
+    return MODEL.build(6).state_dict()
+
+
+def test_audio_with_nan_is_named(corpus, tmp_path):
+    spoiled = make_corpus(tmp_path / "spoiled")
+    path = spoiled / "audio" / "05.wav"
+    samples, rate = soundfile.read(path)
+    samples[100] = np.nan
+    soundfile.write(path, samples, rate, subtype="FLOAT")
+    with pytest.raises(NonFiniteAudioError, match="05.wav"):
+        train_tiny(spoiled, tmp_path / "out", workers=0)

@@ -1,0 +1,254 @@
+"""The loop on a stand-in objective and stand-in batches; `test_trainer.py` runs it on the real ones."""
+
+import itertools
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from hubert_fast.pretrain import training_loop
+from hubert_fast.pretrain.checkpoint import DiskFullError, list_checkpoints, load_checkpoint
+from hubert_fast.pretrain.config import LoggingConfig, OptimizerConfig
+from hubert_fast.pretrain.distributed import Process
+from hubert_fast.pretrain.finite import NonFiniteTrainingError
+from hubert_fast.pretrain.interrupts import TrainingInterrupted
+from hubert_fast.pretrain.metrics_log import read_metrics
+from hubert_fast.pretrain.random_state import seed_everything
+from hubert_fast.pretrain.training_loop import Trainer
+
+FRAMES = 6
+OPTIMIZER = OptimizerConfig(steps=10, learning_rate=0.05, warmup_fraction=0.2, clip_norm=1.0)
+LOGGING = LoggingConfig(log_every=4, valid_every=5, save_every=3, keep_checkpoints=2)
+
+
+class Objective(nn.Module):
+    """Classifies each frame by one weight vector a class; ``loss`` is the sum over masked frames, as the real one's."""
+
+    def __init__(self, *, dropout=0.0):
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(dropout), nn.Linear(8, 5))
+
+    def forward(self, waveforms, labels, audio_lengths=None, *, mask=None):
+        logits = self.model(waveforms.unflatten(1, (FRAMES, 4)))[mask]
+        loss = nn.functional.cross_entropy(logits.float(), labels[mask], reduction="sum")
+        correct = (logits.argmax(-1) == labels[mask]).sum()
+        return SimpleNamespace(
+            loss=loss, masked_count=mask.sum(), masked_correct=correct, feature_penalty=waveforms.mean()
+        )
+
+
+class Batches:
+    """Three global batches an epoch, each a function of (epoch, batch) alone, split into ``parts`` micro-batches."""
+
+    def __init__(self, *, parts=1, change=lambda number, batch: None):
+        self.parts, self.change, self.epoch, self.batch = parts, change, 0, 0
+
+    def __iter__(self):
+        while True:
+            torch.rand(1)  # a careless stream, which draws from the generator that dropout draws from
+            whole = self._draw(3 * self.epoch + self.batch)
+            self.epoch, self.batch = (self.epoch, self.batch + 1) if self.batch < 2 else (self.epoch + 1, 0)
+            yield [self._part(whole, part) for part in range(self.parts)]
+
+    def _draw(self, number):
+        generator = torch.Generator().manual_seed(number)
+        waveforms = torch.randn(4, FRAMES * 4, generator=generator)
+        batch = SimpleNamespace(
+            waveforms=waveforms,
+            labels=(waveforms.unflatten(1, (FRAMES, 4))[..., 0] > 0).long(),
+            audio_lengths=torch.full((4,), FRAMES * 4),
+            mask=torch.rand(4, FRAMES, generator=generator) < 0.6,
+            ids=[f"utterance-{number}-{row}" for row in range(4)],
+        )
+        self.change(number, batch)
+        return batch
+
+    def _part(self, whole, part):
+        rows = slice(part * 4 // self.parts, (part + 1) * 4 // self.parts)
+        values = {name: value[rows] for name, value in vars(whole).items()}
+        return SimpleNamespace(**values, seconds=10.0 * len(values["ids"]))
+
+    def state_dict(self):
+        return {"epoch": self.epoch, "batch": self.batch}
+
+    def load_state_dict(self, state):
+        self.epoch, self.batch = state["epoch"], state["batch"]
+
+
+class HeldOut:
+    """Two batches, the same every time."""
+
+    def __iter__(self):
+        return itertools.islice(Batches(), 2)
+
+
+def trainer_at(out, *, dropout=0.0, optimizer=OPTIMIZER, logging=LOGGING, batches=None, autocast=False):
+    seed_everything(0)
+    return Trainer(
+        Objective(dropout=dropout),
+        batches or Batches(),
+        HeldOut(),
+        optimizer,
+        logging,
+        process=Process(),
+        out=out,
+        description={"model_config": "{}", "num_classes": 5},
+        seed=0,
+        autocast=autocast,
+        unused_parameters=False,
+        progress=False,
+    )
+
+
+def weights(trainer):
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.objective.parameters()])
+
+
+def without_time(lines):
+    return [{name: value for name, value in line.items() if name not in ("seconds", "x_realtime")} for line in lines]
+
+
+def test_learns_logs_validates_and_saves_when_due(tmp_path):
+    trainer = trainer_at(tmp_path)
+    trainer.fit()
+    lines = read_metrics(tmp_path)
+    trained, valid = ([line for line in lines if name in line] for name in ("loss", "valid_loss"))
+    assert [line["step"] for line in trained] == [1, 4, 8, 10]
+    assert [line["step"] for line in valid] == [5, 10]
+    measured = "loss masked_accuracy feature_penalty grad_norm lr x_realtime audio_seconds seconds"
+    assert set(trained[0]) == {"step", *measured.split()}
+    assert set(valid[0]) == {"step", "valid_loss", "valid_masked_accuracy"}
+    assert [line["lr"] for line in trained] == pytest.approx([0.025, 0.05 * 7 / 8, 0.05 * 3 / 8, 0.05 / 8])
+    assert [line["audio_seconds"] for line in trained] == [40.0, 160.0, 320.0, 400.0]
+    assert trained[-1]["loss"] < 0.9 * trained[0]["loss"] and valid[1]["valid_loss"] < valid[0]["valid_loss"]
+    assert [path.name for path in list_checkpoints(trainer.checkpoints)] == ["step-00000009.pt", "step-00000010.pt"]
+
+
+def test_the_logged_loss_is_the_mean_over_masked_frames_of_the_window(tmp_path):
+    trainer = trainer_at(tmp_path, optimizer=OptimizerConfig(steps=2, learning_rate=0.0))
+    expected = []
+    for update in itertools.islice(Batches(), 2):
+        output = trainer.objective(*(getattr(update[0], name) for name in ("waveforms", "labels")), mask=update[0].mask)
+        expected.append(float(output.loss.detach() / output.masked_count))
+    trainer.fit()
+    assert [line["loss"] for line in read_metrics(tmp_path) if "loss" in line] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("stop_after", range(1, 10))
+def test_a_resumed_run_ends_with_the_same_weights_and_metrics_bit_for_bit(tmp_path, stop_after):
+    whole = trainer_at(tmp_path / "whole", dropout=0.5, autocast=True)
+    whole.fit()
+
+    class Killed(Exception):
+        pass
+
+    def kill(number, batch):
+        if number == stop_after:
+            raise Killed
+
+    killed = trainer_at(tmp_path / "killed", dropout=0.5, autocast=True, batches=Batches(change=kill))
+    with pytest.raises(Killed):
+        killed.fit()
+    resumed = trainer_at(tmp_path / "killed", dropout=0.5, autocast=True)
+    checkpoints = list_checkpoints(resumed.checkpoints)
+    assert [load_checkpoint(path)["step"] for path in checkpoints] == [
+        step for step in (3, 6, 9) if step <= stop_after
+    ][-2:]
+    if checkpoints:
+        resumed.restore(load_checkpoint(checkpoints[-1]))
+    resumed.fit()
+    assert torch.equal(weights(resumed), weights(whole))
+    assert without_time(read_metrics(tmp_path / "killed")) == without_time(read_metrics(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_micro_batches_give_the_weights_of_the_whole_batch(tmp_path, parts):
+    whole, split = trainer_at(tmp_path / "1"), trainer_at(tmp_path / "2", batches=Batches(parts=parts))
+    whole.fit()
+    split.fit()
+    torch.testing.assert_close(weights(split), weights(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_without_masked_frames_changes_no_gradient_and_divides_by_no_zero(tmp_path):
+    def unmask(number, batch):
+        batch.mask.zero_()
+
+    optimizer = OptimizerConfig(steps=3, weight_decay=0.0)
+    trainer = trainer_at(tmp_path, optimizer=optimizer, batches=Batches(change=unmask))
+    before = weights(trainer)
+    trainer.fit()
+    assert torch.equal(weights(trainer), before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_step_and_utterances_and_spares_the_weights(tmp_path, value):
+    def spoil(number, batch):
+        if number == 4:
+            batch.waveforms[2, 3] = value
+
+    trainer = trainer_at(tmp_path, batches=Batches(change=spoil))
+    with pytest.raises(
+        NonFiniteTrainingError, match="at step 5; .*utterance-4-0, utterance-4-1, utterance-4-2, utterance-4-3"
+    ):
+        trainer.fit()
+    assert weights(trainer).isfinite().all()
+    assert [path.name for path in list_checkpoints(trainer.checkpoints)] == ["step-00000003.pt"]
+
+
+def test_a_full_disk_stops_training_and_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    trainer = trainer_at(tmp_path)
+    save = training_loop.save_checkpoint
+
+    def fail_at_step_6(directory, step, state, *, keep):
+        if step == 6:
+            monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+        return save(directory, step, state, keep=keep)
+
+    monkeypatch.setattr(training_loop, "save_checkpoint", fail_at_step_6)
+    with pytest.raises(DiskFullError, match="step-00000003.pt is untouched"):
+        trainer.fit()
+    assert load_checkpoint(list_checkpoints(trainer.checkpoints)[-1])["step"] == 3
+
+
+@pytest.mark.parametrize("workers_die", [False, True])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_at_the_step_boundary_and_resuming_ends_with_the_same_weights(
+    tmp_path, signum, workers_die, capsys
+):
+    whole = trainer_at(tmp_path / "whole", dropout=0.5)
+    whole.fit()
+
+    def send(number, batch):
+        if number == 4:  # while the fifth batch is fetched: four steps are done
+            os.kill(os.getpid(), signum)
+            if workers_die:
+                raise RuntimeError("DataLoader worker (pid 1) exited unexpectedly")
+
+    stopped = trainer_at(tmp_path / "stopped", dropout=0.5, batches=Batches(change=send))
+    with pytest.raises(TrainingInterrupted) as interrupted:
+        stopped.fit()
+    assert interrupted.value.code == 128 + signum
+    assert interrupted.value.step == 4 and interrupted.value.checkpoint.name == "step-00000004.pt"
+    assert "after step 4" in capsys.readouterr().err
+    resumed = trainer_at(tmp_path / "stopped", dropout=0.5)
+    resumed.restore(load_checkpoint(interrupted.value.checkpoint))
+    resumed.fit()
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_restoring_for_another_number_of_processes_warns(tmp_path):
+    trainer_at(tmp_path).fit()
+    state = load_checkpoint(list_checkpoints(tmp_path / "checkpoints")[-1])
+    state["ranks"] = state["ranks"] * 2
+    with pytest.warns(RuntimeWarning, match="saved by 2 processes, this run has 1"):
+        trainer_at(tmp_path).restore(state)
+
+
+def test_metrics_are_valid_json_lines(tmp_path):
+    trainer_at(tmp_path).fit()
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)
