@@ -113,13 +113,11 @@ class HuBERTPretrainModel(nn.Module):
         x = self.wav2vec2.encoder.project(features, layout)
         if mask is None:
             mask = self.mask_generator.draw(batch, frames, lengths)
+        elif lengths is not None:
+            # An embedding in the padding would reach valid frames through the positional convolution.
+            mask = mask & (torch.arange(frames, device=mask.device) < lengths.to(mask.device)[:, None])
         x, _ = self.mask_generator(x, mask=mask)
-        selection = _select(layout, labels, lengths, mask, features.device, masked_only)
-        check_values(
-            (selection.labels >= 0) & (selection.labels < self.logit_generator.num_classes) | ~selection.valid,
-            f"labels must be in [0, {self.logit_generator.num_classes})",
-            selection.labels,
-        )
+        selection = _select(layout, labels, mask, features.device, masked_only, self.logit_generator.num_classes)
         hidden = self.wav2vec2.encoder.transformer(x, layout, selection.keep)
         masked, unmasked = selection.masked & selection.valid, ~selection.masked & selection.valid
         return Encoded(hidden, selection.labels, masked, unmasked, penalty)
@@ -133,24 +131,22 @@ class _Selection(NamedTuple):
 
 
 def _select(
-    layout: Rows, labels: Tensor, lengths: Optional[Tensor], mask: Tensor, device: torch.device, masked_only: bool
+    layout: Rows, labels: Tensor, mask: Tensor, device: torch.device, masked_only: bool, num_classes: int
 ) -> _Selection:
     """The rows that are wanted. With the mask on the host their number is known without a synchronisation."""
-    if layout.key_lengths is not None:
+    labels = layout.pack(labels.to(device).long())
+    valid = torch.ones_like(labels, dtype=torch.bool)
+    if layout.key_lengths is not None:  # otherwise the padding is not among the rows
         grid = torch.arange(layout.frames, device=device) < layout.key_lengths.to(device)[:, None]
         valid = grid.flatten()
-    else:
-        valid = None  # rows are valid by construction
-    labels = layout.pack(labels.to(device).long())
-    keep = None
-    if masked_only and valid is None and not torch.compiler.is_compiling():
-        flat = mask.flatten() if layout.host_index is None else mask.flatten()[layout.host_index.to(mask.device)]
-        keep = flat.nonzero().squeeze(1).to(device, non_blocking=True)
-        labels = labels.index_select(0, keep)
-        masked = torch.ones_like(labels, dtype=torch.bool)
-    else:
-        masked = layout.pack(mask.to(device, non_blocking=True))
-    return _Selection(keep, labels, masked, torch.ones_like(masked) if valid is None else valid)
+    within = (labels >= 0) & (labels < num_classes)
+    check_values(within | ~valid, f"labels must be in [0, {num_classes})", labels)
+    if not masked_only or torch.compiler.is_compiling():
+        return _Selection(None, labels, layout.pack(mask.to(device, non_blocking=True)), valid)
+    flat = mask.flatten() if layout.host_index is None else mask.flatten()[layout.host_index.to(mask.device)]
+    keep = flat.nonzero().squeeze(1).to(device, non_blocking=True)
+    labels, valid = labels.index_select(0, keep), valid.index_select(0, keep)
+    return _Selection(keep, labels, torch.ones_like(valid), valid)
 
 
 class _ScaleGradient(torch.autograd.Function):

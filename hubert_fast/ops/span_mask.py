@@ -7,10 +7,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from hubert_fast import backend
 from hubert_fast.reference import span_mask as reference
-
-backend.register("span_mask", {"reference": "vectorised on the CPU, in torchaudio's order of random numbers"})
 
 
 def span_mask(

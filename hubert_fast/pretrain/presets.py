@@ -58,6 +58,7 @@ _TINY_MODEL = ModelConfig(
     extractor_conv_layer_config=((128, 10, 5),) + ((128, 3, 2),) * 4 + ((128, 2, 2),) * 2,
     encoder_embed_dim=192,
     encoder_projection_dropout=0.0,
+    encoder_pos_conv_kernel=64,
     encoder_num_layers=4,
     encoder_num_heads=3,
     encoder_attention_dropout=0.0,
@@ -69,7 +70,7 @@ _TINY_MODEL = ModelConfig(
 _TINY_OPTIMIZER = OptimizerConfig(steps=300, learning_rate=2e-3, warmup_fraction=0.1, clip_norm=1.0)
 
 _TINY = PretrainConfig(
-    data=DataConfig(batch_seconds=80.0, max_seconds=8.0, min_seconds=1.0, valid_fraction=0.1, workers=1),
+    data=DataConfig(batch_seconds=40.0, max_seconds=8.0, min_seconds=1.0, valid_fraction=0.1, workers=1),
     logging=LoggingConfig(log_every=10, valid_every=100, save_every=100),
     first=IterationConfig(
         units=UnitsConfig(clusters=50, init_attempts=3), model=_TINY_MODEL, optimizer=_TINY_OPTIMIZER

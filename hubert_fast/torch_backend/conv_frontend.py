@@ -137,17 +137,36 @@ class _Frontend:
             x.to(self.wide), x.shape[-1:], self.norm_weights[layer], self.norm_biases[layer], NORM_EPS
         )
 
-    def unfold(self, layer: int, x: Tensor, rows: int) -> Tensor:
-        """The windows of ``rows`` frames of ``layer`` over its input rows ``x``: [rows, kernel * in_channels]."""
-        width = x.shape[1]
-        view = x.as_strided((rows, self.kernels[layer] * width), (self.strides[layer] * width, 1))
-        return view.contiguous()  # BLAS refuses rows that overlap; a chunk's copy stays in cache
+    def taps(self, layer: int, x: Tensor, rows: int) -> list[tuple[slice, Tensor]]:
+        """The windows of ``rows`` frames of ``layer`` over its input rows ``x``, in parts that BLAS takes as they lie.
 
-    def layer_input(self, layer: int, preactivations: Sequence[Tensor], row: int, start: int, stop: int) -> Tensor:
-        """The GEMM operand of frames ``start <= t < stop`` of ``layer``, from the layer below."""
-        stride, kernel = self.strides[layer], self.kernels[layer]
-        below = self.activation(layer - 1, preactivations, row, start * stride, (stop - 1) * stride + kernel)
-        return self.unfold(layer, below, stop - start)
+        Rows of a whole window overlap where the kernel is longer than the stride, which BLAS refuses; the taps of one
+        ``j // stride`` do not. Each part comes with its columns of the GEMM's weight: [rows, taps * in_channels].
+        """
+        width = x.shape[1]
+        block = self.strides[layer] * width
+        total = self.kernels[layer] * width
+        parts = []
+        for shift, column in enumerate(range(0, total, block)):
+            columns = slice(column, min(column + block, total))
+            view = x[shift * self.strides[layer] :].as_strided((rows, columns.stop - column), (block, 1))
+            parts.append((columns, view))
+        return parts
+
+    def convolve(self, layer: int, x: Tensor, out: Tensor) -> None:
+        """``layer``'s convolution over its input rows ``x``, into ``out`` [rows, out_channels]."""
+        weight = self.weights[layer - 1]
+        parts = self.taps(layer, x, len(out))
+        if len(parts) > 1 and self.dtype != self.wide:
+            # Summing parts in a narrow dtype would round twice. The copy of a chunk stays in cache.
+            parts = [(slice(None), torch.cat([view for _, view in parts], dim=1))]
+        columns, operand = parts[0]
+        if self.biases:
+            torch.addmm(self.biases[layer], operand, weight[:, columns].T, out=out)
+        else:
+            torch.mm(operand, weight[:, columns].T, out=out)
+        for columns, operand in parts[1:]:
+            out.addmm_(operand, weight[:, columns].T)
 
 
 def conv_frontend(
@@ -168,14 +187,12 @@ def conv_frontend(
     preactivations: list[Tensor] = []
     for layer in frontend.layers():
         out = waveforms.new_empty(batch, frontend.frames[layer], frontend.channels[layer], dtype=dtype)
-        weight = frontend.weights[layer - 1].T
+        stride, kernel = frontend.strides[layer], frontend.kernels[layer]
         for row in range(batch):
             for start, stop in frontend.chunks(frontend.frames[layer]):
-                operand = frontend.layer_input(layer, preactivations, row, start, stop)
-                if frontend.biases:
-                    torch.addmm(frontend.biases[layer], operand, weight, out=out[row, start:stop])
-                else:
-                    torch.mm(operand, weight, out=out[row, start:stop])
+                first, end = start * stride, (stop - 1) * stride + kernel
+                below = frontend.activation(layer - 1, preactivations, row, first, end)
+                frontend.convolve(layer, below, out[row, start:stop])
         if layer >= 2 and not save:
             preactivations[layer - 2] = out.new_empty(0)  # the layer below has been used up
         preactivations.append(out)
@@ -258,12 +275,12 @@ class _Backward:
 
     def _sum_weight(self, layer: int, upstream: Tensor, below: Tensor) -> None:
         frontend = self.frontend
-        operand = frontend.unfold(layer, below, len(upstream))
-        total = self.weight_sums[layer - 1]
-        if frontend.dtype == frontend.wide:
-            total.addmm_(upstream.T, operand)
-        else:
-            total.add_(upstream.T @ operand)  # a chunk's product in the compute dtype, the sum over chunks in float32
+        for columns, operand in frontend.taps(layer, below, len(upstream)):
+            total = self.weight_sums[layer - 1][:, columns]
+            if frontend.dtype == frontend.wide:
+                total.addmm_(upstream.T, operand)
+            else:
+                total.add_(upstream.T @ operand)  # a chunk's product in the compute dtype, the sum in float32
         if frontend.biases:
             self.sums.biases[layer].add_(upstream.sum(0, dtype=frontend.wide))
 

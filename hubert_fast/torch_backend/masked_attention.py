@@ -41,6 +41,7 @@ def masked_attention(
     rows, _, heads, head_dim = qkv.shape
     if qkv.device.type != "cpu":
         return _device_forward(qkv, offsets, key_lengths, max_frames, dropout_p, seed), []
+    qkv = qkv.contiguous()  # the flash kernel takes a last stride of 1 for granted
     out = qkv.new_empty(rows, heads, head_dim)
     lse = qkv.new_empty(rows if dropout_p == 0.0 else 0, heads, dtype=torch.promote_types(qkv.dtype, torch.float32))
     generator = _generator(dropout_p, seed)
@@ -69,6 +70,7 @@ def masked_attention_backward(
     """The gradient of ``qkv``: [rows, 3, heads, head_dim]."""
     if qkv.device.type != "cpu":
         return _device_backward(grad, qkv, offsets, key_lengths, max_frames, dropout_p, seed)
+    qkv, grad = qkv.contiguous(), grad.contiguous()
     qkv_grad = torch.zeros_like(qkv) if key_lengths is not None else torch.empty_like(qkv)
     generator = _generator(dropout_p, seed)
     for sequence in _sequences(qkv, offsets, key_lengths):

@@ -1,0 +1,8 @@
+"""Settings shared by all tests: property tests draw the same examples every time, and no example has a time limit."""
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")

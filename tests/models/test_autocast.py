@@ -1,0 +1,75 @@
+"""Under bf16 autocast the loss and every gradient err no more than torchaudio's own do (design.md, "Numerics")."""
+
+import pytest
+import torch
+
+import hubert_fast
+from tests import torchaudio_peer
+from tests.models import configurations
+from tests.models.twins import LENGTHS, batch, gradients, recipe_loss, twins
+
+SEEDS = 6
+
+
+def _squared_errors(grads, truth, scale):
+    """Per parameter, against its own norm, or the scale of all of them where it is smaller than rounding shows."""
+    return torch.stack(
+        [
+            ((grads[name].double() - exact).norm() / exact.norm().clamp(min=1e-3 * scale)) ** 2
+            for name, exact in truth.items()
+        ]
+    )
+
+
+@pytest.mark.parametrize("name", ["base", "xlarge-bias"])
+def test_bfloat16_errors_are_at_most_one_and_a_half_times_torchaudios(name):
+    """Root mean squares over seeds; one parameter's error is noisy, so 1.5 holds for all together and 2.5 for each."""
+    config = configurations.ALL[name]
+    squares = {"theirs": 0.0, "ours": 0.0}
+    loss_squares = {"theirs": 0.0, "ours": 0.0}
+    for seed in range(SEEDS):
+        theirs, ours = twins(config, seed=seed)
+        exact, _ = twins(config, torch.float64, seed=seed)
+        data, double = batch(lengths=LENGTHS, seed=seed), batch(torch.float64, LENGTHS, seed=seed)
+        with torchaudio_peer.in_double_precision():
+            torch.manual_seed(seed)
+            true_loss = recipe_loss(exact(*double))
+            true_loss.backward()
+        truth = gradients(exact)
+        scale = torch.stack([each.norm() for each in truth.values()]).median()
+        for side, model in (("theirs", theirs), ("ours", ours)):
+            torch.manual_seed(seed)
+            with torch.autocast("cpu", torch.bfloat16):
+                if side == "ours":
+                    loss = hubert_fast.PretrainingObjective(model)(*data).loss
+                else:
+                    logits, rest, penalty = model(*data)
+                    loss = recipe_loss((logits.float(), rest, penalty))
+            loss.backward()
+            squares[side] = squares[side] + _squared_errors(gradients(model), truth, scale)
+            loss_squares[side] += float((loss.double() - true_loss).detach() / true_loss.detach()) ** 2
+    ratios = (squares["ours"] / squares["theirs"]).sqrt()
+    worst = {key: round(float(ratio), 2) for key, ratio in zip(truth, ratios) if ratio > 1.5}
+    assert (squares["ours"].sum() / squares["theirs"].sum()).sqrt() <= 1.5, worst
+    assert ratios.median() <= 1.5 and ratios.max() <= 2.5, worst
+    assert loss_squares["ours"] <= 1.5**2 * loss_squares["theirs"]
+
+
+@pytest.mark.parametrize("size", [configurations.base, configurations.large])
+def test_outputs_have_torchaudios_dtypes_and_gradients_are_float32(size):
+    theirs, ours = twins(size())
+    outputs = []
+    for model in (theirs, ours):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(model(*batch(lengths=LENGTHS)))
+    assert [each.dtype for each in outputs[1]] == [each.dtype for each in outputs[0]]
+    recipe_loss(outputs[1]).backward()
+    assert all(grad.dtype == torch.float32 for grad in gradients(ours).values())
+
+
+def test_a_model_in_bfloat16_trains_without_autocast():
+    _, ours = twins(configurations.base(), torch.bfloat16)
+    result = hubert_fast.PretrainingObjective(ours)(*batch(torch.bfloat16, LENGTHS))
+    result.loss.backward()
+    assert result.loss.isfinite() and all(grad.dtype == torch.bfloat16 for grad in gradients(ours).values())

@@ -1,0 +1,45 @@
+"""LayerDrop leaves out the layers that torchaudio leaves out."""
+
+import pytest
+import torch
+
+from tests import torchaudio_peer
+from tests.models import configurations
+from tests.models.twins import LENGTHS, batch, relative_error, twins
+
+
+def _layers_run(model, data, seed):
+    ran = []
+    layers = model.wav2vec2.encoder.transformer.layers
+    hooks = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(layers)]
+    torch.manual_seed(seed)
+    with torchaudio_peer.in_double_precision(), torch.no_grad():
+        outputs = model(*data)
+    drawn_next = torch.rand(1)
+    for hook in hooks:
+        hook.remove()
+    return ran, outputs, drawn_next
+
+
+@pytest.mark.parametrize("layer_drop", [0.0, 0.5, 0.9])
+def test_training_runs_the_same_layers(layer_drop):
+    theirs, ours = twins(configurations.base(encoder_layer_drop=layer_drop, encoder_num_layers=4), torch.float64)
+    data = batch(torch.float64, LENGTHS)
+    counts = set()
+    for seed in range(6):
+        expected_ran, expected, expected_next = _layers_run(theirs, data, seed)
+        ran, outputs, drawn_next = _layers_run(ours, data, seed)
+        assert ran == expected_ran and torch.equal(drawn_next, expected_next)
+        for given, wanted in zip(outputs, expected, strict=True):
+            assert relative_error(given, wanted) <= 1e-10
+        counts.add(len(ran))
+    assert counts == {4} if layer_drop == 0.0 else len(counts) > 1
+
+
+def test_eval_runs_every_layer_and_draws_nothing_for_them():
+    theirs, ours = twins(configurations.base(encoder_layer_drop=0.9), torch.float64)
+    theirs.eval(), ours.eval()
+    data = batch(torch.float64)
+    expected_ran, _, expected_next = _layers_run(theirs, data, 0)
+    ran, _, drawn_next = _layers_run(ours, data, 0)
+    assert ran == expected_ran == [0, 1] and torch.equal(drawn_next, expected_next)

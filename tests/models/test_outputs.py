@@ -1,0 +1,76 @@
+"""Outputs, masks and the random numbers that follow are torchaudio's, in every configuration."""
+
+import pytest
+import torch
+
+from tests import torchaudio_peer
+from tests.models import configurations
+from tests.models.twins import LENGTHS, batch, num_frames, relative_error, twins
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6}
+ALMOST_FULL = torch.tensor([12400, 12300, 12100])  # 38, 38 and 37 frames
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("lengths", [None, LENGTHS, ALMOST_FULL], ids=["all-valid", "lengths", "almost-full"])
+@pytest.mark.parametrize("name", configurations.ALL)
+def test_logits_and_penalty_equal_torchaudios(name, lengths, dtype):
+    theirs, ours = twins(configurations.ALL[name], dtype)
+    data = batch(dtype, lengths)
+    with torchaudio_peer.precise(dtype), torch.no_grad():
+        torch.manual_seed(1)
+        expected = theirs(*data)
+        expected_next = torch.rand(3)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        outputs = ours(*data)
+        drawn_next = torch.rand(3)
+    for given, wanted in zip(outputs, expected, strict=True):
+        assert given.dtype == wanted.dtype
+        assert relative_error(given, wanted) <= TOLERANCE[dtype]
+    assert torch.equal(drawn_next, expected_next), "the random stream went another way"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["all-valid", "lengths"])
+@pytest.mark.parametrize("name", ["base", "xlarge-bias"])
+def test_encoder_and_its_layers_equal_torchaudios(name, lengths, dtype):
+    theirs, ours = (model.wav2vec2 for model in twins(configurations.ALL[name], dtype))
+    waveforms = batch(dtype).waveforms
+    with torchaudio_peer.precise(dtype), torch.no_grad():
+        expected, expected_frames = theirs(waveforms, lengths)
+        expected_layers, _ = theirs.extract_features(waveforms, lengths)
+    with torch.no_grad():
+        output, frames = ours(waveforms, lengths)
+        layers, layers_frames = ours.extract_features(waveforms, lengths)
+        first, _ = ours.extract_features(waveforms, lengths, num_layers=1)
+    assert relative_error(output, expected) <= TOLERANCE[dtype]
+    assert len(layers) == len(expected_layers) and len(first) == 1
+    assert torch.equal(first[0], layers[0])
+    for given, wanted in zip(layers, expected_layers):
+        assert relative_error(given, wanted) <= TOLERANCE[dtype]
+    if lengths is None:
+        assert frames is None and expected_frames is None
+    else:
+        assert torch.equal(frames, expected_frames) and torch.equal(layers_frames, expected_frames)
+        assert frames.tolist() == [num_frames(int(samples)) for samples in lengths]
+
+
+def test_eval_mode_masks_too():
+    theirs, ours = twins(configurations.base(), torch.float64)
+    theirs.eval(), ours.eval()
+    data = batch(torch.float64, LENGTHS)
+    torch.manual_seed(5)
+    with torchaudio_peer.in_double_precision():
+        expected = theirs(*data)
+    torch.manual_seed(5)
+    for given, wanted in zip(ours(*data), expected, strict=True):
+        assert relative_error(given, wanted) <= 1e-10
+
+
+@pytest.mark.parametrize(("skip_masked", "skip_nomask"), [(True, False), (False, True), (True, True)])
+def test_skipped_logits_are_none(skip_masked, skip_nomask):
+    _, ours = twins(configurations.base(skip_masked=skip_masked, skip_nomask=skip_nomask))
+    masked, unmasked, _ = ours(*batch())
+    assert (masked is None) == skip_masked
+    assert (unmasked is None) == skip_nomask

@@ -1,0 +1,58 @@
+"""Leaving the padding out, and all but the masked frames out of the last layer, changes no number."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+import hubert_fast
+from hubert_fast.models import hubert
+from hubert_fast.models.rows import whole_grid
+from tests.models import configurations
+from tests.models.twins import LENGTHS, assert_gradients_match, batch, gradients, relative_error, twins
+
+
+def _run(model, packed, **weights):
+    """The objective with packed rows, or with every frame of the grid a row and padding merely no key."""
+    layout = hubert.valid_rows if packed else whole_grid
+    model.zero_grad()
+    torch.manual_seed(0)
+    with mock.patch.object(hubert, "valid_rows", layout):
+        result = hubert_fast.PretrainingObjective(model, **weights)(*batch(torch.float64, LENGTHS))
+    result.loss.backward()
+    return result, {name: grad.clone() for name, grad in gradients(model).items()}
+
+
+@pytest.mark.parametrize("unmasked_weight", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["base", "xlarge-bias", "base-channel-masks"])
+def test_packed_rows_give_what_the_padded_grid_gives(name, unmasked_weight):
+    _, model = twins(configurations.ALL[name], torch.float64)
+    packed, packed_grads = _run(model, True, unmasked_weight=unmasked_weight)
+    padded, padded_grads = _run(model, False, unmasked_weight=unmasked_weight)
+    for given, wanted in zip(packed, padded, strict=True):
+        assert given is wanted is None or relative_error(given, wanted) <= 1e-12
+    assert_gradients_match(packed_grads, padded_grads, 1e-10)
+
+
+def test_the_last_layer_computes_the_masked_rows_alone_where_no_others_are_wanted():
+    _, model = twins(configurations.base(), torch.float64)
+    sizes = []
+    layers = model.wav2vec2.encoder.transformer.layers
+    with layers[-1].feed_forward.register_forward_hook(lambda module, inputs, output: sizes.append(len(output))):
+        masked_only, _ = _run(model, True)
+        everything, _ = _run(model, True, unmasked_weight=0.5)
+    valid = int(model.wav2vec2.feature_extractor.output_lengths(LENGTHS).sum())
+    assert sizes == [int(masked_only.masked_count), valid] and sizes[0] < sizes[1]
+    assert relative_error(masked_only.masked_loss, everything.masked_loss) <= 1e-12
+
+
+def test_samples_in_the_padding_do_not_matter_under_layer_norm():
+    _, model = twins(configurations.large(), torch.float64)
+    waveforms, labels, lengths = batch(torch.float64, LENGTHS)
+    objective = hubert_fast.PretrainingObjective(model, feature_weight=0.0)  # the penalty does see the padding
+    padding = torch.arange(waveforms.shape[1]) >= lengths[:, None]
+    losses = []
+    for filler in (0.0, 3.0):
+        torch.manual_seed(0)
+        losses.append(objective(waveforms.masked_fill(padding, filler), labels, lengths).loss)
+    assert relative_error(losses[1], losses[0]) <= 1e-12

@@ -1,0 +1,72 @@
+"""With ``padding_invariant=True`` an utterance's features do not depend on the padding of its batch."""
+
+import pytest
+import torch
+
+import hubert_fast
+from tests.models import configurations
+from tests.models.twins import LENGTHS, batch, num_frames, relative_error
+
+
+def _model(**settings):
+    torch.manual_seed(0)
+    return hubert_fast.hubert_pretrain_model(**configurations.base(), **settings).double().eval()
+
+
+def _alone_and_padded(model, row):
+    waveforms, _, lengths = batch(torch.float64, LENGTHS)
+    samples = int(lengths[row])
+    padded, frames = model.wav2vec2.extract_features(waveforms, lengths)
+    alone, _ = model.wav2vec2.extract_features(waveforms[row : row + 1, :samples], lengths[row : row + 1])
+    without_lengths, _ = model.wav2vec2.extract_features(waveforms[row : row + 1, :samples])
+    assert int(frames[row]) == num_frames(samples)
+    return (
+        [each[row, : frames[row]] for each in padded],
+        [each[0] for each in alone],
+        [each[0] for each in without_lengths],
+    )
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_features_are_the_same_alone_and_padded(row):
+    for padded, alone, without_lengths in zip(*_alone_and_padded(_model(padding_invariant=True), row)):
+        assert relative_error(padded, alone) <= 1e-10
+        assert relative_error(alone, without_lengths) <= 1e-10
+
+
+def test_by_default_they_are_not_as_in_torchaudio():
+    """torchaudio's group norm sees the padding; parity comes first, so the option is off unless asked for."""
+    padded, alone, _ = _alone_and_padded(_model(), 1)
+    assert relative_error(padded[0], alone[0]) > 1e-3
+
+
+def test_the_loss_of_a_batch_is_the_sum_of_its_rows_losses():
+    objective = hubert_fast.PretrainingObjective(
+        _model(padding_invariant=True), feature_weight=0.0, unmasked_weight=0.3
+    )
+    waveforms, labels, lengths = batch(torch.float64, LENGTHS)
+    mask = torch.rand(labels.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask &= torch.arange(labels.shape[1]) < objective.model.wav2vec2.feature_extractor.output_lengths(lengths)[:, None]
+    together = objective(waveforms, labels, lengths, mask=mask)
+    total = 0.0
+    for row, samples in enumerate(lengths.tolist()):
+        frames = num_frames(samples)
+        arguments = waveforms[row, :samples][None], labels[row, :frames][None]
+        total += objective(*arguments, mask=mask[row, :frames][None]).loss
+    assert relative_error(together.loss, total) <= 1e-10
+
+
+def test_without_padding_the_option_changes_nothing():
+    waveforms = batch(torch.float64).waveforms
+    full = torch.full((3,), waveforms.shape[1])
+    default, _ = _model().wav2vec2(waveforms)
+    for lengths in (None, full):
+        option, _ = _model(padding_invariant=True).wav2vec2(waveforms, lengths)
+        assert relative_error(option, default) <= 1e-12
+
+
+def test_it_can_be_asked_of_every_factory():
+    for factory in ("base", "large", "xlarge"):
+        with torch.device("meta"):
+            model = getattr(hubert_fast, f"hubert_pretrain_{factory}")(padding_invariant=True)
+        assert model.wav2vec2.feature_extractor.padding_invariant

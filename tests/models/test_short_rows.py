@@ -1,0 +1,59 @@
+"""Rows of length 0, and rows shorter than a frame, do no harm to themselves or to others."""
+
+import pytest
+import torch
+
+import hubert_fast
+from tests import torchaudio_peer
+from tests.models import configurations
+from tests.models.twins import assert_gradients_match, batch, gradients, recipe_loss, relative_error, twins
+
+SHORT = [torch.tensor([12400, 0, 7000]), torch.tensor([12400, 399, 400]), torch.tensor([1, 0, 2])]
+
+
+@pytest.mark.parametrize("lengths", SHORT, ids=str)
+@pytest.mark.parametrize("name", ["base", "large"])
+def test_no_nan_in_outputs_loss_or_gradients(name, lengths):
+    _, ours = twins(configurations.ALL[name])
+    data = batch(lengths=lengths)
+    mask = torch.ones(data.labels.shape, dtype=torch.bool)  # masks drawn inside would mask no frame of any row
+    for weight in (0.0, 0.5):
+        ours.zero_grad()
+        result = hubert_fast.PretrainingObjective(ours, unmasked_weight=weight)(*data, mask=mask)
+        result.loss.backward()
+        assert result.loss.isfinite()
+        assert all(grad is None or grad.isfinite().all() for grad in gradients(ours).values())
+    outputs, _ = ours.wav2vec2(data.waveforms, lengths)
+    layers, _ = ours.wav2vec2.extract_features(data.waveforms, lengths)
+    assert all(each.isfinite().all() for each in (outputs, *layers))
+
+
+@pytest.mark.parametrize("lengths", SHORT[:2], ids=str)
+def test_the_other_rows_are_as_in_torchaudio(lengths):
+    """torchaudio masks as few frames in every row as the shortest has: none here, so unmasked frames are compared."""
+    theirs, ours = twins(configurations.base(), torch.float64)
+    data = batch(torch.float64, lengths)
+    with torchaudio_peer.in_double_precision():
+        torch.manual_seed(0)
+        expected = theirs(*data)
+    torch.manual_seed(0)
+    outputs = ours(*data)
+    for given, wanted in zip(outputs, expected, strict=True):
+        assert relative_error(given, wanted) <= 1e-10
+    with torchaudio_peer.in_double_precision():
+        recipe_loss(expected, unmasked_weight=1.0).backward()
+    torch.manual_seed(0)
+    hubert_fast.PretrainingObjective(ours, unmasked_weight=1.0)(*data).loss.backward()
+    names = [name for name, grad in gradients(theirs).items() if grad is not None]
+    assert_gradients_match(
+        {name: gradients(ours)[name] for name in names}, {name: gradients(theirs)[name] for name in names}, 1e-10
+    )
+
+
+def test_a_batch_without_a_masked_frame_has_a_loss_of_zero_and_can_be_differentiated():
+    _, ours = twins(configurations.base())
+    data = batch(lengths=torch.tensor([300, 0, 12400]))
+    result = hubert_fast.PretrainingObjective(ours)(*data)
+    result.loss.backward()
+    assert result.masked_count == 0 and result.loss == 0
+    assert all(grad is None or (grad == 0).all() for grad in gradients(ours).values())

@@ -1,0 +1,74 @@
+"""How an implementation is held against the truth: float64 of the reference (design.md, "Numerics")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from hubert_fast import backend
+
+
+def run(
+    operator: str, name: str, function: Callable[..., Tensor], inputs: Sequence[Tensor], seed: int = 0
+) -> list[Tensor]:
+    """The output of ``function(*inputs)`` on backend ``name``, then the gradient of every floating input.
+
+    The gradient is that of a random projection of the output, so no element of it is special.
+    """
+    leaves = [each.detach().clone().requires_grad_(each.is_floating_point()) for each in inputs]
+    with backend.using(name, operator):
+        output = function(*leaves)
+    direction = torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    finite = output.masked_fill(output.isinf(), 0.0)
+    (finite * direction.to(output.dtype)).sum().backward()
+    return [output.detach(), *(each.grad for each in leaves if each.is_floating_point())]
+
+
+def error(given: Tensor, truth: Tensor) -> float:
+    """|given - truth| / |truth|; infinities must agree, and a truth of 0 is met absolutely."""
+    assert given.shape == truth.shape
+    assert torch.equal(given.isinf(), truth.isinf())
+    given, truth = (each.detach().double().masked_fill(each.isinf(), 0.0) for each in (given, truth))
+    norm = truth.norm()
+    return float((given - truth).norm() / (norm if norm > 1e-9 else 1.0))
+
+
+def assert_twins(
+    operator: str, function: Callable[..., Tensor], inputs: Sequence[Tensor], tolerance: float = 1e-10
+) -> None:
+    """Backends "torch" and "reference" agree on float64 ``inputs``, forward and every gradient."""
+    pairs = zip(run(operator, "torch", function, inputs), run(operator, "reference", function, inputs), strict=True)
+    errors = [error(given, truth) for given, truth in pairs]
+    assert max(errors) <= tolerance, errors
+
+
+def assert_as_precise(
+    operator: str,
+    function: Callable[..., Tensor],
+    draw: Callable[[int], Sequence[Tensor]],
+    dtype: torch.dtype,
+    *,
+    plain: Optional[Callable[..., Tensor]] = None,
+    seeds: int = 8,
+) -> None:
+    """In ``dtype``, backend "torch" errs at most 1.5 times as much as PyTorch's own operations do.
+
+    Those are the reference, or ``plain`` where PyTorch has another formulation of the same cost. ``draw(seed)`` gives
+    float64 inputs; they are rounded to ``dtype`` first, so both sides and the truth see the same numbers. Errors are
+    root mean squares over ``seeds`` draws: a single small one is luck on either side.
+    """
+    ours, pytorchs = [], []
+    for seed in range(seeds):
+        inputs = [each.to(dtype) if each.is_floating_point() else each for each in draw(seed)]
+        wide = [each.double() if each.is_floating_point() else each for each in inputs]
+        truth = run(operator, "reference", function, wide, seed)
+        for errors, name, candidate in ((ours, "torch", function), (pytorchs, "reference", plain or function)):
+            results = run(operator, name, candidate, inputs, seed)
+            errors.append([error(*pair) for pair in zip(results, truth, strict=True)])
+    ours, pytorchs = (torch.tensor(each).square().mean(0).sqrt() for each in (ours, pytorchs))
+    # A result that is exact in PyTorch (a zero, a copy) leaves room for one rounding and no more.
+    allowed = (1.5 * pytorchs).clamp(min=torch.finfo(dtype).eps / 4)
+    assert (ours <= allowed).all(), (ours, pytorchs)

@@ -1,0 +1,263 @@
+"""``conv_frontend``: the GEMM formulation is the layer-by-layer one."""
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from hubert_fast import backend
+from hubert_fast.ops.conv_frontend import conv_frontend
+from hubert_fast.reference.conv_frontend import output_length
+from hubert_fast.torch_backend import conv_frontend as gemms
+from tests.ops.comparison import assert_as_precise, assert_twins, error, run
+
+OPERATOR = "conv_frontend"
+STANDARD = [(10, 5), (3, 2), (3, 2), (2, 2)]  # (kernel, stride) of the kinds of layers that HuBERT has
+
+
+class Layers:
+    """Random parameters of a front end, and the operator as a function of one flat list of tensors."""
+
+    def __init__(self, norm, *, bias=True, shapes=STANDARD, channels=(16, 12, 8, 20), seed=0):
+        self.norm, self.shapes, self.bias = norm, shapes, bias
+        generator = torch.Generator().manual_seed(seed)
+
+        def randn(*shape):
+            return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+        self.count = len(shapes)
+        self.norms = 1 if norm == "group_norm" else self.count
+        widths = [1, *channels[: self.count]]
+        self.parameters = [
+            randn(out, into, kernel) * (2 / (into * kernel)) ** 0.5
+            for into, out, (kernel, _) in zip(widths, widths[1:], shapes)
+        ]
+        self.parameters += [0.1 * randn(out) for out in widths[1:]] if bias else []
+        self.parameters += [1 + 0.2 * randn(out) for out in widths[1 : 1 + self.norms]]
+        self.parameters += [0.3 * randn(out) for out in widths[1 : 1 + self.norms]]
+
+    def groups(self, parameters):
+        """Filters, biases, norm weights and norm biases."""
+        cuts = [self.count, self.count if self.bias else 0, self.norms, self.norms]
+        groups, start = [], 0
+        for cut in cuts:
+            groups.append(list(parameters[start : start + cut]))
+            start += cut
+        return groups
+
+    def function(self, valid_samples=None):
+        def features(waveforms, *parameters):
+            # Detached: with a gradient of the waveforms asked for, only the reference runs.
+            return conv_frontend(
+                waveforms.detach(),
+                *self.groups(parameters),
+                strides=[stride for _, stride in self.shapes],
+                norm=self.norm,
+                valid_samples=valid_samples,
+            )
+
+        return features
+
+
+def _noise(batch, samples, seed=0, scale=1.0, offset=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(batch, samples, dtype=torch.float64, generator=generator) + offset
+
+
+def _assert_agree(layers, waveforms, valid_samples=None, tolerance=1e-10):
+    def parameters_only(*parameters):
+        return layers.function(valid_samples)(waveforms, *parameters)
+
+    assert_twins(OPERATOR, parameters_only, layers.parameters, tolerance)
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 5)), min_size=1, max_size=4),
+    batch=st.integers(1, 3),
+    frames=st.integers(1, 40),
+    extra=st.integers(0, 9),
+    norm=st.sampled_from(["group_norm", "layer_norm"]),
+    bias=st.booleans(),
+    valid=st.none() | st.floats(0, 1),
+    chunk=st.integers(1, 30),
+    seed=st.integers(0, 100),
+)
+def test_backends_agree_for_any_shape(shapes, batch, frames, extra, norm, bias, valid, chunk, seed):
+    samples = frames
+    for kernel, stride in reversed(shapes):
+        samples = (samples - 1) * stride + kernel
+    samples += extra
+    # PyTorch's group_norm refuses a single value in all; no audio as long as a HuBERT frame gives layer 0 so little.
+    assume(norm == "layer_norm" or (samples - shapes[0][0]) // shapes[0][1] > 0)
+    valid_samples = None if valid is None else torch.tensor([samples, int(valid * samples), samples])[:batch]
+    layers = Layers(norm, bias=bias, shapes=shapes, channels=(6, 5, 4, 3), seed=seed)
+    with mock.patch.object(gemms, "_CPU_CHUNK_ROWS", chunk):
+        _assert_agree(layers, _noise(batch, samples, seed), valid_samples, tolerance=1e-8)
+
+
+@pytest.mark.parametrize("valid_samples", [None, torch.tensor([2003, 700])], ids=["all-valid", "valid-samples"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
+def test_backends_agree_over_many_chunks(norm, bias, valid_samples):
+    with mock.patch.object(gemms, "_CPU_CHUNK_ROWS", 16):
+        _assert_agree(Layers(norm, bias=bias), _noise(2, 2003), valid_samples)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
+def test_as_precise_as_pytorch(norm, dtype):
+    layers = Layers(norm, channels=(32, 32, 32, 32))
+
+    def draw(seed):
+        return [_noise(2, 1500, seed), *Layers(norm, channels=(32, 32, 32, 32), seed=seed).parameters]
+
+    def features(waveforms, *parameters):
+        return layers.function()(waveforms, *parameters) + 0.0 * waveforms.sum()  # so that every input has a gradient
+
+    assert_as_precise(OPERATOR, features, draw, dtype, seeds=6)
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 1.0), (0.1, 1.0), (1e-4, 0.0), (1e-4, 1e-2), (30.0, 500.0)])
+def test_neither_an_offset_nor_a_small_signal_loses_the_variance(scale, offset):
+    """Layer 0 takes its variance from moments of the waveform: float32 must not cancel in them."""
+    layers = Layers("group_norm", bias=False)
+    waveforms = _noise(2, 3000, scale=scale, offset=offset).float()
+    parameters = [each.float() for each in layers.parameters]
+    truth = run(OPERATOR, "reference", layers.function(), [waveforms.double(), *(each.double() for each in parameters)])
+    single = run(OPERATOR, "torch", layers.function(), [waveforms, *parameters])
+    pytorchs = run(OPERATOR, "reference", layers.function(), [waveforms, *parameters])
+    for ours, theirs, exact in zip(single, pytorchs, truth):
+        if exact is not None:
+            assert error(ours, exact) <= max(1.5 * error(theirs, exact), 2e-6)
+
+
+def test_a_silent_row_gives_finite_features_and_gradients():
+    layers = Layers("group_norm")
+    waveforms = _noise(2, 900)
+    waveforms[1] = 0.0
+    _assert_agree(layers, waveforms)
+    results = run(
+        OPERATOR, "torch", layers.function(), [waveforms.float(), *(each.float() for each in layers.parameters)]
+    )
+    assert all(each.isfinite().all() for each in results if each is not None)
+
+
+def test_valid_samples_make_a_row_independent_of_its_padding():
+    layers = Layers("group_norm")
+    waveforms = _noise(2, 2000)
+    waveforms[1, 900:] = 0.0
+    for name in ("torch", "reference"):
+        with backend.using(name, OPERATOR):
+            padded = layers.function(torch.tensor([2000, 900]))(waveforms, *layers.parameters)
+            alone = layers.function(torch.tensor([900]))(waveforms[1:, :900], *layers.parameters)
+            unaware = layers.function()(waveforms, *layers.parameters)
+        frames = output_length(900, *zip(*STANDARD))
+        assert error(padded[1, :frames], alone[0, :frames]) <= 1e-12
+        assert error(unaware[1, :frames], alone[0, :frames]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["torch", "reference"])
+def test_non_contiguous_tensors_work(name):
+    layers = Layers("layer_norm")
+    waveforms = _noise(2, 1200)
+    spread = [each.repeat_interleave(2, 0)[::2] for each in layers.parameters]
+    spread[1] = layers.parameters[1].permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    columns = waveforms.T.contiguous().T
+    assert not columns.is_contiguous() and not spread[1].is_contiguous()
+    with backend.using(name, OPERATOR):
+        assert error(layers.function()(columns, *spread), layers.function()(waveforms, *layers.parameters)) <= 1e-12
+        every_other = waveforms.repeat_interleave(2, 1)[:, ::2]
+        assert error(layers.function()(every_other, *spread), layers.function()(waveforms, *layers.parameters)) <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["torch", "reference"])
+def test_a_gradient_with_any_strides_is_taken(name):
+    layers = Layers("group_norm")
+    waveforms = _noise(2, 1200)
+    grads = []
+    for layout in (
+        lambda x: x,
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: x[..., :1].expand_as(x),
+    ):
+        parameters = [each.clone().requires_grad_() for each in layers.parameters]
+        with backend.using(name, OPERATOR):
+            features = layers.function()(waveforms, *parameters)
+            direction = torch.ones_like(features)
+            grads.append(torch.autograd.grad(features, parameters, layout(direction), allow_unused=True))
+    for first, *others in zip(*grads):
+        assert all(error(each, first) <= 1e-10 for each in others)
+
+
+def test_waveforms_that_require_a_gradient_take_the_reference():
+    layers = Layers("group_norm")
+    arguments = layers.groups([each.float() for each in layers.parameters])
+    settings = dict(strides=[stride for _, stride in STANDARD], norm="group_norm")
+    waveforms = _noise(1, 900).float().requires_grad_()
+    conv_frontend(waveforms, *arguments, **settings).sum().backward()
+    assert waveforms.grad.abs().sum() > 0
+    with (
+        backend.using("torch", OPERATOR),
+        pytest.raises(backend.BackendError, match="gradient with respect to the waveforms"),
+    ):
+        conv_frontend(waveforms, *arguments, **settings)
+    with backend.using("torch", OPERATOR), torch.no_grad():
+        conv_frontend(waveforms, *arguments, **settings)
+
+
+@pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
+def test_autocast_gives_its_dtype_and_float32_gradients(norm):
+    layers = Layers(norm)
+    parameters = [each.float().requires_grad_() for each in layers.parameters]
+    with torch.autocast("cpu", torch.bfloat16):
+        features = layers.function()(_noise(2, 1200).float(), *parameters)
+    assert features.dtype == torch.bfloat16
+    features.float().sum().backward()
+    assert all(each.grad.dtype == torch.float32 for each in parameters)
+
+
+def test_the_first_bias_has_no_gradient_under_group_norm():
+    layers = Layers("group_norm")
+    results = run(OPERATOR, "torch", lambda *p: layers.function()(_noise(2, 1200), *p), layers.parameters)
+    assert (results[1 + len(STANDARD)] == 0).all()
+
+
+@pytest.mark.parametrize("valid_samples", [None, torch.tensor([1003, 700])], ids=["all-valid", "valid-samples"])
+@pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
+def test_opcheck(norm, valid_samples):
+    layers = Layers(norm)
+    groups = layers.groups([each.float().requires_grad_() for each in layers.parameters])
+    strides = [stride for _, stride in STANDARD]
+    arguments = (_noise(2, 1003).float(), *groups, strides, norm, valid_samples, torch.float32, True)
+    torch.library.opcheck(torch.ops.hubert_fast.conv_frontend.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        (r"waveforms must be 2-D .*; got shape \(900,\)", dict(waveforms=torch.zeros(900))),
+        (r"waveforms is an empty batch", dict(waveforms=torch.zeros(0, 900))),
+        (
+            r"waveforms must have the dtype of the model, torch.float32; got torch.float64",
+            dict(waveforms=_noise(1, 900)),
+        ),
+        (r"waveforms must have the dtype .*; got torch.int16", dict(waveforms=torch.zeros(1, 900, dtype=torch.int16))),
+        (r"waveforms has 59 samples .* shorter than one frame \(60 samples\)", dict(waveforms=torch.zeros(2, 59))),
+        (r"norm must be one of .*; got 'batch_norm'", dict(norm="batch_norm")),
+        (r"need 4 strides.*; got 3", dict(strides=[5, 2, 2])),
+    ],
+)
+def test_bad_arguments_are_named(message, change):
+    layers = Layers("group_norm")
+    groups = layers.groups([each.float() for each in layers.parameters])
+    settings = {"strides": [stride for _, stride in STANDARD], "norm": "group_norm", **change}
+    waveforms = settings.pop("waveforms", torch.zeros(1, 900))
+    with pytest.raises(ValueError, match=message):
+        conv_frontend(waveforms, *groups, **settings)
+
+
+def test_the_shortest_audio_gives_one_frame():
+    layers = Layers("group_norm")
+    assert layers.function()(_noise(1, 60), *layers.parameters).shape == (1, 1, 20)

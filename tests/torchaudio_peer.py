@@ -1,0 +1,71 @@
+"""The installed torchaudio as the tests' truth, imported so that its pure-Python models load beside any build of torch.
+
+torchaudio's wheel carries a library compiled against CUDA's torch, which ``import torchaudio`` loads and which a CPU
+build of torch refuses. The models need none of it, so a stand-in takes the place of the one module that loads it.
+Nothing of the installation is changed, and what the tests get are torchaudio's own classes (checked below).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import torch
+
+if importlib.util.find_spec("torchaudio") is None:
+    pytest.skip("torchaudio, the peer of these tests, is not installed", allow_module_level=True)
+
+
+def _extension_stand_in() -> ModuleType:
+    """What torchaudio asks of ``torchaudio._extension``, with the answers of an installation without compiled parts."""
+    stand_in = ModuleType("torchaudio._extension")
+    stand_in._IS_TORCHAUDIO_EXT_AVAILABLE = False
+    stand_in._load_lib = lambda library: False
+    stand_in.fail_if_no_align = lambda function: function
+    return stand_in
+
+
+if "torchaudio" not in sys.modules:
+    sys.modules.setdefault("torchaudio._extension", _extension_stand_in())
+components = importlib.import_module("torchaudio.models.wav2vec2.components")
+models = importlib.import_module("torchaudio.models")
+
+_installed_at = Path(importlib.util.find_spec("torchaudio").origin).parent
+for _each in (models.HuBERTPretrainModel, models.Wav2Vec2Model, components.MaskGenerator, components.LogitGenerator):
+    assert _installed_at in Path(inspect.getsourcefile(_each)).parents, f"{_each} is not torchaudio's own"
+
+
+@contextlib.contextmanager
+def in_double_precision() -> Iterator[None]:
+    """Makes torchaudio compute in float64 throughout.
+
+    It takes the feature penalty and the logits through ``Tensor.float()``: without this a float64 model would still
+    carry float32 rounding (1e-7), and no comparison at 1e-10 would be possible.
+    """
+    with mock.patch.object(torch.Tensor, "float", lambda self: self):
+        yield
+
+
+def precise(dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """`in_double_precision` where ``dtype`` is float64, else nothing."""
+    return in_double_precision() if dtype == torch.float64 else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def working_poisson() -> Iterator[None]:
+    """Lets torchaudio's ``torch.poisson(mask_length, size=...)`` draw what it means; as it stands it is a TypeError."""
+    poisson = torch.poisson
+
+    def draw(mean, size=None):
+        return poisson(torch.full(size, float(mean))) if size is not None else poisson(mean)
+
+    with mock.patch.object(torch, "poisson", draw):
+        yield
