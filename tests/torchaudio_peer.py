@@ -1,9 +1,4 @@
-"""The installed torchaudio as the tests' truth, imported so that its pure-Python models load beside any build of torch.
-
-torchaudio's wheel carries a library compiled against CUDA's torch, which ``import torchaudio`` loads and which a CPU
-build of torch refuses. The models need none of it, so a stand-in takes the place of the one module that loads it.
-Nothing of the installation is changed, and what the tests get are torchaudio's own classes (checked below).
-"""
+"""The installed torchaudio as the tests' truth; see `benchmarks.torchaudio_peer` for how it is imported."""
 
 from __future__ import annotations
 
@@ -11,32 +6,20 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from unittest import mock
 
 import pytest
 import torch
 
-if importlib.util.find_spec("torchaudio") is None:
+from benchmarks.torchaudio_peer import import_models, installed
+
+if not installed():
     pytest.skip("torchaudio, the peer of these tests, is not installed", allow_module_level=True)
 
-
-def _extension_stand_in() -> ModuleType:
-    """What torchaudio asks of ``torchaudio._extension``, with the answers of an installation without compiled parts."""
-    stand_in = ModuleType("torchaudio._extension")
-    stand_in._IS_TORCHAUDIO_EXT_AVAILABLE = False
-    stand_in._load_lib = lambda library: False
-    stand_in.fail_if_no_align = lambda function: function
-    return stand_in
-
-
-if "torchaudio" not in sys.modules:
-    sys.modules.setdefault("torchaudio._extension", _extension_stand_in())
+models = import_models()
 components = importlib.import_module("torchaudio.models.wav2vec2.components")
-models = importlib.import_module("torchaudio.models")
 
 _installed_at = Path(importlib.util.find_spec("torchaudio").origin).parent
 for _each in (models.HuBERTPretrainModel, models.Wav2Vec2Model, components.MaskGenerator, components.LogitGenerator):

@@ -64,15 +64,23 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, layout: Rows, keep: Optional[Tensor] = None) -> Tensor:
         """``keep`` ([kept] int64) names the rows whose output is wanted; None wants all."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        weight = torch.cat([each.weight for each in projections])
-        bias = torch.cat([each.bias for each in projections])
-        qkv = F.linear(x, weight, bias).unflatten(1, (3, self.num_heads, self.head_dim))
+        if all(_is_plain_linear(each) for each in projections):
+            weight = torch.cat([each.weight for each in projections])
+            qkv = F.linear(x, weight, torch.cat([each.bias for each in projections]))
+        else:
+            qkv = torch.cat([each(x) for each in projections], dim=1)
+        qkv = qkv.unflatten(1, (3, self.num_heads, self.head_dim))
         dropout = self.dropout if self.training else 0.0
         out = masked_attention(
             qkv, layout.offsets, layout.key_lengths, max_frames=layout.frames, dropout_p=dropout
         )
         out = out.flatten(1)
         return self.out_proj(out if keep is None else out.index_select(0, keep))
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling the module is just its product: not an adapter in its place, not hooked, not sharded by itself."""
+    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
 
 
 class FeedForward(nn.Module):

@@ -93,8 +93,10 @@ def hubert_pretrain_model(
             depend on its batch's padding. torchaudio takes them over the padding too.
 
     Raises:
-        ValueError: for an unknown mode, a width that the heads do not divide, or ``feature_grad_mult`` out of range.
+        ValueError: for an unknown mode, no layers, a width that the heads do not divide, or ``feature_grad_mult`` out of range.
     """
+    if encoder_num_layers < 1:
+        raise ValueError(f"encoder_num_layers must be at least 1; got {encoder_num_layers}")
     shapes = _STANDARD_CONV_LAYERS if extractor_conv_layer_config is None else extractor_conv_layer_config
     feature_extractor = FeatureExtractor(
         extractor_mode, shapes, extractor_conv_bias, padding_invariant=padding_invariant

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hubert_fast.models.checks import check_audio, check_labels, check_mask, check_values
 from hubert_fast.models.logits import LogitGenerator
 from hubert_fast.models.masking import MaskGenerator
-from hubert_fast.models.rows import Rows, valid_rows
+from hubert_fast.models.rows import Rows, to_device, valid_rows
 from hubert_fast.models.wav2vec2 import Wav2Vec2Model
 
 
@@ -134,7 +134,7 @@ def _select(
     layout: Rows, labels: Tensor, mask: Tensor, device: torch.device, masked_only: bool, num_classes: int
 ) -> _Selection:
     """The rows that are wanted. With the mask on the host their number is known without a synchronisation."""
-    labels = layout.pack(labels.to(device).long())
+    labels = layout.pack(to_device(labels, device).long())
     valid = torch.ones_like(labels, dtype=torch.bool)
     if layout.key_lengths is not None:  # otherwise the padding is not among the rows
         grid = torch.arange(layout.frames, device=device) < layout.key_lengths.to(device)[:, None]
@@ -142,9 +142,9 @@ def _select(
     within = (labels >= 0) & (labels < num_classes)
     check_values(within | ~valid, f"labels must be in [0, {num_classes})", labels)
     if not masked_only or torch.compiler.is_compiling():
-        return _Selection(None, labels, layout.pack(mask.to(device, non_blocking=True)), valid)
+        return _Selection(None, labels, layout.pack(to_device(mask, device)), valid)
     flat = mask.flatten() if layout.host_index is None else mask.flatten()[layout.host_index.to(mask.device)]
-    keep = flat.nonzero().squeeze(1).to(device, non_blocking=True)
+    keep = to_device(flat.nonzero().squeeze(1), device)
     labels, valid = labels.index_select(0, keep), valid.index_select(0, keep)
     return _Selection(keep, labels, torch.ones_like(valid), valid)
 

@@ -7,6 +7,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
+from hubert_fast.models.rows import to_device
 from hubert_fast.ops.span_mask import span_mask
 
 __all__ = ["MaskGenerator", "span_mask"]
@@ -83,7 +84,7 @@ class MaskGenerator(nn.Module):
         if mask is None:
             lengths = None if padding_mask is None else (~padding_mask).sum(1)
             mask = self.draw(batch, frames, lengths)
-        mask = mask.to(x.device, non_blocking=True)
+        mask = to_device(mask, x.device)
         x = torch.where(mask[:, :, None], self.mask_embedding.to(x.dtype), x)
         if self.mask_channel_prob > 0:
             channel_mask = span_mask(
@@ -95,5 +96,5 @@ class MaskGenerator(nn.Module):
                 no_overlap=self.no_mask_channel_overlap,
                 min_space=self.mask_channel_min_space,
             )
-            x = x.masked_fill(channel_mask.to(x.device, non_blocking=True)[:, None], 0.0)
+            x = x.masked_fill(to_device(channel_mask, x.device)[:, None], 0.0)
         return x, mask

@@ -35,6 +35,13 @@ class Rows(NamedTuple):
         return rows.unflatten(0, (self.batch, self.frames))
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on ``device``; the host does not wait for the copy."""
+    if device.type == "cuda" and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def whole_grid(batch: int, frames: int, lengths: Optional[Tensor], device: torch.device) -> Rows:
     """Every frame is a row; padding, where ``lengths`` ([batch], frames) tells of it, is merely no key."""
     offsets = torch.arange(batch + 1, device=device) * frames
@@ -56,4 +63,4 @@ def valid_rows(batch: int, frames: int, lengths: Optional[Tensor], device: torch
     index = valid.flatten().nonzero().squeeze(1)
     offsets = torch.zeros(batch + 1, dtype=torch.int64)
     offsets[1:] = lengths.cumsum(0)
-    return Rows(batch, frames, index.to(device, non_blocking=True), offsets, None, host_index=index)
+    return Rows(batch, frames, to_device(index, device), offsets, None, host_index=index)

@@ -19,7 +19,7 @@ from hubert_fast.torch_backend import masked_attention as torch_backend
 backend.register(
     "masked_attention",
     {
-        "torch": "PyTorch's flash kernels; with dropout on a CPU, a few heads at a time, recomputed in the backward",
+        "torch": "CPU: PyTorch's flash kernel, with dropout a few heads at a time; GPU: scaled_dot_product_attention",
         "reference": "softmax(q k^T) v, a sequence at a time",
     },
 )
@@ -42,11 +42,11 @@ def masked_attention(
         key_lengths: ``[sequences]`` int64: only its first ``key_lengths[i]`` rows are attended to; 0 means all of them,
             so that no softmax is empty. None: all.
         max_frames: rows of the longest sequence.
-        dropout_p: probability that an attention weight is dropped, in [0, 1). The mask follows from a seed that is drawn
-            from torch's default CPU generator, and only where ``dropout_p > 0``.
+        dropout_p: probability that an attention weight is dropped, in [0, 1). On a CPU the mask follows from a seed that
+            is drawn from torch's default generator, and only where ``dropout_p > 0``; on a GPU PyTorch draws it.
 
     Returns:
-        ``[rows, heads, head_dim]``, in the dtype of ``qkv``. There is no gradient with respect to the gradient.
+        ``[rows, heads, head_dim]``, in the dtype of ``qkv``. On a CPU there is no second derivative.
 
     Raises:
         ValueError: for a wrong rank, dtype or probability.
@@ -62,11 +62,13 @@ def masked_attention(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
     chosen = backend.choose("masked_attention", lambda name: None)
+    if chosen == "torch" and qkv.device.type not in ("cpu", "meta"):
+        return torch_backend.padded_attention(qkv, offsets, key_lengths, max_frames, dropout_p)
     seed = torch.randint(1 << 62, ()) if dropout_p > 0.0 else None
     if chosen == "reference":
         return reference.masked_attention(qkv, offsets, key_lengths, dropout_p=dropout_p, seed=seed)
     save = torch.is_grad_enabled() and qkv.requires_grad
-    return _masked_attention(qkv, offsets, key_lengths, max_frames, dropout_p, seed, save)[0]
+    return _masked_attention(qkv, offsets, key_lengths, dropout_p, seed, save)[0]
 
 
 @torch.library.custom_op("hubert_fast::masked_attention", mutates_args=())
@@ -74,20 +76,19 @@ def _masked_attention(
     qkv: Tensor,
     offsets: Tensor,
     key_lengths: Optional[Tensor],
-    max_frames: int,
     dropout_p: float,
     seed: Optional[Tensor],
     save: bool,
 ) -> Tuple[Tensor, List[Tensor]]:
     with without_autocast(qkv.device):
-        return torch_backend.masked_attention(qkv, offsets, key_lengths, max_frames, dropout_p, seed, save)
+        return torch_backend.masked_attention(qkv, offsets, key_lengths, dropout_p, seed, save)
 
 
 @_masked_attention.register_fake
-def _(qkv, offsets, key_lengths, max_frames, dropout_p, seed, save):
+def _(qkv, offsets, key_lengths, dropout_p, seed, save):
     rows, _, heads, head_dim = qkv.shape
     saved = []
-    if save and dropout_p == 0.0 and qkv.device.type == "cpu":
+    if save and dropout_p == 0.0:
         saved = [qkv.new_empty(rows, heads, dtype=torch.promote_types(qkv.dtype, torch.float32))]
     return qkv.new_empty(rows, heads, head_dim), saved
 
@@ -100,33 +101,28 @@ def _masked_attention_backward(
     saved: List[Tensor],
     offsets: Tensor,
     key_lengths: Optional[Tensor],
-    max_frames: int,
     dropout_p: float,
     seed: Optional[Tensor],
 ) -> Tensor:
     with without_autocast(qkv.device):
-        return torch_backend.masked_attention_backward(
-            grad, qkv, out, saved, offsets, key_lengths, max_frames, dropout_p, seed
-        )
+        return torch_backend.masked_attention_backward(grad, qkv, out, saved, offsets, key_lengths, dropout_p, seed)
 
 
 @_masked_attention_backward.register_fake
-def _(grad, qkv, out, saved, offsets, key_lengths, max_frames, dropout_p, seed):
+def _(grad, qkv, out, saved, offsets, key_lengths, dropout_p, seed):
     return torch.empty_like(qkv)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    qkv, offsets, key_lengths, ctx.max_frames, ctx.dropout_p, seed, _ = inputs
+    qkv, offsets, key_lengths, ctx.dropout_p, seed, _ = inputs
     out, saved = output
     ctx.save_for_backward(qkv, offsets, key_lengths, seed, out, *saved)
 
 
 def _backward(ctx, grad, _saved_grads):
     qkv, offsets, key_lengths, seed, out, *saved = ctx.saved_tensors
-    qkv_grad = _masked_attention_backward(
-        grad, qkv, out, saved, offsets, key_lengths, ctx.max_frames, ctx.dropout_p, seed
-    )
-    return qkv_grad, None, None, None, None, None, None
+    qkv_grad = _masked_attention_backward(grad, qkv, out, saved, offsets, key_lengths, ctx.dropout_p, seed)
+    return qkv_grad, None, None, None, None, None
 
 
 _masked_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -48,6 +48,7 @@ def conv_frontend(
 def _valid_frames(valid_samples: Optional[Tensor], weight: Tensor, stride: int) -> Optional[Tensor]:
     if valid_samples is None:
         return None
+    valid_samples = valid_samples.to(weight.device)
     return torch.div(valid_samples - weight.shape[2], stride, rounding_mode="floor").add(1).clamp(min=0)
 
 

@@ -1,8 +1,8 @@
 """Self-attention on packed rows with PyTorch's own kernels; no attention mask of size frames x frames is kept.
 
-On a CPU each sequence runs by itself, so padding costs nothing: PyTorch's flash kernel without dropout; with dropout, a few
-heads at a time so that the scores stay in cache (PyTorch has no fused CPU kernel with dropout), recomputed in the backward.
-On other devices the rows are padded for scaled_dot_product_attention, without a host synchronisation.
+On a CPU each sequence runs by itself, so padding costs nothing: PyTorch's flash kernel without dropout; with dropout, a
+few heads at a time so that the scores stay in cache (PyTorch has no fused CPU kernel with dropout), recomputed in the
+backward. On other devices the rows are padded for scaled_dot_product_attention.
 """
 
 from __future__ import annotations
@@ -32,15 +32,12 @@ def masked_attention(
     qkv: Tensor,  # [rows, 3, heads, head_dim]
     offsets: Tensor,  # [sequences + 1] int64
     key_lengths: Optional[Tensor],  # [sequences] int64
-    max_frames: int,
     dropout_p: float,
     seed: Optional[Tensor],
     save: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The output ``[rows, heads, head_dim]`` and, where ``save``, the log-sum-exp of the scores if it is used again."""
     rows, _, heads, head_dim = qkv.shape
-    if qkv.device.type != "cpu":
-        return _device_forward(qkv, offsets, key_lengths, max_frames, dropout_p, seed), []
     qkv = qkv.contiguous()  # the flash kernel takes a last stride of 1 for granted
     out = qkv.new_empty(rows, heads, head_dim)
     lse = qkv.new_empty(rows if dropout_p == 0.0 else 0, heads, dtype=torch.promote_types(qkv.dtype, torch.float32))
@@ -63,13 +60,10 @@ def masked_attention_backward(
     saved: list[Tensor],
     offsets: Tensor,
     key_lengths: Optional[Tensor],
-    max_frames: int,
     dropout_p: float,
     seed: Optional[Tensor],
 ) -> Tensor:
     """The gradient of ``qkv``: [rows, 3, heads, head_dim]."""
-    if qkv.device.type != "cpu":
-        return _device_backward(grad, qkv, offsets, key_lengths, max_frames, dropout_p, seed)
     qkv, grad = qkv.contiguous(), grad.contiguous()
     qkv_grad = torch.zeros_like(qkv) if key_lengths is not None else torch.empty_like(qkv)
     generator = _generator(dropout_p, seed)
@@ -160,55 +154,36 @@ def _group_backward(
     grads[1, group, :keys] = scores_grad.transpose(1, 2) @ sequence.query[group]
 
 
-def _device_forward(
-    qkv: Tensor,
-    offsets: Tensor,
-    key_lengths: Optional[Tensor],
+def padded_attention(
+    qkv: Tensor,  # [rows, 3, heads, head_dim]
+    offsets: Tensor,  # [sequences + 1] int64
+    key_lengths: Optional[Tensor],  # [sequences] int64
     max_frames: int,
     dropout_p: float,
-    seed: Optional[Tensor],
-) -> Tensor:
-    """scaled_dot_product_attention on padded rows. The seed lies on the host, so re-seeding costs no synchronisation."""
+) -> Tensor:  # [rows, heads, head_dim]
+    """scaled_dot_product_attention on padded rows, for devices other than the CPU; autograd differentiates it.
+
+    Nothing here waits for the device: ``max_frames`` and the number of rows are known on the host.
+    """
     rows, _, heads, head_dim = qkv.shape
     offsets = offsets.to(qkv.device, non_blocking=True)
-    lengths = offsets.diff()
-    sequences = len(lengths)
-    frames = torch.arange(max_frames, device=qkv.device)
+    sequences = len(offsets) - 1
     packed = rows != sequences * max_frames
-    mask = None
+    keys = None if key_lengths is None else key_lengths.to(qkv.device, non_blocking=True)
     if packed:
-        position = (offsets[:-1, None] + frames).clamp(max=rows - 1)  # [sequences, max_frames]
-        padded = qkv[position]
+        lengths = offsets.diff()
+        sequence = torch.repeat_interleave(lengths, output_size=rows)
+        position = sequence * max_frames + torch.arange(rows, device=qkv.device) - offsets[sequence]
+        grid = qkv.new_zeros(sequences * max_frames, 3, heads, head_dim)
+        padded = grid.index_copy(0, position, qkv)
+        keys = lengths if keys is None else keys.where(keys > 0, lengths)
     else:
-        padded = qkv.view(sequences, max_frames, 3, heads, head_dim)
-    if packed or key_lengths is not None:
-        keys = lengths if key_lengths is None else key_lengths.to(qkv.device, non_blocking=True)
-        keys = keys.where(keys > 0, max_frames)  # a row without keys attends to all of them, and is never read
-        mask = (frames < keys[:, None])[:, None, None]
-    query, key, value = padded.permute(2, 0, 3, 1, 4)  # each [sequences, heads, frames, head_dim]
-    with torch.random.fork_rng(devices=[qkv.device], device_type=qkv.device.type, enabled=dropout_p > 0.0):
-        if dropout_p > 0.0:
-            torch.manual_seed(int(seed))
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p)
+        padded = qkv
+    mask = None
+    if keys is not None:
+        keys = keys.where(keys > 0, max_frames)  # no softmax is empty; rows that are all padding are never read
+        mask = (torch.arange(max_frames, device=qkv.device) < keys[:, None])[:, None, None]
+    query, key, value = padded.view(sequences, max_frames, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p)
     out = out.transpose(1, 2).reshape(-1, heads, head_dim)
-    if not packed:
-        return out
-    sequence = torch.repeat_interleave(lengths, output_size=rows)
-    within = torch.arange(rows, device=qkv.device) - offsets[sequence]
-    return out[sequence * max_frames + within]
-
-
-def _device_backward(
-    grad: Tensor,
-    qkv: Tensor,
-    offsets: Tensor,
-    key_lengths: Optional[Tensor],
-    max_frames: int,
-    dropout_p: float,
-    seed: Optional[Tensor],
-) -> Tensor:
-    """Runs the forward again under autograd: the same seed gives the same dropout."""
-    with torch.enable_grad():
-        leaf = qkv.detach().requires_grad_()
-        out = _device_forward(leaf, offsets, key_lengths, max_frames, dropout_p, seed)
-    return torch.autograd.grad(out, leaf, grad)[0]
+    return out.index_select(0, position) if packed else out

@@ -46,6 +46,26 @@ def test_backends_agree_for_any_shape_with_and_without_dropout(lengths, heads, h
     assert_twins(OPERATOR, function, [_qkv(sum(lengths), heads, head_dim, seed)])
 
 
+@pytest.mark.parametrize(
+    ("lengths", "keys"),
+    [([9, 9, 9], None), ([9, 9, 9], [9, 0, 4]), ([5, 0, 12, 1], None), ([12, 3], [2, 3]), ([5, 12], [0, 7])],
+)
+def test_padded_attention_of_other_devices_equals_the_reference(lengths, keys):
+    """What runs on a GPU, run on the CPU: the output and, through autograd, the gradient."""
+    key_lengths = None if keys is None else torch.tensor(keys)
+    offsets, results = _offsets(lengths), []
+    for function in (kernels.padded_attention, None):
+        qkv = _qkv(sum(lengths)).requires_grad_()
+        if function is None:
+            with backend.using("reference", OPERATOR):
+                out = masked_attention(qkv, offsets, key_lengths, max_frames=max(lengths))
+        else:
+            out = function(qkv, offsets, key_lengths, max(lengths), 0.0)
+        results.append((out, *torch.autograd.grad(out.square().sum(), qkv)))
+    for ours, truth in zip(*results):
+        assert error(ours, truth) < 1e-12
+
+
 @pytest.mark.parametrize("head_dim", [64, 80])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_backends_agree_where_heads_run_in_groups(head_dim, dropout_p, monkeypatch):
@@ -186,7 +206,6 @@ def test_opcheck(dropout_p, key_lengths):
         _qkv(20, dtype=torch.float32).requires_grad_(),
         _offsets([10, 10]),
         key_lengths,
-        10,
         dropout_p,
         seed,
         True,
