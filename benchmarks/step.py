@@ -12,6 +12,7 @@ The ratio of medians is what to read: times on a shared machine move, and both s
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import json
 import platform
@@ -40,7 +41,9 @@ def main() -> None:
         print(json.dumps(_memory(arguments.memory_of, arguments)))
         return
     results = []
-    print(f"{'classes':>7} {'dtype':>9} {'side':>12} {'median s':>9} {'p20':>7} {'p80':>7} {'x real time':>12} {'MiB':>7}")
+    print(
+        f"{'classes':>7} {'dtype':>9} {'side':>12} {'median s':>9} {'p20':>7} {'p80':>7} {'x real time':>12} {'MiB':>7}"
+    )
     for classes in arguments.classes:
         _check_same_loss(classes)
         for dtype in arguments.dtypes:
@@ -52,6 +55,7 @@ def main() -> None:
             )
     if arguments.json:
         report = {"machine": _machine(), "batch": arguments.batch, "seconds": arguments.seconds, "cases": results}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
@@ -145,8 +149,11 @@ def _memory(side: str, arguments: argparse.Namespace) -> dict[str, int]:
 
 
 def _machine() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = [line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
     return {
-        "processor": platform.processor() or platform.machine(),
+        "date": datetime.date.today().isoformat(),
+        "processor": models[0] if models else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -55,7 +55,9 @@ def use(name: str, operator: Optional[str] = None) -> None:
     """
     for each in _selected(operator):
         if name != AUTO and name not in each.implementations:
-            raise ValueError(f"backend {name!r} of operator {each.name!r}: accepted are {[AUTO, *each.implementations]}")
+            raise ValueError(
+                f"backend {name!r} of operator {each.name!r}: accepted are {[AUTO, *each.implementations]}"
+            )
     for each in _selected(operator):
         each.chosen = name
 
@@ -83,7 +85,9 @@ def choose(operator: str, objection: Callable[[str], Objection]) -> str:
             )
         reason = objection(entry.chosen)
         if reason is not None:
-            raise BackendError(f"backend {entry.chosen!r} of operator {operator!r} was asked for and cannot run: {reason}")
+            raise BackendError(
+                f"backend {entry.chosen!r} of operator {operator!r} was asked for and cannot run: {reason}"
+            )
         return entry.chosen
     for name in entry.implementations:
         if objection(name) is None:

@@ -71,9 +71,7 @@ class SelfAttention(nn.Module):
             qkv = torch.cat([each(x) for each in projections], dim=1)
         qkv = qkv.unflatten(1, (3, self.num_heads, self.head_dim))
         dropout = self.dropout if self.training else 0.0
-        out = masked_attention(
-            qkv, layout.offsets, layout.key_lengths, max_frames=layout.frames, dropout_p=dropout
-        )
+        out = masked_attention(qkv, layout.offsets, layout.key_lengths, max_frames=layout.frames, dropout_p=dropout)
         out = out.flatten(1)
         return self.out_proj(out if keep is None else out.index_select(0, keep))
 
@@ -103,7 +101,9 @@ class FeedForward(nn.Module):
 class EncoderLayer(nn.Module):
     """Attention and feed-forward, each with a residual and a LayerNorm before (``layer_norm_first``) or after it."""
 
-    def __init__(self, attention: SelfAttention, dropout: float, layer_norm_first: bool, feed_forward: FeedForward) -> None:
+    def __init__(
+        self, attention: SelfAttention, dropout: float, layer_norm_first: bool, feed_forward: FeedForward
+    ) -> None:
         super().__init__()
         self.attention = attention
         self.dropout = nn.Dropout(dropout)

@@ -14,7 +14,13 @@ class ConvLayerBlock(nn.Module):
     """The parameters of one layer: a convolution and, where it has one, its norm. `FeatureExtractor` runs them."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, bias: bool, layer_norm: Optional[nn.Module]
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        bias: bool,
+        layer_norm: Optional[nn.Module],
     ) -> None:
         super().__init__()
         self.kernel_size = kernel_size

@@ -67,9 +67,7 @@ class PretrainingObjective(nn.Module):
         mask: Optional[Tensor] = None,
     ) -> PretrainingLoss:
         """The loss of a batch; arguments and errors as those of `HuBERTPretrainModel.forward`."""
-        encoded = self.model.encode(
-            waveforms, labels, audio_lengths, mask=mask, masked_only=self.unmasked_weight == 0
-        )
+        encoded = self.model.encode(waveforms, labels, audio_lengths, mask=mask, masked_only=self.unmasked_weight == 0)
         masked_count = encoded.masked.sum()
         loss = self.feature_weight * encoded.feature_penalty * masked_count
         results: list[Optional[Tensor]] = [masked_count]
@@ -77,9 +75,7 @@ class PretrainingObjective(nn.Module):
             if weight == 0:
                 results += [None, None, None]
                 continue
-            part = self.model.logit_generator.cross_entropy(
-                encoded.hidden, torch.where(chosen, encoded.labels, -1)
-            )
+            part = self.model.logit_generator.cross_entropy(encoded.hidden, torch.where(chosen, encoded.labels, -1))
             loss = loss + weight * part.loss
             results += [part.correct, part.loss, chosen.sum()]
         _, masked_correct, masked_loss, _, unmasked_correct, unmasked_loss, unmasked_count = results

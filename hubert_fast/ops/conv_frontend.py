@@ -63,7 +63,14 @@ def conv_frontend(
     chosen = backend.choose("conv_frontend", lambda name: _objection(name, waveforms))
     if chosen == "reference":
         return reference.conv_frontend(
-            waveforms, weights, biases, norm_weights, norm_biases, strides=strides, norm=norm, valid_samples=valid_samples
+            waveforms,
+            weights,
+            biases,
+            norm_weights,
+            norm_biases,
+            strides=strides,
+            norm=norm,
+            valid_samples=valid_samples,
         )
     parameters = [*weights, *biases, *norm_weights, *norm_biases]
     save = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
@@ -167,7 +174,17 @@ def _conv_frontend_backward(
 ) -> List[Tensor]:
     with without_autocast(waveforms.device):
         gradients = torch_backend.conv_frontend_backward(
-            grad, waveforms, weights, biases, norm_weights, norm_biases, preactivations, strides, norm, valid_samples, dtype
+            grad,
+            waveforms,
+            weights,
+            biases,
+            norm_weights,
+            norm_biases,
+            preactivations,
+            strides,
+            norm,
+            valid_samples,
+            dtype,
         )
     return [each for group in gradients for each in group]
 
@@ -182,9 +199,7 @@ def _setup_context(ctx, inputs, output) -> None:
     _, preactivations = output
     ctx.counts = [len(group) for group in (weights, biases, norm_weights, norm_biases, preactivations)]
     ctx.settings = strides, norm, dtype
-    ctx.save_for_backward(
-        waveforms, valid_samples, *weights, *biases, *norm_weights, *norm_biases, *preactivations
-    )
+    ctx.save_for_backward(waveforms, valid_samples, *weights, *biases, *norm_weights, *norm_biases, *preactivations)
 
 
 def _backward(ctx, grad, _saved_grads):

@@ -58,7 +58,9 @@ def masked_attention(
     if offsets.ndim != 1 or offsets.dtype != torch.int64:
         raise ValueError(f"offsets must be int64 of shape [sequences + 1]; got {offsets.dtype} {tuple(offsets.shape)}")
     if key_lengths is not None and (key_lengths.dtype != torch.int64 or key_lengths.ndim != 1):
-        raise ValueError(f"key_lengths must be int64 of shape [sequences]; got {key_lengths.dtype} {tuple(key_lengths.shape)}")
+        raise ValueError(
+            f"key_lengths must be int64 of shape [sequences]; got {key_lengths.dtype} {tuple(key_lengths.shape)}"
+        )
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
     chosen = backend.choose("masked_attention", lambda name: None)

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 
 from hubert_fast.pretrain.audio import AudioError
 from hubert_fast.pretrain.config import DataConfig
-from hubert_fast.pretrain.epoch_plan import fill, plan_epoch, smallest_batch
+from hubert_fast.pretrain.epoch_plan import plan_epoch, smallest_batch
 from hubert_fast.pretrain.frames import SAMPLE_RATE
+from hubert_fast.pretrain.like_length import batches_of_like_length
 from hubert_fast.pretrain.units import Units
 from hubert_fast.pretrain.utterances import TRAINING, VALIDATION, Batch, MaskSource, Place, Utterances
 
@@ -42,8 +43,7 @@ class GlobalBatches:
 
     Raises:
         ValueError: no utterances; units that are missing or of another length; a ``batch_seconds`` in which fewer of
-        the
-            longest utterances fit than there are micro-batches.
+            the longest utterances fit than there are micro-batches.
         NonFiniteAudioError, AudioError: while iterating, at the utterance that cannot be used.
     """
 
@@ -143,9 +143,8 @@ class ValidationBatches:
             micro_batches=1,
             mine=[0],
         )
-        samples = self._utterances.samples
         budget = round(config.batch_seconds * SAMPLE_RATE) // _micro_batches(accumulate, rank, world_size)
-        plan = [np.array(rows) for rows in fill(np.argsort(-samples, kind="stable"), samples, budget)]
+        plan = [np.array(rows) for rows in batches_of_like_length(self._utterances.samples, budget)]
         places = [Place(0, batch, last=batch + 1 == len(plan)) for batch in range(len(plan))]
         self._places = list(zip(places, plan, strict=True))[rank::world_size]
         self._workers = config.workers

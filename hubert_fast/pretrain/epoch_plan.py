@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from hubert_fast.pretrain.like_length import LEAST_SHARE, fill
+
 # Lengths are compared after multiplying each with a random factor in [1 - this, 1 + this]: otherwise utterances of like
 # length would share their batches in every epoch.
 _LENGTH_NOISE = 0.1
@@ -21,11 +23,16 @@ def smallest_batch(samples: np.ndarray, budget: int) -> int:
 
 
 def plan_epoch(samples: np.ndarray, budget: int, *, seed: int, epoch: int) -> list[np.ndarray]:
-    """Deal every utterance into one global batch.
+    """Deal every utterance into one global batch, with utterances of like length and `smallest_batch` rows or more.
 
-    Utterances are sorted by length, with noise, and cut into runs whose rows, padded to the longest, fill ``budget``. A
-    last run with fewer rows than `smallest_batch` is dealt out over the others, so those exceed the budget by a row of
-    the shortest utterances; whether that happens does not depend on how many processes share the batch.
+    All rows of a batch have as many frames masked as its shortest can, so a short row among long ones would cost most of
+    the batch's targets. Utterances are sorted by length, with noise, and cut into runs whose rows, padded to the
+    longest, fill ``budget``; a row of less than half the longest ends a run early. Where the last run, of the shortest
+    utterances, has too few rows, it takes the shortest of the run before it, and so on.
+
+    The padded rows of a batch never exceed ``budget``, but where so few utterances are shorter than the longest that the
+    runs cannot have `smallest_batch` rows each: then the utterances are dealt evenly over one batch fewer, and some
+    exceed it by the rows left over. The plan does not depend on how many processes share the batches.
 
     Args:
         samples: int64 ``[utterances]``, length of each row, after cropping.
@@ -36,26 +43,28 @@ def plan_epoch(samples: np.ndarray, budget: int, *, seed: int, epoch: int) -> li
     """
     rng = np.random.default_rng([seed, _PURPOSE, epoch])
     noisy = samples * rng.uniform(1 - _LENGTH_NOISE, 1 + _LENGTH_NOISE, size=len(samples))
-    runs = fill(np.argsort(-noisy, kind="stable"), samples, budget)
-    if len(runs) > 1 and len(runs[-1]) < smallest_batch(samples, budget):
-        for position, index in enumerate(runs.pop()):
-            runs[position % len(runs)].append(int(index))
+    runs = _runs(np.argsort(-noisy, kind="stable"), samples, budget)
     batches = [np.array(sorted(run, key=lambda index: -samples[index])) for run in runs]
     return [batches[position] for position in rng.permutation(len(batches))]
 
 
-def fill(order: np.ndarray, samples: np.ndarray, budget: int) -> list[list[int]]:
-    """Cut ``order`` (indices of utterances) into runs whose rows, padded to the longest, take ``budget`` samples at
-    most.
+def _runs(order: np.ndarray, samples: np.ndarray, budget: int) -> list[list[int]]:
+    """Cut ``order`` into runs of `smallest_batch` rows or more."""
+    fewest = smallest_batch(samples, budget)
+    for least_share in (LEAST_SHARE, 0.0):
+        runs = fill(order, samples, budget, least_share=least_share, fewest_rows=fewest)
+        if len(runs) * fewest <= len(order):
+            return _with_enough_rows(runs, fewest)
+    # Backwards, because `array_split` makes the first parts the larger ones: they shall hold the shortest utterances.
+    return [part.tolist() for part in np.array_split(order[::-1], len(order) // fewest)]
 
-    An utterance longer than the budget has a run of its own.
-    """
-    runs: list[list[int]] = [[]]
-    longest = 0
-    for index in order.tolist():
-        longest = max(longest, int(samples[index]))
-        if runs[-1] and (len(runs[-1]) + 1) * longest > budget:
-            runs.append([])
-            longest = int(samples[index])
-        runs[-1].append(index)
+
+def _with_enough_rows(runs: list[list[int]], fewest: int) -> list[list[int]]:
+    """Move the cuts between runs, from the last on, so that each has ``fewest`` rows, which always fit the budget."""
+    for position in range(len(runs) - 1, 0, -1):
+        missing = fewest - len(runs[position])
+        if missing <= 0:
+            break
+        runs[position] = runs[position - 1][-missing:] + runs[position]
+        runs[position - 1] = runs[position - 1][:-missing]
     return runs

@@ -8,7 +8,6 @@ PNMI rises with the number of clusters and is comparable only at equal numbers.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,8 +20,9 @@ from tqdm import tqdm
 from hubert_fast.pretrain import atomic
 from hubert_fast.pretrain.audio import load_audio, normalized, utterance_samples
 from hubert_fast.pretrain.codebook import Codebook, fit_codebook
-from hubert_fast.pretrain.features import MfccFeatures, all_layers, load_model
+from hubert_fast.pretrain.features import MfccFeatures, all_layers, file_sha256, load_model
 from hubert_fast.pretrain.frames import FRAMES_PER_SECOND, SAMPLE_RATE, num_frames, num_samples
+from hubert_fast.pretrain.like_length import batches_of_like_length
 from hubert_fast.pretrain.manifest import SPLITS, fingerprint, load_manifest
 from hubert_fast.pretrain.phone_metrics import chance_pnmi, frame_phones, score_units
 from hubert_fast.pretrain.progress import audio_progress
@@ -87,7 +87,7 @@ def evaluate(
         "normalize_audio": normalize_audio,
         "fit_frames": fit_frames,
         "init_attempts": init_attempts,
-        "weights_sha256": hashlib.sha256(np.memmap(weights, mode="r")).hexdigest(),
+        "weights_sha256": file_sha256(weights),
         "utterances_sha256": fingerprint([*cuts["train"], *cuts["valid"]]),
     }
     done = read_json(target)
@@ -148,20 +148,11 @@ class _Reader:
 
     def batches(self, cuts: Sequence[Cut], title: str) -> Iterator[tuple[list[Cut], list[np.ndarray]]]:
         with audio_progress(sum(map(_seconds, cuts)), title, enabled=self.progress) as bar:
-            for batch in self._bucketed(cuts):
+            samples = [utterance_samples(cut) for cut in cuts]
+            for indices in batches_of_like_length(samples, self.batch_seconds * SAMPLE_RATE):
+                batch = [cuts[index] for index in indices]
                 yield batch, [load_audio(cut) for cut in batch]
                 bar.update(sum(map(_seconds, batch)))
-
-    def _bucketed(self, cuts: Sequence[Cut]) -> Iterator[list[Cut]]:
-        batch: list[Cut] = []
-        for cut in sorted(cuts, key=lambda cut: (_seconds(cut), cut.id)):
-            # Rising length: the newest cut is the longest, and all rows are padded to it.
-            if batch and (len(batch) + 1) * _seconds(cut) > self.batch_seconds:
-                yield batch
-                batch = []
-            batch.append(cut)
-        if batch:
-            yield batch
 
 
 def _seconds(cut: Cut) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from hubert_fast.pretrain.audio import normalized
 from hubert_fast.pretrain.config import ModelConfig
 from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
+from hubert_fast.pretrain.like_length import batches_of_like_length
 from hubert_fast.pretrain.mfcc import MFCC_DIM, mfcc39
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class HubertFeatures:
         self.dim = self._model.wav2vec2.encoder.transformer.layers[0].final_layer_norm.normalized_shape[0]
         self.settings: dict[str, Any] = {
             "source": self.name,
-            "weights_sha256": _sha256(weights),
+            "weights_sha256": file_sha256(weights),
             "autocast": autocast,
             "normalize_audio": normalize_audio,
         }
@@ -111,8 +111,7 @@ def load_model(weights: Path, *, padding_invariant: bool = True) -> HuBERTPretra
 
     Args:
         padding_invariant: whether an utterance's features are independent of the padding its batch gives it, which is
-        what
-            extraction wants; False builds the model as it was trained. The weights are the same.
+            what extraction wants; False builds the model as it was trained. The weights are the same.
     """
     from safetensors import safe_open
     from safetensors.torch import load_file
@@ -136,7 +135,8 @@ def _layers(
 ) -> list[list[np.ndarray]]:
     """Layers ``first`` to ``num_layers`` (None: the last): ``result[layer - first][utterance]``."""
     result: list[list[np.ndarray]] = []
-    for indices in _batches_of_like_length([len(waveform) for waveform in waveforms]):
+    samples = [len(waveform) for waveform in waveforms]
+    for indices in batches_of_like_length(samples, _BATCH_SECONDS * SAMPLE_RATE):
         padded, lengths = _padded([waveforms[index] for index in indices])
         with torch.inference_mode():
             layers, _ = model.wav2vec2.extract_features(padded.to(device), lengths.to(device), num_layers=num_layers)
@@ -150,20 +150,6 @@ def _layers(
     return result
 
 
-def _batches_of_like_length(samples: Sequence[int]) -> Iterator[list[int]]:
-    """Indices in batches of at most `_BATCH_SECONDS` of audio, padding included (or one longer utterance)."""
-    limit = _BATCH_SECONDS * SAMPLE_RATE
-    batch: list[int] = []
-    for index in sorted(range(len(samples)), key=lambda index: samples[index]):
-        # Rising length: the newest row is the longest.
-        if batch and (len(batch) + 1) * samples[index] > limit:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
 def _padded(waveforms: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([len(waveform) for waveform in waveforms])
     padded = torch.zeros(len(waveforms), int(lengths.max()))
@@ -172,7 +158,8 @@ def _padded(waveforms: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     return padded, lengths
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The hash of a file's content, which tells the weights that features come of."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -27,10 +27,13 @@ from hubert_fast.pretrain.atomic import write_text, write_with
 from hubert_fast.pretrain.audio import AudioError, resampled_length, utterance_samples
 from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
 from hubert_fast.pretrain.probe import AudioInfo, probe
+from hubert_fast.pretrain.run_summary import read_json
 from hubert_fast.pretrain.splits import held_out_files
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
 SPLITS = ("train", "valid")
+LONGEST_SECONDS = 60.0
+"""longer recordings become several cuts"""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,8 @@ class ManifestSummary:
     @classmethod
     def load(cls, directory: Path) -> ManifestSummary | None:
         """The summary of a complete manifest directory, else None."""
-        path = Path(directory) / "summary.json"
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        values = read_json(Path(directory) / "summary.json")
+        return None if values is None else cls(**values)
 
 
 def scan(
@@ -60,7 +63,7 @@ def scan(
     valid_fraction: float,
     seed: int,
     workers: int = 0,
-    longest_seconds: float = 60.0,
+    longest_seconds: float = LONGEST_SECONDS,
     progress: bool = True,
 ) -> ManifestSummary:
     """Decode every audio file below ``audio`` once and write the manifest of the usable ones to ``out``.
@@ -82,7 +85,7 @@ def scan(
         ValueError: an argument is out of range, no file is usable, or an alignment or ``splits.json`` is malformed.
     """
     audio, out = Path(audio).resolve(), Path(out)
-    _check_arguments(audio, min_seconds, valid_fraction, workers, longest_seconds)
+    _check_arguments(min_seconds, valid_fraction, workers, longest_seconds)
     settings = {
         "audio": str(audio),
         "min_seconds": min_seconds,
@@ -95,11 +98,7 @@ def scan(
         return done
     (out / "summary.json").unlink(missing_ok=True)
 
-    files = find_audio(audio)
-    if not files:
-        raise ValueError(
-            f"audio={str(audio)!r} holds no audio: files ending in {', '.join(AUDIO_SUFFIXES)} are accepted"
-        )
+    files = require_audio(audio)
     usable, skipped = _probe_all(audio, files, min_seconds, workers, progress)
     write_text(out / "skipped.jsonl", "".join(json.dumps(line) + "\n" for line in skipped))
     if not usable:
@@ -134,11 +133,40 @@ def load_manifest(directory: Path, split: str) -> CutSet:
 
 
 def fingerprint(cuts: Iterable[Cut]) -> str:
-    """A hash of the utterances (ids, order and samples): equal where units and features of one fit the other."""
+    """A hash of the utterances (ids, order and samples) and of their files as they are now (size and time of the last
+    change): equal where units and features of one fit the other.
+
+    A file that is gone has a state of its own: whoever reads the audio will say so.
+    """
     digest = hashlib.sha256()
+    states: dict[str, str] = {}  # several cuts may be of one file
     for cut in cuts:
-        digest.update(f"{cut.id}\t{utterance_samples(cut)}\n".encode())
+        for source in cut.recording.sources:
+            if source.source not in states:
+                file = os.stat(source.source)
+                states[source.source] = f"{file.st_size} {file.st_mtime_ns}"
+            digest.update(f"{cut.id}\t{utterance_samples(cut)}\t{states[source.source]}\n".encode())
     return digest.hexdigest()
+
+
+def _state(path: str) -> str:
+    try:
+        file = os.stat(path)
+    except FileNotFoundError:
+        return "gone"
+    return f"{file.st_size} {file.st_mtime_ns}"
+
+
+def require_audio(folder: Path) -> list[str]:
+    """`find_audio`, or a ValueError where ``folder`` is no folder or holds no audio."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"audio={str(folder)!r} is not a folder")
+    files = find_audio(folder)
+    if not files:
+        raise ValueError(
+            f"audio={str(folder)!r} holds no audio: files ending in {', '.join(AUDIO_SUFFIXES)} are accepted"
+        )
+    return files
 
 
 def find_audio(folder: Path) -> list[str]:
@@ -158,11 +186,7 @@ def find_audio(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _check_arguments(
-    audio: Path, min_seconds: float, valid_fraction: float, workers: int, longest_seconds: float
-) -> None:
-    if not audio.is_dir():
-        raise ValueError(f"audio={str(audio)!r} is not a folder")
+def _check_arguments(min_seconds: float, valid_fraction: float, workers: int, longest_seconds: float) -> None:
     if not 0 <= min_seconds < longest_seconds:
         raise ValueError(f"min_seconds={min_seconds} must lie in [0, longest_seconds={longest_seconds})")
     if not 0 <= valid_fraction < 1:

@@ -6,35 +6,35 @@ Each stage leaves files in the run directory and is skipped where its files are 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hubert_fast.pretrain.config import IterationConfig, PretrainConfig, config_path
-from hubert_fast.pretrain.config_file import differences, read_config, write_config
+from hubert_fast.pretrain.config_checks import check_config
+from hubert_fast.pretrain.config_file import read_config, write_config
 from hubert_fast.pretrain.distributed import Process
+from hubert_fast.pretrain.embedded import embedded_corpus
 from hubert_fast.pretrain.evaluate import evaluate
 from hubert_fast.pretrain.features import FeatureSource, HubertFeatures, MfccFeatures
-from hubert_fast.pretrain.manifest import scan
+from hubert_fast.pretrain.main_only import on_main
+from hubert_fast.pretrain.manifest import require_audio, scan
 from hubert_fast.pretrain.report import write_report
-from hubert_fast.pretrain.run_record import record_start
+from hubert_fast.pretrain.resume_checks import require_resumable
+from hubert_fast.pretrain.run_record import record_audio, record_start, recorded_audio
+from hubert_fast.pretrain.run_summary import read_json
+from hubert_fast.pretrain.tensor_files import naming
 from hubert_fast.pretrain.trainer import TrainResult, train, weights_path
 from hubert_fast.pretrain.units import make_units
-
-# What may change when a run is resumed: it decides no number of the result.
-_FREE_ON_RESUME = ("device", "logging.", "data.workers")
 
 
 class RunExistsError(FileExistsError):
     """The run directory holds a run, and nobody asked to go on with it."""
 
 
-class ConfigMismatchError(ValueError):
-    """A run is to be resumed with other settings than its own."""
-
-
 @dataclass(frozen=True)
 class Run:
-    """A run directory, its settings, and this process's part in it.
+    """A run directory, its settings and audio, and this process's part in it.
 
     Rank 0 does all that is not training, while the others wait for it.
     """
@@ -42,6 +42,7 @@ class Run:
     directory: Path
     config: PretrainConfig
     process: Process
+    audio: Path
     progress: bool = True
 
     @property
@@ -55,14 +56,17 @@ class Run:
         """The settings of iteration ``number``, counted from 1 among those that have steps."""
         iterations = self.config.iterations()
         if not 1 <= number <= len(iterations):
-            raise ValueError(f"iteration must be in [1, {len(iterations)}], the iterations that have steps; got {number}")
+            raise ValueError(
+                f"iteration must be in [1, {len(iterations)}], the iterations that have steps; got {number}"
+            )
         return iterations[number - 1]
 
-    def scan(self, audio: Path) -> None:
-        """The manifest of the audio below ``audio``."""
-        if self.process.is_main:
+    def scan(self) -> None:
+        """The manifest of the audio."""
+
+        def work() -> None:
             scan(
-                audio,
+                self.audio,
                 self.manifest,
                 min_seconds=self.config.data.min_seconds,
                 valid_fraction=self.config.data.valid_fraction,
@@ -70,29 +74,40 @@ class Run:
                 workers=self.config.data.workers,
                 progress=self.progress,
             )
-        self.process.barrier()
+
+        on_main(self.process, work)
 
     def units(self, number: int) -> None:
         """The units that iteration ``number`` predicts."""
         settings = self.settings(number)
-        self._require(self.manifest / "summary.json", "scan")
-        if self.process.is_main:
-            make_units(
-                self.manifest,
-                self._features(number),
-                settings.units,
-                self.iteration_directory(number) / "units",
-                seed=self.config.seed,
-                progress=self.progress,
-            )
-        self.process.barrier()
+        units = self.iteration_directory(number) / "units"
+
+        def work() -> None:
+            self._require(self.manifest / "summary.json", "scan")
+            read_json(units / "summary.json")  # a damaged one is named
+            source = self._features(number)
+            with naming(units):
+                make_units(
+                    self.manifest,
+                    source,
+                    settings.units,
+                    units,
+                    seed=self.config.seed,
+                    workers=self.config.data.workers,
+                    progress=self.progress,
+                )
+
+        on_main(self.process, work)
 
     def train(self, number: int, *, resume: bool) -> TrainResult:
         """The model of iteration ``number``; one that is trained is kept."""
         settings = self.settings(number)
         directory = self.iteration_directory(number)
-        resume = resume or weights_path(directory / "train").exists()
-        self._require(directory / "units" / "summary.json", "units")
+
+        def resumes() -> bool:
+            self._require(directory / "units" / "summary.json", "units")
+            return resume or weights_path(directory / "train").exists()
+
         return train(
             settings.model,
             self.config.data_of(settings),
@@ -103,7 +118,7 @@ class Run:
             units_dir=directory / "units",
             out=directory / "train",
             seed=self.config.seed,
-            resume=resume,
+            resume=on_main(self.process, resumes),
             autocast=self.config.autocast,
             progress=self.progress,
             process=self.process,
@@ -111,29 +126,32 @@ class Run:
 
     def evaluate(self, number: int) -> None:
         """Scores of iteration ``number`` on the held-out part."""
-        self._require(weights_path(self.iteration_directory(number) / "train"), "train")
-        if self.process.is_main:
-            evaluate(
-                self.iteration_directory(number),
-                self.manifest,
-                seed=self.config.seed,
-                device=str(self.process.device),
-                autocast=self.config.autocast,
-                normalize_audio=self.config.data.normalize_audio,
-                progress=self.progress,
-                **dataclasses.asdict(self.config.evaluation),
-            )
-        self.process.barrier()
+        data = self.config.data_of(self.settings(number))
+        directory = self.iteration_directory(number)
+
+        def work() -> None:
+            self._require(weights_path(directory / "train"), "train")
+            with naming(directory):
+                evaluate(
+                    directory,
+                    self.manifest,
+                    seed=self.config.seed,
+                    device=str(self.process.device),
+                    autocast=self.config.autocast,
+                    normalize_audio=data.normalize_audio,
+                    progress=self.progress,
+                    **dataclasses.asdict(self.config.evaluation),
+                )
+
+        on_main(self.process, work)
 
     def report(self) -> Path:
         """RUN/report.html."""
-        path = write_report(self.directory) if self.process.is_main else self.directory / "report.html"
-        self.process.barrier()
-        return path
+        return on_main(self.process, lambda: write_report(self.directory))
 
-    def everything(self, audio: Path, *, resume: bool) -> Path:
+    def everything(self, *, resume: bool) -> Path:
         """All stages in order; returns the report."""
-        self.scan(audio)
+        self.scan()
         for number in range(1, len(self.config.iterations()) + 1):
             self.units(number)
             self.train(number, resume=resume)
@@ -145,17 +163,17 @@ class Run:
         layer = self.settings(number).units.layer
         if layer == 0:
             return MfccFeatures()
-        if number == 1:
-            raise ValueError(f"units.layer of the first iteration must be 0 (MFCC); got {layer}: there is no model before it")
+        # The layer is of the model before, which is fed as it was trained.
         weights = weights_path(self.iteration_directory(number - 1) / "train")
         self._require(weights, "train")
-        return HubertFeatures(
-            weights,
-            layer,
-            device=self.process.device,
-            autocast=self.config.autocast,
-            normalize_audio=self.config.data.normalize_audio,
-        )
+        with naming(weights):
+            return HubertFeatures(
+                weights,
+                layer,
+                device=self.process.device,
+                autocast=self.config.autocast,
+                normalize_audio=self.config.data_of(self.settings(number - 1)).normalize_audio,
+            )
 
     def _require(self, path: Path, stage: str) -> None:
         if not path.exists():
@@ -163,39 +181,71 @@ class Run:
 
 
 def open_run(
-    directory: Path, config: PretrainConfig, command: list[str], process: Process, *, resume: bool, progress: bool = True
+    directory: Path,
+    config: PretrainConfig,
+    process: Process,
+    *,
+    audio: Path | None = None,
+    resume: bool,
+    command: Sequence[str] | None = None,
+    progress: bool = True,
 ) -> Run:
-    """A new run directory, or one to go on with.
+    """A new run directory, or one to go on with. Nothing is written where something is wrong.
+
+    Args:
+        audio: folder of speech. Without it, a run that is resumed goes on with its own, a new one takes the embedded
+            corpus.
+        command: recorded as a start of the run, where given.
 
     Raises:
+        ValueError: a setting is out of range, or ``audio`` is no folder with audio or not that of the resumed run.
         RunExistsError: the directory holds something, and ``resume`` is False.
-        ConfigMismatchError: it holds a run with other settings.
+        ConfigMismatchError: it holds results made with other settings.
     """
     directory = Path(directory)
-    path = config_path(directory)
-    if process.is_main:
-        if path.exists():
-            if not resume:
-                raise RunExistsError(
-                    f"out={str(directory)!r} holds a run already; go on with it by --resume, or choose another folder"
-                )
-            _require_same(read_config(path, PretrainConfig()), config, directory)
-        elif directory.exists() and any(directory.iterdir()):
-            raise RunExistsError(f"out={str(directory)!r} exists, is not empty and holds no run; choose another folder")
-        write_config(path, config)
-        record_start(directory, command)
-    process.barrier()
-    return Run(directory, config, process, progress=progress and process.is_main)
+
+    def prepare() -> Path:
+        check_config(config)
+        stands = _stands(directory, resume)
+        if stands:
+            require_resumable(read_config(config_path(directory), PretrainConfig()), config, directory)
+        folder = _audio_of_resumed(directory, audio) if stands else Path(audio or embedded_corpus()).resolve()
+        if not stands:
+            require_audio(folder)
+        write_config(config_path(directory), config)
+        record_audio(directory, folder)
+        if command is not None:
+            record_start(directory, command)
+        return folder
+
+    folder = on_main(process, prepare)
+    return Run(directory, config, process, folder, progress=progress and process.is_main)
 
 
-def _require_same(stored: PretrainConfig, given: PretrainConfig, directory: Path) -> None:
-    changed = [
-        f"{name} is {before!r} there and {now!r} here"
-        for name, before, now in differences(stored, given)
-        if not name.startswith(_FREE_ON_RESUME) and not name.endswith(".accumulate")
-    ]
-    if changed:
-        raise ConfigMismatchError(
-            f"out={str(directory)!r} holds a run with other settings ({'; '.join(changed)}); resume it with its own, or "
-            "choose another folder"
+def _stands(directory: Path, resume: bool) -> bool:
+    """Whether there is a run to go on with; False where there is nothing."""
+    if config_path(directory).exists():
+        if resume:
+            return True
+        raise RunExistsError(
+            f"out={str(directory)!r} holds a run already; go on with it by --resume, or choose another folder"
         )
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise RunExistsError(f"out={str(directory)!r} exists, is not empty and holds no run; choose another folder")
+    return False
+
+
+def _audio_of_resumed(directory: Path, given: Path | None) -> Path:
+    recorded = recorded_audio(directory)
+    if recorded is None and given is None:
+        raise ValueError(
+            f"out={str(directory)!r} does not say which audio it is about: `hubert-fast scan --resume --audio FOLDER` does"
+        )
+    if recorded is None or given is None:
+        return (recorded or given).resolve()
+    if given.resolve() != recorded:
+        raise ValueError(
+            f"audio={str(given.resolve())!r}, but out={str(directory)!r} holds a run on {str(recorded)!r}; resume it "
+            "without another audio folder, or choose another out"
+        )
+    return recorded

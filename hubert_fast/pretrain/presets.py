@@ -42,14 +42,16 @@ _XLARGE_MODEL = replace(
 
 
 def _after_base(model: ModelConfig, learning_rate: float, batch_seconds: float) -> PretrainConfig:
-    """The paper's order: two iterations of Base, then the big model once, on units of the second Base's layer 9."""
+    """The paper's order: two iterations of Base, then the big model once, on units of the second Base's layer 9. Only the
+    big model takes utterances of zero mean and unit variance."""
     third = IterationConfig(
         units=UnitsConfig(clusters=500, layer=9),
         model=model,
         optimizer=OptimizerConfig(steps=400_000, learning_rate=learning_rate, clip_norm=1.0),
         batch_seconds=batch_seconds,
+        normalize_audio=True,
     )
-    return replace(_BASE, data=replace(_BASE.data, normalize_audio=True), third=third)
+    return replace(_BASE, third=third)
 
 
 # Two CPU cores pre-train this twice on ten minutes of speech in a few minutes. Small enough for that, it keeps Base's

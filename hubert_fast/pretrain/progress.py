@@ -11,6 +11,12 @@ _AUDIO_BAR = (
 
 def audio_progress(seconds: float, description: str, *, enabled: bool = True) -> tqdm:
     """A bar over ``seconds`` of audio; ``update`` takes seconds, and it shows audio-seconds per second."""
+    # Rounded up, because the updates are floats whose sum may end a little above the total, of which tqdm would warn.
     return tqdm(
-        total=seconds, desc=description, unit=" audio-s", bar_format=_AUDIO_BAR, mininterval=0.5, disable=not enabled
+        total=seconds * (1 + 1e-6),
+        desc=description,
+        unit=" audio-s",
+        bar_format=_AUDIO_BAR,
+        mininterval=0.5,
+        disable=not enabled,
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hubert_fast.pretrain.config import config_path
+from hubert_fast.pretrain.config import PretrainConfig, config_path
+from hubert_fast.pretrain.config_file import read_config
 from hubert_fast.pretrain.html_page import Markup, element, facts, folded, join, png, section, table
 from hubert_fast.pretrain.report_text import GLOSSARY, PLOT_CAPTIONS, PNMI_NOTE, loading_code
 from hubert_fast.pretrain.run_record import describe_machine, recorded_starts
@@ -40,12 +40,19 @@ def summary_cards(found: Sequence[IterationSummary], manifest: Mapping[str, Any]
 
 def what_was_run(run: Path) -> Markup:
     starts, config = recorded_starts(run), config_path(run)
-    values: dict[str, str] = {}
-    for number_, start in enumerate(starts):
-        values[f"{'started' if number_ == 0 else 'resumed'} {start['date']}"] = element("code", start["command"])
-    values |= starts[-1]["machine"] if starts else describe_machine()
-    content = [facts(values)]
+    rows = [
+        ("started" if index == 0 else "resumed", start["date"], element("code", start["command"]))
+        for index, start in enumerate(starts)
+    ]
+    content = [table(["", "date", "command"], rows)] if starts else []
+    machines = list({tuple(start["machine"].items()): start["machine"] for start in starts}.values())
+    for machine in machines:
+        if len(machines) > 1:
+            dates = ", ".join(start["date"] for start in starts if start["machine"] == machine)
+            content.append(element("h3", f"Machine of {dates}"))
+        content.append(facts(machine))
     if not starts:
+        content.append(facts(describe_machine()))
         note = "The start of this run was not recorded: the machine named here is the one that wrote this report."
         content.append(element("p", note, class_="note"))
     if config.is_file():
@@ -176,16 +183,18 @@ def next_steps(run: Path, found: Sequence[IterationSummary]) -> Markup:
     content: list[str] = [
         element("p", "The weights of the last iteration, below the run directory: ", element("code", str(weights)), ".")
     ]
-    for library, code in loading_code(weights.as_posix(), normalize_audio=_normalizes_audio(run)).items():
+    for library, code in loading_code(weights.as_posix(), normalize_audio=_normalizes_audio(run, trained[-1])).items():
         content += [element("h3", f"Load them with {library}"), element("pre", element("code", code))]
     curves = "All curves, step by step: ", element("code", "tensorboard --logdir ."), " in the run directory."
     return section("Next steps", *content, element("p", *curves))
 
 
-def _normalizes_audio(run: Path) -> bool:
-    config = config_path(run)
-    text = config.read_text(encoding="utf-8") if config.is_file() else ""
-    return re.search(r"^normalize_audio\s*=\s*true", text, re.MULTILINE) is not None
+def _normalizes_audio(run: Path, iteration: IterationSummary) -> bool:
+    path = config_path(run)
+    if not path.is_file():
+        return False
+    config = read_config(path, PretrainConfig())
+    return config.data_of(config.iterations()[iteration.number - 1]).normalize_audio
 
 
 def representations(iteration: IterationSummary) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""RUN/run.json: by which command, when and on which machine a run was started, each time that it was."""
+"""RUN/run.json: the audio of a run, and by which command, when and on which machine it was trained, each time."""
 
 from __future__ import annotations
 
@@ -18,12 +18,31 @@ from hubert_fast.pretrain.run_summary import read_json
 def record_start(run: Path, command: Sequence[str]) -> None:
     """Append this start, ``{"command", "date", "machine"}``, to ``run/run.json``. Call it from one process (rank 0)."""
     start = {"command": shlex.join(command), "date": now(), "machine": describe_machine()}
-    atomic.write_text(Path(run) / "run.json", json.dumps({"starts": [*recorded_starts(run), start]}, indent=2) + "\n")
+    _update(run, starts=[*recorded_starts(run), start])
+
+
+def record_audio(run: Path, audio: Path) -> None:
+    """Keep the absolute path of the folder of speech that the run is about."""
+    _update(run, audio=str(Path(audio).resolve()))
+
+
+def recorded_audio(run: Path) -> Path | None:
+    """The folder of `record_audio`, None where none was recorded."""
+    audio = _record(run).get("audio")
+    return None if audio is None else Path(audio)
 
 
 def recorded_starts(run: Path) -> list[dict[str, Any]]:
     """The starts recorded so far, oldest first."""
-    return (read_json(Path(run) / "run.json") or {}).get("starts", [])
+    return _record(run).get("starts", [])
+
+
+def _record(run: Path) -> dict[str, Any]:
+    return read_json(Path(run) / "run.json") or {}
+
+
+def _update(run: Path, **values: Any) -> None:
+    atomic.write_text(Path(run) / "run.json", json.dumps({**_record(run), **values}, indent=2) + "\n")
 
 
 def now() -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hubert_fast.pretrain.metrics_log import read_metrics
+from hubert_fast.pretrain.tensor_files import naming
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,21 @@ def iterations(run: Path) -> list[IterationSummary]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, or None where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """The object in a JSON file, or None where there is no file; ValueError names a file that is damaged."""
+    return _parsed(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else None
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """One object a line; none where there is no file."""
+    """One object a line; none where there is no file; ValueError names a file that is damaged, and the line."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.strip()]
+    return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _parsed(text: str, place: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON ({error}); a damaged file is made anew once it is deleted") from error
 
 
 def training_metrics(directory: Path) -> Metrics:
@@ -112,7 +120,7 @@ def read_model_summary(weights: Path) -> ModelSummary | None:
         return None
     from safetensors import safe_open
 
-    with safe_open(weights, framework="numpy") as file:
+    with naming(weights), safe_open(weights, framework="numpy") as file:
         parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
         metadata = file.metadata()
     return ModelSummary(parameters, int(metadata["num_classes"]), json.loads(metadata["model_config"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -27,8 +29,10 @@ from hubert_fast.pretrain.checkpoint import (
 )
 from hubert_fast.pretrain.config import DataConfig, LoggingConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from hubert_fast.pretrain.distributed import Process, joined
+from hubert_fast.pretrain.main_only import on_main
 from hubert_fast.pretrain.manifest import load_manifest
 from hubert_fast.pretrain.metrics_log import metrics_path, read_metrics
+from hubert_fast.pretrain.tensor_files import naming
 from hubert_fast.pretrain.training_loop import Trainer
 from hubert_fast.pretrain.units import Units
 
@@ -41,8 +45,9 @@ class TrainResult:
     steps: int
     first_loss: float
     last_loss: float
-    first_masked_accuracy: float
-    last_masked_accuracy: float
+    first_masked_accuracy: float | None
+    """None where the objective gives masked frames no weight"""
+    last_masked_accuracy: float | None
     valid_loss: float | None
     """None without held-out utterances"""
     valid_masked_accuracy: float | None
@@ -77,17 +82,24 @@ def train(
 
     Raises:
         FileExistsError: without ``resume``, if ``out`` holds an earlier run.
-        CheckpointMismatchError: with ``resume``, if ``out`` holds a run of another model or other settings.
+        CheckpointMismatchError: with ``resume``, if ``out`` holds a run of another model, other settings or
+            other units.
         CorruptCheckpointError, NonFiniteTrainingError, DiskFullError, TrainingInterrupted: see `Trainer.fit`.
     """
     out = Path(out)
     with joined(device) if process is None else nullcontext(process) as this_process:
-        units = Units.load(Path(units_dir) / "train.safetensors")
+        units_path = Path(units_dir) / "train.safetensors"
+        units = _units(units_path)
         description = _description(
-            model_config, data_config, optimizer_config, objective_config, units.num_classes, seed
+            model_config,
+            data_config,
+            optimizer_config,
+            objective_config,
+            units.num_classes,
+            on_main(this_process, lambda: _sha256(units_path)),
+            seed,
         )
-        if this_process.is_main:
-            _require_free_or_resumed(out, description, resume)
+        on_main(this_process, lambda: _require_free_or_resumed(out, description, resume))
         if not this_process.from_main(weights_path(out).exists()):
             torch.manual_seed(seed)
             model = model_config.build(units.num_classes)
@@ -109,10 +121,8 @@ def train(
             )
             _restore_newest(trainer)
             trainer.fit()
-            if this_process.is_main:
-                _write_weights(out, model, description)
-            this_process.barrier()
-        return this_process.from_main(_result(out, optimizer_config.steps) if this_process.is_main else None)
+            on_main(this_process, lambda: _write_weights(out, model, description))
+        return on_main(this_process, lambda: _result(out, optimizer_config.steps))
 
 
 def weights_path(out: Path) -> Path:
@@ -125,12 +135,14 @@ def _description(
     optimizer_config: OptimizerConfig,
     objective_config: ObjectiveConfig,
     num_classes: int,
+    units_sha256: str,
     seed: int,
 ) -> dict[str, Any]:
     """What decides the weights that come out, and so may not change on the way. Workers and micro-batches may."""
     optimizer = dataclasses.asdict(optimizer_config)
     del optimizer["accumulate"]
     data = {name: getattr(data_config, name) for name in ("batch_seconds", "max_seconds", "normalize_audio")}
+    data["units_sha256"] = units_sha256
     settings = {"seed": seed, "optimizer": optimizer, "objective": dataclasses.asdict(objective_config), "data": data}
     return {"model_config": model_config.to_json(), "num_classes": num_classes, "settings": json.dumps(settings)}
 
@@ -152,7 +164,7 @@ def _batches(
         if cuts or split == "train":
             streams[split] = stream(
                 cuts,
-                Units.load(Path(units_dir) / f"{split}.safetensors"),
+                _units(Path(units_dir) / f"{split}.safetensors"),
                 data_config,
                 model.mask_generator,
                 seed=seed,
@@ -162,6 +174,11 @@ def _batches(
                 pin_memory=process.device.type == "cuda",
             )
     return streams["train"], streams.get("valid")
+
+
+def _units(path: Path) -> Units:
+    with naming(path):
+        return Units.load(path)
 
 
 def _require_free_or_resumed(out: Path, description: Mapping[str, Any], resume: bool) -> None:
@@ -175,7 +192,7 @@ def _require_free_or_resumed(out: Path, description: Mapping[str, Any], resume: 
     remove_leftovers(out)
     remove_leftovers(out / "checkpoints")
     if weights_path(out).exists():
-        with safe_open(weights_path(out), framework="pt") as file:
+        with naming(weights_path(out)), safe_open(weights_path(out), framework="pt") as file:
             metadata = file.metadata()
         require_same_run(weights_path(out), metadata, description)
 
@@ -183,12 +200,17 @@ def _require_free_or_resumed(out: Path, description: Mapping[str, Any], resume: 
 def _restore_newest(trainer: Trainer) -> None:
     """Every rank goes on from the checkpoint that rank 0 found to be good."""
     process = trainer.process
-    found = newest_checkpoint(trainer.checkpoints) if process.is_main else None
-    path = process.from_main(found[0] if found else None)
+    found = []  # rank 0 keeps what it read: a state is too large to be sent around
+
+    def find() -> Path | None:
+        found.extend(newest_checkpoint(trainer.checkpoints) or ())
+        if found:
+            require_same_run(*found, trainer.description)
+        return found[0] if found else None
+
+    path = on_main(process, find)
     if path is not None:
-        state = found[1] if found else load_checkpoint(path)
-        require_same_run(path, state, trainer.description)
-        trainer.restore(state)
+        trainer.restore(found[1] if found else load_checkpoint(path))
 
 
 def _write_weights(out: Path, model: nn.Module, description: Mapping[str, Any]) -> None:
@@ -198,7 +220,12 @@ def _write_weights(out: Path, model: nn.Module, description: Mapping[str, Any]) 
         "num_classes": str(description["num_classes"]),
         "settings": description["settings"],
     }
-    write_with(weights_path(out), lambda path: save_file(weights, path, metadata=metadata))
+    with naming(weights_path(out)):
+        write_with(weights_path(out), lambda path: save_file(weights, path, metadata=metadata))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
 def _result(out: Path, steps: int) -> TrainResult:
@@ -215,10 +242,10 @@ def _result(out: Path, steps: int) -> TrainResult:
         steps=steps,
         first_loss=trained[0]["loss"],
         last_loss=trained[-1]["loss"],
-        first_masked_accuracy=trained[0]["masked_accuracy"],
-        last_masked_accuracy=trained[-1]["masked_accuracy"],
+        first_masked_accuracy=trained[0].get("masked_accuracy"),
+        last_masked_accuracy=trained[-1].get("masked_accuracy"),
         valid_loss=valid[-1]["valid_loss"] if valid else None,
-        valid_masked_accuracy=valid[-1]["valid_masked_accuracy"] if valid else None,
+        valid_masked_accuracy=valid[-1].get("valid_masked_accuracy") if valid else None,
         audio_seconds=trained[-1]["audio_seconds"],
         seconds=trained[-1]["seconds"],
     )

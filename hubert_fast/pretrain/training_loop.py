@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 
 
 class BatchStream(Protocol):
-    """Yields this rank's micro-batches of one update after another, without end; its state is the place of the next."""
+    """Yields this rank's micro-batches of one update after another, without end; its state is the place of the next.
+
+    It leaves the random generators of the process alone, from which dropout draws.
+    """
 
     def __iter__(self) -> Iterator[list[Batch]]: ...
 
@@ -138,7 +141,7 @@ class Trainer:
         """
         with StopRequest() as stop, self._metrics_log() as log, self._progress_bar() as bar:
             self.clock.restart_window()
-            updates = _keeping_random_state(self.batches)
+            updates = iter(self.batches)
             while self.step < self.steps:
                 update = _next_unless_stopped(updates, stop)
                 masked_frames, audio_seconds, stopping = self.process.sum_on_host(
@@ -222,7 +225,9 @@ class Trainer:
         self.objective.train()
         means = meter.read(self.process)
         if log is not None:
-            log.write(self.step, {f"valid_{name}": means[name] for name in ("loss", "masked_accuracy")})
+            log.write(
+                self.step, {f"valid_{name}": means[name] for name in ("loss", "masked_accuracy") if name in means}
+            )
         self.clock.restart_window()
 
     def _save(self) -> Path:
@@ -285,13 +290,3 @@ def _next_unless_stopped(updates: Iterator[list[Batch]], stop: StopRequest) -> l
         if stop.signum:
             return []
         raise
-
-
-def _keeping_random_state(batches: BatchStream) -> Iterator[list[Batch]]:
-    """Fetch batches without shifting what dropout draws: a data loader draws a seed when it starts."""
-    with preserved_random_state():
-        iterator = iter(batches)
-    while True:
-        with preserved_random_state():
-            update = next(iterator)
-        yield update

@@ -100,7 +100,8 @@ def make_units(
 
     Raises:
         ValueError: ``source`` is not what ``config.layer`` names, or there are fewer frames than clusters.
-        AudioError: audio changed or vanished since the scan, or is not finite.
+        AudioError: audio changed since the scan, or is not finite.
+        OSError: audio vanished.
     """
     out = Path(out)
     _check_source(source, config)
@@ -116,10 +117,9 @@ def make_units(
     (out / "summary.json").unlink(missing_ok=True)
 
     chosen = choose_utterances(cuts["train"], config.fit_frames, seed)
-    fitted = dict(_features(chosen, source, "features for k-means", workers, progress))
-    data = np.concatenate(list(fitted.values()))
+    data, fitted = _features_together(chosen, source, workers, progress)
     codebook = fit_codebook([data], config.clusters, seed=seed, init_attempts=config.init_attempts)
-    inertia = codebook.inertia(data)
+    inertia, fit_frames = codebook.inertia(data), len(data)
     codebook = Codebook(
         codebook.centroids,
         {"source": source.name, "layer": config.layer, "clusters": config.clusters, "seed": seed, "inertia": inertia},
@@ -127,7 +127,7 @@ def make_units(
     codebook.save(out / "codebook.safetensors")
 
     units = {cut_id: codebook.assign(features) for cut_id, features in fitted.items()}
-    fitted.clear()
+    del data, fitted
     rest = [cut for split in SPLITS for cut in cuts[split] if cut.id not in units]
     for cut_id, features in _features(rest, source, "units", workers, progress):
         units[cut_id] = codebook.assign(features)
@@ -140,7 +140,7 @@ def make_units(
         "clusters": config.clusters,
         "dim": source.dim,
         "frames": {split: sum(len(units[cut.id]) for cut in cuts[split]) for split in SPLITS},
-        "fit_frames": len(data),
+        "fit_frames": fit_frames,
         "inertia": inertia,
         **_usage(train, config.clusters),
     }
@@ -171,6 +171,20 @@ def _made_with(out: Path, settings: dict[str, Any]) -> bool:
     if not all((out / name).is_file() for name in names):
         return False
     return json.loads((out / "summary.json").read_text(encoding="utf-8"))["settings"] == settings
+
+
+def _features_together(
+    cuts: Sequence[Cut], source: FeatureSource, workers: int, progress: bool
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Features of all cuts in one array, float32 ``[frames of all, dim]``, and each cut's rows of it by id (views)."""
+    data = np.empty((sum(num_frames(utterance_samples(cut)) for cut in cuts), source.dim), dtype=np.float32)
+    views: dict[str, np.ndarray] = {}
+    first = 0
+    for cut_id, features in _features(cuts, source, "features for k-means", workers, progress):
+        views[cut_id] = data[first : first + len(features)]
+        views[cut_id][:] = features
+        first += len(features)
+    return data, views
 
 
 def _features(

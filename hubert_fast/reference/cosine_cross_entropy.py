@@ -15,7 +15,9 @@ def cosine_cross_entropy(
     label_embeddings: Tensor,  # [classes, dim]
     labels: Tensor,  # [frames] int64; a negative one leaves its frame out
     index: Optional[Tensor] = None,  # [selected] int64: the frames that count; None: all
-) -> tuple[Tensor, Tensor]:  # [] float32 or wider: sum of losses; [] int64: frames where no class beats the positive one
+) -> tuple[
+    Tensor, Tensor
+]:  # [] float32 or wider: sum of losses; [] int64: frames where no class beats the positive one
     if index is not None:
         frames, labels = frames[index], labels[index]
     counted = labels >= 0

@@ -100,7 +100,9 @@ class _Frontend:
             centred = windows - window_mean
             covariance = centred.T @ centred * weight
         else:
-            last = torch.div(valid_samples[row].to(windows.device) - self.kernels[0], self.strides[0], rounding_mode="floor")
+            last = torch.div(
+                valid_samples[row].to(windows.device) - self.kernels[0], self.strides[0], rounding_mode="floor"
+            )
             valid = (torch.arange(len(windows), device=windows.device) <= last).double()
             count = valid.sum().clamp(min=1)
             window_mean = valid @ windows / count

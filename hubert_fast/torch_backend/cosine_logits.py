@@ -1,4 +1,4 @@
-"""Cosine logits as normalise-and-matmul: one ``[frames, classes]`` product instead of a ``[classes + 1, frames, dim]`` broadcast."""
+"""Cosine logits as normalise-and-matmul: one ``[frames, classes]`` product, not a ``[classes + 1, frames, dim]`` broadcast."""
 
 from __future__ import annotations
 

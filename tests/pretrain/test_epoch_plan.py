@@ -19,13 +19,44 @@ def test_every_utterance_is_in_exactly_one_batch_and_no_batch_is_small(lengths, 
 
 
 @given(LENGTHS, st.integers(1, 20), st.integers(0, 3))
-def test_batches_stay_within_the_budget_but_for_rows_left_over(lengths, rows, seed):
+def test_padded_batches_exceed_the_budget_only_where_the_fewest_rows_force_it(lengths, rows, seed):
     samples = np.array(lengths)
     budget = rows * int(samples.max())
     plan = plan_epoch(samples, budget, seed=seed, epoch=0)
-    left_over = -(-(smallest_batch(samples, budget) - 1) // len(plan))
-    for batch in plan:
-        assert (len(batch) - left_over) * samples[batch].max() <= budget
+    fewest = smallest_batch(samples, budget)
+    if any(len(batch) * samples[batch].max() > budget for batch in plan):
+        left_over = len(samples) - len(plan) * fewest
+        assert 0 < left_over < fewest  # one batch more would leave some with fewer rows
+        assert max(map(len, plan)) <= fewest + -(-left_over // len(plan))
+
+
+@pytest.mark.parametrize("utterances", [400, 401, 1237, 5000])
+@pytest.mark.parametrize("rows", [4, 15, 40])
+@pytest.mark.parametrize("distribution", ["even", "few_short"])
+def test_speech_of_2_to_16_seconds_shares_no_batch_with_rows_of_twice_its_length(utterances, rows, distribution):
+    rng = np.random.default_rng(utterances)
+    longest = 250_000
+    share = rng.uniform(size=utterances) if distribution == "even" else rng.beta(4, 1.5, size=utterances)
+    samples = (32_000 + share * (longest - 32_000)).astype(np.int64)
+    budget = rows * longest
+    for epoch in range(3):
+        plan = plan_epoch(samples, budget, seed=0, epoch=epoch)
+        assert sorted(np.concatenate(plan).tolist()) == list(range(utterances))
+        fewest = smallest_batch(samples, budget)
+        # No batch of this many rows that holds the shortest utterances has a shorter longest one, but for the noise.
+        unavoidable = np.sort(samples)[:fewest].max() * 1.25
+        for batch in plan:
+            size = len(batch) * samples[batch].max()
+            assert fewest <= len(batch) and size <= budget
+            assert samples[batch].min() >= 0.5 * samples[batch].max() or samples[batch].max() <= unavoidable
+
+
+def test_rows_left_over_join_the_shortest_utterances():
+    """One utterance of 2 s after batches of 10 s and of 15.6 s that are full: it must not meet the longest."""
+    samples = np.array([250_000] * 30 + [160_000] * 46 + [32_000])
+    plan = plan_epoch(samples, 15 * 250_000, seed=0, epoch=0)
+    (batch,) = [batch for batch in plan if 76 in batch]
+    assert len(batch) == 15 and samples[batch].max() == 160_000
 
 
 def test_the_plan_is_reproducible_and_differs_by_epoch_and_seed():

@@ -127,3 +127,19 @@ def test_mfcc_features_are_those_of_each_waveform():
 def test_nothing_in_gives_nothing_out(weights):
     assert HubertFeatures(weights, 1)([]) == []
     assert MfccFeatures()([]) == []
+
+
+def test_a_model_that_is_padding_invariant_by_its_configuration_gives_the_same_features(weights, tmp_path):
+    config = dataclasses.replace(CONFIG, padding_invariant=True)
+    model = load_model(weights)
+    path = tmp_path / "model.safetensors"
+    save_file(model.state_dict(), path, metadata={"model_config": config.to_json(), "num_classes": "7"})
+    for index, expected in enumerate(all_layers(model, waveforms(), "cpu")):
+        sources = [HubertFeatures(path, index + 1)(waveforms())]
+        sources += [
+            all_layers(load_model(path, padding_invariant=choice), waveforms(), "cpu")[index]
+            for choice in (True, False)
+        ]
+        for got in sources:
+            for one, other in zip(got, expected, strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

@@ -287,3 +287,10 @@ def test_fingerprint_changes_with_the_audio(folder):
     write_audio(folder / "audio" / "speaker" / "0.wav", 0.6)
     scan_folder(folder, valid_fraction=0.0, seed=5)
     assert before != fingerprint(load_manifest(folder / "manifest", "train"))
+
+
+def test_fingerprint_notices_audio_of_the_same_length_that_changed_since_the_scan(folder):
+    scan_folder(folder, valid_fraction=0.0)
+    before = fingerprint(load_manifest(folder / "manifest", "train"))
+    write_audio(folder / "audio" / "speaker" / "0.wav", 0.5, seed=77)
+    assert before != fingerprint(load_manifest(folder / "manifest", "train"))

@@ -164,7 +164,37 @@ def test_starts_are_recorded_one_after_the_other(tmp_path: Path):
     record_start(tmp_path, ["hubert-fast", "pretrain", "--resume"])
     commands = [start["command"] for start in recorded_starts(tmp_path)]
     assert commands == ["hubert-fast pretrain", "hubert-fast pretrain --resume"]
-    assert "resumed" in read(write_report(tmp_path))[0]
+    text = read(write_report(tmp_path))[0]
+    assert "resumed" in text and all(command in text for command in commands) and "Machine of" not in text
+
+
+def test_starts_of_one_second_and_of_several_machines_are_all_shown(tmp_path: Path):
+    starts = [{"command": f"try {n}", "date": "noon", "machine": {"processor": f"kind {n // 2}"}} for n in range(3)]
+    write_json(tmp_path / "run.json", {"starts": starts})
+    text = read(write_report(tmp_path))[0]
+    for expected in ("try 0", "try 1", "try 2", "Machine of noon, noon", "kind 0", "kind 1"):
+        assert expected in text, expected
+
+
+def test_the_code_in_the_report_normalizes_audio_where_the_last_model_was_trained_so(tmp_path: Path):
+    run = fabricate_run(tmp_path, steps=8)
+    for number in (1, 2):
+        save_one_matrix(run / f"iteration{number}" / "train" / "model.safetensors")
+    for first, second in ((True, False), (False, True)):
+        (run / "config.toml").write_text(
+            f"[first]\nnormalize_audio = {str(first).lower()}\n[second]\nnormalize_audio = {str(second).lower()}\n"
+        )
+        assert ("zero mean and unit variance" in read(write_report(run))[0]) is second
+
+
+def test_damaged_files_are_named(tmp_path: Path):
+    run = fabricate_run(tmp_path, steps=8)
+    (run / "iteration1" / "train" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(OSError, match="iteration1/train/model.safetensors cannot be read"):
+        write_report(run)
+    (run / "manifest" / "summary.json").write_text("{")
+    with pytest.raises(ValueError, match="manifest/summary.json is not JSON"):
+        write_report(run)
 
 
 def test_the_newest_line_of_a_step_counts_and_steps_are_sorted(tmp_path: Path):

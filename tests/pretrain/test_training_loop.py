@@ -18,6 +18,7 @@ from hubert_fast.pretrain.finite import NonFiniteTrainingError
 from hubert_fast.pretrain.interrupts import TrainingInterrupted
 from hubert_fast.pretrain.metrics_log import read_metrics
 from hubert_fast.pretrain.random_state import seed_everything
+from hubert_fast.pretrain.run_summary import training_metrics
 from hubert_fast.pretrain.training_loop import Trainer
 
 FRAMES = 6
@@ -49,7 +50,6 @@ class Batches:
 
     def __iter__(self):
         while True:
-            torch.rand(1)  # a careless stream, which draws from the generator that dropout draws from
             whole = self._draw(3 * self.epoch + self.batch)
             self.epoch, self.batch = (self.epoch, self.batch + 1) if self.batch < 2 else (self.epoch + 1, 0)
             yield [self._part(whole, part) for part in range(self.parts)]
@@ -126,6 +126,20 @@ def test_learns_logs_validates_and_saves_when_due(tmp_path):
     assert [line["audio_seconds"] for line in trained] == [40.0, 160.0, 320.0, 400.0]
     assert trained[-1]["loss"] < 0.9 * trained[0]["loss"] and valid[1]["valid_loss"] < valid[0]["valid_loss"]
     assert [path.name for path in list_checkpoints(trainer.checkpoints)] == ["step-00000009.pt", "step-00000010.pt"]
+
+
+def test_an_accuracy_that_the_objective_does_not_compute_is_not_logged(tmp_path):
+    trainer = trainer_at(tmp_path)
+    forward = trainer.objective.forward
+    trainer.objective.forward = lambda *args, **kwargs: SimpleNamespace(
+        **{**vars(forward(*args, **kwargs)), "masked_correct": None}
+    )
+    trainer.fit()
+    lines = read_metrics(tmp_path)
+    assert not any("masked_accuracy" in name for line in lines for name in line)
+    assert any("valid_loss" in line for line in lines)
+    outcome = training_metrics(tmp_path).outcome()
+    assert outcome["last_loss"] > 0 and outcome["last_masked_accuracy"] is outcome["valid_masked_accuracy"] is None
 
 
 def test_the_logged_loss_is_the_mean_over_masked_frames_of_the_window(tmp_path):

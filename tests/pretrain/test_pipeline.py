@@ -1,0 +1,233 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from hubert_fast.pretrain.checkpoint import CheckpointMismatchError
+from hubert_fast.pretrain.config_file import read_config, write_config
+from hubert_fast.pretrain.distributed import Process
+from hubert_fast.pretrain.embedded import embedded_corpus
+from hubert_fast.pretrain.manifest import load_manifest
+from hubert_fast.pretrain.pipeline import RunExistsError, open_run
+from hubert_fast.pretrain.resume_checks import ConfigMismatchError
+from hubert_fast.pretrain.run_record import recorded_audio, recorded_starts
+from tests.pretrain.small_run import small_config, small_folder
+from tests.pretrain.test_config_checks import changed
+
+
+def opened(directory, config=None, *, audio=None, resume=False, command=None):
+    config = config or small_config()
+    return open_run(directory, config, Process(), audio=audio, resume=resume, command=command, progress=False)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return small_folder(tmp_path / "speech")
+
+
+@pytest.fixture
+def scanned(folder, tmp_path):
+    run = opened(tmp_path / "run", audio=folder)
+    run.scan()
+    return run.directory
+
+
+def states(directory: Path, pattern: str) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in directory.glob(pattern)}
+
+
+def test_the_whole_job_leaves_everything_and_is_not_repeated(folder, tmp_path):
+    run = opened(tmp_path / "run", audio=folder, command=["hubert-fast", "pretrain"])
+    assert run.everything(resume=False).read_text().count("iteration2/train/model.safetensors") >= 1
+    assert read_config(run.directory / "config.toml", small_config()) == small_config()
+    assert len(recorded_starts(run.directory)) == 1
+    results = "iteration*/**/*.safetensors"
+    before = states(run.directory, results) | states(run.directory, "manifest/*")
+    assert len(before) == 12
+    opened(run.directory, resume=True).everything(resume=True)
+    assert before == states(run.directory, results) | states(run.directory, "manifest/*")
+
+    # Audio that changes afterwards changes the units, and a model is not passed off as trained on them.
+    one, other, *_ = (folder / cut.id for cut in load_manifest(run.manifest, "train"))
+    halves = soundfile.read(one)[0][:4800], soundfile.read(other)[0][:4800]
+    soundfile.write(one, np.concatenate(halves), 16_000)
+    again = opened(run.directory, resume=True)
+    again.units(1)
+    with pytest.raises(CheckpointMismatchError, match="units_sha256"):
+        again.train(1, resume=True)
+    (run.directory / "iteration1" / "train" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(OSError, match="iteration1/train/model.safetensors cannot be read"):
+        again.train(1, resume=True)
+    with pytest.raises(OSError, match="iteration1/train/model.safetensors cannot be read"):
+        again.units(2)
+
+
+def test_a_stage_names_the_one_that_is_missing(folder, tmp_path):
+    run = opened(tmp_path / "run", audio=folder)
+    for stage, missing in ((run.units, "scan"), (run.evaluate, "train")):
+        with pytest.raises(FileNotFoundError, match=f"run the stage `hubert-fast {missing}` first"):
+            stage(1)
+    with pytest.raises(FileNotFoundError, match="run the stage `hubert-fast units` first"):
+        run.train(1, resume=False)
+    with pytest.raises(ValueError, match=r"iteration must be in \[1, 2\].*got 3"):
+        run.units(3)
+
+
+def test_an_existing_run_or_another_folder_is_refused_and_untouched(scanned, folder):
+    before = states(scanned, "*")
+    with pytest.raises(RunExistsError, match="holds a run already; go on with it by --resume"):
+        opened(scanned, audio=folder)
+    assert states(scanned, "*") == before
+    for resume in (False, True):
+        with pytest.raises(RunExistsError, match="holds no run"):
+            opened(folder, audio=folder, resume=resume)
+
+
+@pytest.mark.parametrize("what", ["missing", "file", "empty"])
+def test_a_wrong_audio_folder_leaves_no_run_directory(tmp_path, what):
+    audio = tmp_path / "speech"
+    if what == "file":
+        audio.touch()
+    if what == "empty":
+        audio.mkdir()
+    with pytest.raises(ValueError, match="audio=.*speech.*(is not a folder|holds no audio)"):
+        opened(tmp_path / "run", audio=audio)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_setting_out_of_range_leaves_no_run_directory(folder, tmp_path):
+    with pytest.raises(ValueError, match="second.units.layer=7 "):
+        opened(tmp_path / "run", small_config(layer=7), audio=folder)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_keeps_to_its_audio_from_the_first_moment(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    opened(run, audio=Path("speech"))
+    assert recorded_audio(run) == folder.resolve()
+    assert opened(run, resume=True).audio == folder.resolve()
+    assert opened(run, resume=True, audio=folder).audio == folder.resolve()
+    with pytest.raises(ValueError, match=f"audio='{embedded_corpus()}', but .* holds a run on '{folder}'"):
+        opened(run, resume=True, audio=embedded_corpus())
+
+
+def test_a_new_run_without_audio_takes_the_embedded_corpus_and_stays_with_it(tmp_path):
+    run = opened(tmp_path / "run", resume=True)
+    assert run.audio == embedded_corpus().resolve()
+    assert opened(tmp_path / "run", resume=True).audio == run.audio
+
+
+def test_a_run_that_does_not_know_its_audio_asks_for_it(folder, tmp_path):
+    write_config(tmp_path / "run" / "config.toml", small_config())
+    with pytest.raises(ValueError, match="does not say which audio.*--audio FOLDER"):
+        opened(tmp_path / "run", resume=True)
+    assert opened(tmp_path / "run", resume=True, audio=folder).audio == folder.resolve()
+    assert opened(tmp_path / "run", resume=True).audio == folder.resolve()
+
+
+FREE_AT_FIRST = {
+    "seed": 5,
+    "data.min_seconds": 0.2,
+    "data.batch_seconds": 3.0,
+    "first.units.clusters": 5,
+    "first.optimizer.steps": 3,
+    "second.model.mask_prob": 0.5,
+    "third.optimizer.steps": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("there", "refused"),
+    [
+        ([], set()),
+        (["manifest/summary.json"], {"seed", "data.min_seconds"}),
+        (["iteration1/units/summary.json"], {"first.units.clusters"}),
+        (["iteration1/train/checkpoints/step-00000001.pt"], {"first.optimizer.steps", "data.batch_seconds"}),
+        (["iteration2/train/model.safetensors"], {"second.model.mask_prob"}),
+        (["iteration3/units/summary.json"], {"third.optimizer.steps"}),
+    ],
+)
+def test_what_has_no_output_yet_may_change_when_a_run_is_resumed(folder, tmp_path, there, refused):
+    run = tmp_path / "run"
+    opened(run, audio=folder)
+    for name in there:
+        (run / name).parent.mkdir(parents=True)
+        (run / name).write_text("{}")
+    found = set()
+    for name, value in FREE_AT_FIRST.items():
+        write_config(run / "config.toml", small_config())
+        try:
+            opened(run, changed(small_config(), name, value), resume=True)
+        except ConfigMismatchError as error:
+            assert f"{name} is " in str(error) and f"and {value!r} here" in str(error)
+            found.add(name)
+    assert found == refused
+
+
+def test_what_decides_no_number_may_always_change(folder, tmp_path):
+    run = tmp_path / "run"
+    opened(run, audio=folder)
+    for name in ("manifest/summary.json", "iteration1/units/summary.json", "iteration1/train/model.safetensors"):
+        (run / name).parent.mkdir(parents=True)
+        (run / name).write_text("{}")
+    config = small_config()
+    for name, value in {
+        "device": "auto",
+        "data.workers": 1,
+        "logging.save_every": 7,
+        "evaluation.clusters": 9,
+        "first.optimizer.accumulate": 2,
+    }.items():
+        config = changed(config, name, value)
+    opened(run, config, resume=True)
+    assert read_config(run / "config.toml", small_config()) == config
+
+
+def test_damaged_json_is_named(scanned):
+    (scanned / "manifest" / "summary.json").write_text('{"settings": ')
+    with pytest.raises(ValueError, match="manifest/summary.json is not JSON"):
+        opened(scanned, resume=True).scan()
+    (scanned / "run.json").write_text("")
+    with pytest.raises(ValueError, match="run.json is not JSON"):
+        opened(scanned, resume=True)
+
+
+def test_audio_is_normalized_as_the_model_was_trained(folder, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        "hubert_fast.pretrain.pipeline.HubertFeatures", lambda weights, layer, **options: seen.update(options)
+    )
+    for normalized_iteration, expected in (("first", True), ("second", False)):
+        run = opened(
+            tmp_path / normalized_iteration,
+            changed(small_config(), f"{normalized_iteration}.normalize_audio", True),
+            audio=folder,
+        )
+        weights = run.iteration_directory(1) / "train" / "model.safetensors"
+        weights.parent.mkdir(parents=True)
+        weights.touch()
+        run._features(2)
+        assert seen["normalize_audio"] is expected
+
+
+def test_a_failure_of_rank_0_ends_every_rank_with_its_message(folder, tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Rank(Process):
+        """One of two ranks, the messages between which go through a list."""
+
+        sent: list = dataclasses.field(default_factory=list)
+
+        def from_main(self, value):
+            if self.is_main:
+                self.sent.append(json.loads(json.dumps(value)))
+            return self.sent[-1]
+
+    sent: list = []
+    for rank in (0, 1):
+        process = Rank(rank=rank, world_size=2, sent=sent)
+        with pytest.raises(ValueError if rank == 0 else RuntimeError, match="is not a folder"):
+            open_run(tmp_path / "run", small_config(), process, audio=tmp_path / "nowhere", resume=False)
