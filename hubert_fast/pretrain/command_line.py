@@ -67,8 +67,10 @@ def run_stage(command: str, arguments: list[str]) -> int:
     stage = _COMMANDS[command]
     options, config = _parse(command, arguments)
     begins = isinstance(options, BeginningOptions)
-    if not begins and not config_path(options.out).exists():
-        raise FileNotFoundError(f"out={str(options.out)!r} holds no run; `hubert-fast scan` or `pretrain` begins one")
+    if (not begins or options.resume) and not config_path(options.out).exists():
+        raise FileNotFoundError(
+            f"out={str(options.out)!r} holds no run; `hubert-fast pretrain` or `scan`, without --resume, begins one"
+        )
     if config is None:
         print(f"report: {write_report(options.out)}")
         return 0
@@ -140,7 +142,7 @@ def _units(run: Run, options: IterationOptions) -> str:
 
 def _train(run: Run, options: TrainOptions) -> str:
     result = run.train(options.iteration, resume=options.resume)
-    text = f"weights: {result.weights}\nloss per masked frame {result.first_loss:.3f} -> {result.last_loss:.3f}"
+    text = f"weights: {result.weights}\ntraining loss {result.first_loss:.3f} -> {result.last_loss:.3f}"
     if result.first_masked_accuracy is None or result.last_masked_accuracy is None:
         return text
     return f"{text}, masked accuracy {result.first_masked_accuracy:.3f} -> {result.last_masked_accuracy:.3f}"

@@ -19,33 +19,34 @@ class Meter:
     """Sums over the updates since the last reading, on the device, so that no step waits for the host."""
 
     def __init__(self, device: torch.device) -> None:
-        # [loss, masked_correct, masked_count where masked_correct is known, masked_count,
+        # [loss, masked_loss, masked_correct, masked_count where these two are known, masked_count,
         #  feature_penalty * masked_count, gradient norm, updates]
-        self._sums = torch.zeros(7, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(8, dtype=torch.float64, device=device)
 
     def add_micro_batch(self, output: Any) -> None:
-        """Add a result of `hubert_fast.PretrainingObjective`; without ``masked_correct`` (None) its accuracy is unknown."""
+        """Add a result of `hubert_fast.PretrainingObjective`; without ``masked_loss`` (None) accuracy is unknown too."""
         count = _scalar(output.masked_count, self._sums)
         penalty = _scalar(output.feature_penalty, self._sums) * count
-        correct = _scalar(output.masked_correct, self._sums)
+        masked = [_scalar(value, self._sums) for value in (output.masked_loss, output.masked_correct)]
         known = _scalar(None, self._sums) if output.masked_correct is None else count
-        self._sums[:5] += torch.stack([_scalar(output.loss, self._sums), correct, known, count, penalty])
+        self._sums[:6] += torch.stack([_scalar(output.loss, self._sums), *masked, known, count, penalty])
 
     def add_update(self, gradient_norm: Tensor) -> None:
         """Count an update and its gradient norm, which is the same on every rank."""
-        self._sums[5:] += torch.stack([_scalar(gradient_norm, self._sums), self._sums.new_ones(())])
+        self._sums[6:] += torch.stack([_scalar(gradient_norm, self._sums), self._sums.new_ones(())])
 
     def read(self, process: Process) -> dict[str, float]:
         """Means over all ranks' masked frames since the last reading, and start anew; all ranks call it together.
 
-        ``masked_accuracy`` is left out where it was not computed, ``grad_norm`` where there was no update.
+        ``loss`` is what training minimises; ``masked_loss``, the cross-entropy of the masked frames, and
+        ``masked_accuracy`` are left out where they were not computed, ``grad_norm`` where there was no update.
         """
-        loss, correct, known, count, penalty, norm, updates = process.sum_on_host(self._sums.tolist())
+        loss, masked_loss, correct, known, count, penalty, norm, updates = process.sum_on_host(self._sums.tolist())
         self._sums.zero_()
         frames = max(count, 1.0)
         means = {"loss": loss / frames, "feature_penalty": penalty / frames}
         if known:
-            means["masked_accuracy"] = correct / known
+            means |= {"masked_loss": masked_loss / known, "masked_accuracy": correct / known}
         if updates:
             means["grad_norm"] = norm / updates
         return means

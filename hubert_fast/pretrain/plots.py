@@ -48,14 +48,14 @@ def write_plots(run: Path) -> dict[str, Path]:
 
 
 def draw_loss(axes: Axes, found: Sequence[IterationSummary]) -> bool:
-    axes.set(title="Training loss", xlabel="optimizer step", ylabel="loss per masked frame (nats)")
-    return _draw_training(axes, found, "loss", "valid_loss", scale=1.0)
+    axes.set(title="Masked loss", xlabel="optimizer step", ylabel="cross-entropy per masked frame (nats)")
+    return _draw_training(axes, found, "masked_loss", "valid_masked_loss", scale=1.0)
 
 
 def draw_masked_accuracy(axes: Axes, found: Sequence[IterationSummary]) -> bool:
     axes.set(title="Masked accuracy", xlabel="optimizer step", ylabel="masked frames predicted right")
     drawn = _draw_training(axes, found, "masked_accuracy", "valid_masked_accuracy", scale=100.0)
-    axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter())
     axes.set_ylim(bottom=0)
     return drawn
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ def summary_cards(found: Sequence[IterationSummary], manifest: Mapping[str, Any]
     if best:
         iteration, layer = best
         name = f"PNMI of the best layer, layer {layer['layer']} of iteration {iteration.number}"
-        cards.append((number(layer["pnmi"]), f"{name} (by chance {number(layer['chance_pnmi'])})"))
+        mfcc = next((row for row in representations(iteration) if row["layer"] == 0), None)
+        beside = f", MFCC {number(mfcc['pnmi'])}" if mfcc else ""
+        cards.append((number(layer["pnmi"]), f"{name} (by chance {number(layer['chance_pnmi'])}{beside})"))
     drawn = [element("div", element("b", value), element("span", name), class_="card") for value, name in cards]
     return element("div", *drawn, class_="cards")
 
@@ -112,13 +115,20 @@ def _iteration_facts(iteration: IterationSummary) -> dict[str, str]:
         "audio taken in": duration(outcome.get("audio_seconds")),
         "wall time of training": duration(outcome.get("seconds")),
         "speed": realtime(outcome),
-        "loss, first": number(outcome.get("first_loss")),
-        "loss, last": number(outcome.get("last_loss")),
+        "masked loss, first": number(outcome.get("first_masked_loss")),
+        "masked loss, last": number(outcome.get("last_masked_loss")),
+        "entropy of the units: masked loss of one who knows only their frequencies": number(_nats(units)),
         "masked accuracy, first": percent(outcome.get("first_masked_accuracy")),
         "masked accuracy, last": percent(outcome.get("last_masked_accuracy")),
-        "held-out loss, last": number(outcome.get("valid_loss")),
+        "share of the commonest unit: accuracy of one who always names it": percent(units.get("commonest_share")),
+        "held-out masked loss, last": number(outcome.get("valid_masked_loss")),
         "held-out masked accuracy, last": percent(outcome.get("valid_masked_accuracy")),
     }
+
+
+def _nats(units: Mapping[str, Any]) -> float | None:
+    bits = units.get("entropy_bits")
+    return None if bits is None else bits * math.log(2)
 
 
 def _architecture(model: ModelSummary | None) -> str:
@@ -166,7 +176,12 @@ def _phone_table(iteration: IterationSummary) -> list[Markup]:
         f"{len(evaluation['phone_frames'])} phones; clusters fitted on {count(evaluation['fit_frames'])} others."
     )
     title = element("h3", f"Iteration {iteration.number}")
-    return [title, table(header, cells, strong=[rows.index(best)] if best else []), element("p", basis, class_="note")]
+    notes = [element("p", basis, class_="note")]
+    mfcc = next((row for row in rows if row["layer"] == 0), None)
+    if best and mfcc and best["pnmi"] <= mfcc["pnmi"]:
+        text = "No layer of this model knows more about phones than MFCC does: it was trained too little for that."
+        notes.append(element("p", text, class_="warning"))
+    return [title, table(header, cells, strong=[rows.index(best)] if best else []), *notes]
 
 
 def words() -> Markup:

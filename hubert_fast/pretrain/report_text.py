@@ -6,8 +6,9 @@ from string import Template
 
 PLOT_CAPTIONS = {
     "loss": (
-        "Loss per masked frame, in nats (lower is better). Iterations predict different units, so their losses cannot "
-        "be compared."
+        "Cross-entropy per masked frame, in nats (lower is better). A model that knows no more than how frequent each "
+        "unit is has the entropy of the units, which the table gives. Iterations predict different units, so their "
+        "losses cannot be compared."
     ),
     "masked_accuracy": (
         "Share of the masked frames whose unit the model names right. Iterations with more units have the harder task."
@@ -32,7 +33,8 @@ GLOSSARY = {
     "Unit": "The number of a cluster. Every 20 ms frame of speech gets one; the model learns to predict them.",
     "Iteration": (
         "Make units, then train a model from scratch to predict them. The first iteration clusters MFCC; each later "
-        "one clusters a layer of the model before it, whose units follow the sounds of speech more closely."
+        "one clusters a layer of the model before it. In a long training those units follow the sounds of speech more "
+        "closely; after a short one they need not, and the table below tells."
     ),
     "MFCC": (
         "Mel-frequency cepstral coefficients: a classical description of the spectrum of a short stretch of speech, "
@@ -43,8 +45,10 @@ GLOSSARY = {
         "them. This is the share it names right. It measures how predictable the units are, not how good."
     ),
     "Loss": (
-        "The uncertainty of the model about the hidden units: minus the natural logarithm of the probability it gives "
-        "the right one, mean over masked frames, plus a small penalty on the size of its features."
+        "Masked loss is the uncertainty of the model about the hidden units: minus the natural logarithm of the "
+        "probability it gives the right one, mean over masked frames. The training loss is what is minimised: that, "
+        "a penalty on the size of the features and, where the settings ask for it, the same for the frames that are "
+        "not hidden, all divided by the masked frames."
     ),
     "Unit perplexity": (
         "How many equally frequent units would be as varied as those found. Close to the number of clusters: all are "

@@ -29,10 +29,11 @@ class Metrics:
             outcome |= {"first_step": first["step"], "first_loss": first.get("loss"), "last_step": last["step"]}
             outcome |= {"last_loss": last.get("loss"), "last_masked_accuracy": last.get("masked_accuracy")}
             outcome |= {"first_masked_accuracy": first.get("masked_accuracy")}
+            outcome |= {"first_masked_loss": first.get("masked_loss"), "last_masked_loss": last.get("masked_loss")}
             outcome |= {"audio_seconds": last.get("audio_seconds"), "seconds": last.get("seconds")}
         if self.validation:
             last = self.validation[-1]
-            outcome |= {name: last.get(name) for name in ("valid_loss", "valid_masked_accuracy")}
+            outcome |= {name: last.get(name) for name in ("valid_loss", "valid_masked_loss", "valid_masked_accuracy")}
         return outcome
 
 

@@ -226,7 +226,8 @@ class Trainer:
         means = meter.read(self.process)
         if log is not None:
             log.write(
-                self.step, {f"valid_{name}": means[name] for name in ("loss", "masked_accuracy") if name in means}
+                self.step,
+                {f"valid_{name}": means[name] for name in ("loss", "masked_loss", "masked_accuracy") if name in means},
             )
         self.clock.restart_window()
 

@@ -55,7 +55,7 @@ def fabricate_run(
         source = "mfcc" if number == 1 else f"layer{layers // 2}"
         write_json(
             directory / "units" / "summary.json",
-            {"source": source, "clusters": 100 * number, "perplexity": 81.25 * number},
+            {"source": source, "clusters": 100 * number, "perplexity": 81.25 * number, "commonest_share": 0.1},
         )
         write_json_lines(directory / "train" / "metrics.jsonl", metrics_lines(steps, ceiling=0.2 + 0.2 * number))
         write_json(directory / "evaluation.json", evaluation(number, layers))
@@ -68,12 +68,18 @@ def metrics_lines(steps: int, *, ceiling: float) -> list[dict]:
     for step in range(1, steps + 1):
         progress = 1 - math.exp(-3 * step / steps)
         noise = float(rng.normal(0, 0.03))
-        values = {"loss": 4.6 - 2.5 * progress + noise, "masked_accuracy": max(0.0, ceiling * progress + noise / 3)}
+        loss = 4.6 - 2.5 * progress + noise
+        values = {"loss": loss, "masked_loss": loss - 0.1, "masked_accuracy": max(0.0, ceiling * progress + noise / 3)}
         speed = {"x_realtime": 90 + 20 * noise, "audio_seconds": 40.0 * step, "seconds": 0.5 * step}
         lines.append({"step": step, **values, "feature_penalty": 0.01, "lr": 5e-4, "grad_norm": 2.0, **speed})
         if step % (steps // 4) == 0:
             lines.append(
-                {"step": step, "valid_loss": values["loss"] + 0.2, "valid_masked_accuracy": ceiling * progress * 0.9}
+                {
+                    "step": step,
+                    "valid_loss": loss + 0.2,
+                    "valid_masked_loss": loss + 0.1,
+                    "valid_masked_accuracy": ceiling * progress * 0.9,
+                }
             )
     return lines
 

@@ -91,10 +91,10 @@ def test_an_option_that_a_command_does_not_read_is_refused(line, capsys):
     assert exit_.value.code == 2 and line.split()[1] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["units", "train", "evaluate", "report"])
+@pytest.mark.parametrize("command", ["units", "train", "evaluate", "report", "pretrain --resume"])
 def test_stages_of_a_run_that_is_not_there_say_how_to_begin(tmp_path, capsys, command):
     assert hubert_fast(f"{command} --out {tmp_path / 'nowhere'}") == 1
-    assert "holds no run; `hubert-fast scan` or `pretrain` begins one" in capsys.readouterr().err
+    assert "holds no run; `hubert-fast pretrain` or `scan`, without --resume, begins one" in capsys.readouterr().err
     assert not (tmp_path / "nowhere").exists()
 
 

@@ -9,7 +9,8 @@ from hubert_fast.pretrain.metrics_log import Clock, Meter, MetricsLog, metrics_p
 
 
 def output(loss, count, correct, penalty):
-    values = {"loss": loss, "masked_count": count, "masked_correct": correct, "feature_penalty": penalty}
+    values = {"loss": loss, "masked_loss": loss / 2, "masked_count": count, "masked_correct": correct}
+    values["feature_penalty"] = penalty
     return SimpleNamespace(**{name: torch.tensor(value) for name, value in values.items()})
 
 
@@ -19,16 +20,17 @@ def test_the_meter_averages_over_masked_frames_and_starts_anew():
     meter.add_micro_batch(output(70.0, 30, 5, 0.1))
     meter.add_update(torch.tensor(3.0))
     meter.add_update(torch.tensor(5.0))
-    assert meter.read(Process()) == pytest.approx(
-        {"loss": 90 / 40, "masked_accuracy": 10 / 40, "feature_penalty": (5 + 3) / 40, "grad_norm": 4.0}
-    )
+    expected = {"loss": 90 / 40, "masked_loss": 45 / 40, "masked_accuracy": 10 / 40, "feature_penalty": (5 + 3) / 40}
+    assert meter.read(Process()) == pytest.approx(expected | {"grad_norm": 4.0})
     assert meter.read(Process()) == {"loss": 0.0, "feature_penalty": 0.0}
 
 
 def test_the_meter_leaves_out_an_accuracy_that_was_not_computed():
     meter = Meter(torch.device("cpu"))
     meter.add_micro_batch(
-        SimpleNamespace(loss=torch.tensor(4.0), masked_count=2, masked_correct=None, feature_penalty=None)
+        SimpleNamespace(
+            loss=torch.tensor(4.0), masked_loss=None, masked_count=2, masked_correct=None, feature_penalty=None
+        )
     )
     assert meter.read(Process()) == {"loss": 2.0, "feature_penalty": 0.0}
 

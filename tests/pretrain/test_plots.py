@@ -40,7 +40,7 @@ def test_training_and_validation_of_each_iteration_are_drawn_and_named(tmp_path:
 
 
 def test_the_running_mean_of_a_long_curve_stays_on_the_curve(tmp_path: Path):
-    lines = [{"step": step, "loss": 5.0 - step / 100} for step in range(1, 401)]
+    lines = [{"step": step, "loss": 6.0, "masked_loss": 5.0 - step / 100} for step in range(1, 401)]
     write_json_lines(tmp_path / "iteration1" / "train" / "metrics.jsonl", lines)
     axes = Figure().add_subplot()
     assert plots.draw_loss(axes, iterations(tmp_path))
@@ -49,7 +49,7 @@ def test_the_running_mean_of_a_long_curve_stays_on_the_curve(tmp_path: Path):
 
 
 def test_values_that_are_not_finite_are_left_out(tmp_path: Path):
-    lines = [{"step": 1, "loss": 4.0}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": 3.0}]
+    lines = [{"step": step, "loss": 1.0, "masked_loss": loss} for step, loss in ((1, 4.0), (2, float("nan")), (3, 3.0))]
     write_json_lines(tmp_path / "iteration1" / "train" / "metrics.jsonl", lines)
     axes = Figure().add_subplot()
     plots.draw_loss(axes, iterations(tmp_path))

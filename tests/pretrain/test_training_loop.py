@@ -38,7 +38,11 @@ class Objective(nn.Module):
         loss = nn.functional.cross_entropy(logits.float(), labels[mask], reduction="sum")
         correct = (logits.argmax(-1) == labels[mask]).sum()
         return SimpleNamespace(
-            loss=loss, masked_count=mask.sum(), masked_correct=correct, feature_penalty=waveforms.mean()
+            loss=loss,
+            masked_loss=loss,
+            masked_count=mask.sum(),
+            masked_correct=correct,
+            feature_penalty=waveforms.mean(),
         )
 
 
@@ -119,9 +123,9 @@ def test_learns_logs_validates_and_saves_when_due(tmp_path):
     trained, valid = ([line for line in lines if name in line] for name in ("loss", "valid_loss"))
     assert [line["step"] for line in trained] == [1, 4, 8, 10]
     assert [line["step"] for line in valid] == [5, 10]
-    measured = "loss masked_accuracy feature_penalty grad_norm lr x_realtime audio_seconds seconds"
+    measured = "loss masked_loss masked_accuracy feature_penalty grad_norm lr x_realtime audio_seconds seconds"
     assert set(trained[0]) == {"step", *measured.split()}
-    assert set(valid[0]) == {"step", "valid_loss", "valid_masked_accuracy"}
+    assert set(valid[0]) == {"step", "valid_loss", "valid_masked_loss", "valid_masked_accuracy"}
     assert [line["lr"] for line in trained] == pytest.approx([0.025, 0.05 * 7 / 8, 0.05 * 3 / 8, 0.05 / 8])
     assert [line["audio_seconds"] for line in trained] == [40.0, 160.0, 320.0, 400.0]
     assert trained[-1]["loss"] < 0.9 * trained[0]["loss"] and valid[1]["valid_loss"] < valid[0]["valid_loss"]
@@ -132,7 +136,7 @@ def test_an_accuracy_that_the_objective_does_not_compute_is_not_logged(tmp_path)
     trainer = trainer_at(tmp_path)
     forward = trainer.objective.forward
     trainer.objective.forward = lambda *args, **kwargs: SimpleNamespace(
-        **{**vars(forward(*args, **kwargs)), "masked_correct": None}
+        **{**vars(forward(*args, **kwargs)), "masked_loss": None, "masked_correct": None}
     )
     trainer.fit()
     lines = read_metrics(tmp_path)
