@@ -153,15 +153,15 @@ class _Frontend:
             columns = slice(column, min(column + block, total))
             view = x[shift * self.strides[layer] :].as_strided((rows, columns.stop - column), (block, 1))
             parts.append((columns, view))
+        if len(parts) > 1 and self.dtype != self.wide:
+            # In a narrow dtype a sum of parts would round twice, and oneDNN is slow on strided rows: the copy is cheaper.
+            parts = [(slice(None), torch.cat([view for _, view in parts], dim=1))]
         return parts
 
     def convolve(self, layer: int, x: Tensor, out: Tensor) -> None:
         """``layer``'s convolution over its input rows ``x``, into ``out`` [rows, out_channels]."""
         weight = self.weights[layer - 1]
         parts = self.taps(layer, x, len(out))
-        if len(parts) > 1 and self.dtype != self.wide:
-            # Summing parts in a narrow dtype would round twice. The copy of a chunk stays in cache.
-            parts = [(slice(None), torch.cat([view for _, view in parts], dim=1))]
         columns, operand = parts[0]
         if self.biases:
             torch.addmm(self.biases[layer], operand, weight[:, columns].T, out=out)
