@@ -22,6 +22,14 @@ def _squared_errors(grads, truth, scale):
     )
 
 
+def _bfloat16_loss(side, model, data):
+    with torch.autocast("cpu", torch.bfloat16):
+        if side == "ours":
+            return hubert_fast.PretrainingObjective(model)(*data).loss
+        logits, rest, penalty = model(*data)
+        return recipe_loss((logits.float(), rest, penalty))
+
+
 @pytest.mark.parametrize("name", ["base", "xlarge-bias"])
 def test_bfloat16_gradient_errors_are_at_most_one_and_a_half_times_torchaudios(name):
     """Root mean squares over seeds; one parameter's error is noisy, so 1.5 holds for all together and 2.5 for each."""
@@ -39,12 +47,7 @@ def test_bfloat16_gradient_errors_are_at_most_one_and_a_half_times_torchaudios(n
         scale = torch.stack([each.norm() for each in truth.values()]).median()
         for side, model in (("theirs", theirs), ("ours", ours)):
             torch.manual_seed(seed)
-            with torch.autocast("cpu", torch.bfloat16):
-                if side == "ours":
-                    loss = hubert_fast.PretrainingObjective(model)(*data).loss
-                else:
-                    logits, rest, penalty = model(*data)
-                    loss = recipe_loss((logits.float(), rest, penalty))
+            loss = _bfloat16_loss(side, model, data)
             loss.backward()
             squares[side] = squares[side] + _squared_errors(gradients(model), truth, scale)
     ratios = (squares["ours"] / squares["theirs"]).sqrt()
@@ -67,12 +70,7 @@ def test_bfloat16_loss_errors_are_at_most_one_and_a_half_times_torchaudios(name)
                 truth = float(recipe_loss(exact(*double)))
             for side, model in (("theirs", theirs), ("ours", ours)):
                 torch.manual_seed(seed)
-                with torch.autocast("cpu", torch.bfloat16):
-                    if side == "ours":
-                        loss = hubert_fast.PretrainingObjective(model)(*data).loss
-                    else:
-                        logits, rest, penalty = model(*data)
-                        loss = recipe_loss((logits.float(), rest, penalty))
+                loss = _bfloat16_loss(side, model, data)
                 squares[side] += ((float(loss) - truth) / truth) ** 2
     assert squares["ours"] <= 1.5**2 * squares["theirs"]
 
