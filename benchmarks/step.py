@@ -12,10 +12,8 @@ The ratio of medians is what to read: times on a shared machine move, and both s
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.machine import describe
 from benchmarks.memory import peak_of
 from benchmarks.peers import SIDES, Loss, build
 
@@ -54,7 +53,7 @@ def main() -> None:
                 f"hubert_fast over torchaudio: {case['memory_ratio']:.2f} in memory of the step"
             )
     if arguments.json:
-        report = {"machine": _machine(), "batch": arguments.batch, "seconds": arguments.seconds, "cases": results}
+        report = {"machine": describe(), "batch": arguments.batch, "seconds": arguments.seconds, "cases": results}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
@@ -146,18 +145,6 @@ def _memory(side: str, arguments: argparse.Namespace) -> dict[str, int]:
     model, loss = build(side, classes, encoder_layer_drop=0.0)
     batch = _batch(classes, arguments)
     return peak_of(lambda: _step(model, loss, batch, dtype))
-
-
-def _machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    models = [line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "processor": models[0] if models else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ The environment variable ``HUBERT_FAST_BACKEND`` names the backend that a proces
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Optional
 
 AUTO = "auto"
@@ -35,6 +36,8 @@ class _Operator:
 
     name: str
     implementations: dict[str, str] = field(default_factory=dict)  # backend -> one line about it
+    unavailable: dict[str, str] = field(default_factory=dict)  # backend -> why it cannot run in this installation
+    on_gpu: frozenset[str] = frozenset()
     chosen: str = AUTO
 
 
@@ -42,9 +45,22 @@ _operators: dict[str, _Operator] = {}
 _default = os.environ.get("HUBERT_FAST_BACKEND", AUTO)
 
 
-def register(operator: str, implementations: dict[str, str]) -> None:
-    """Declare an operator's implementations, fastest first, each with a line that says what it is. For `hubert_fast.ops`."""
-    _operators[operator] = _Operator(operator, dict(implementations), _default)
+def register(
+    operator: str,
+    implementations: dict[str, str],
+    *,
+    unavailable: Mapping[str, Objection] = MappingProxyType({}),
+    on_gpu: Collection[str] = (),
+) -> None:
+    """Declare an operator's implementations. For `hubert_fast.ops`.
+
+    Args:
+        implementations: fastest first, each with a line that says what it is.
+        unavailable: why one cannot run in this installation at all; None is no objection.
+        on_gpu: those that run on a GPU only, which `report` needs to know.
+    """
+    reasons = {name: reason for name, reason in unavailable.items() if reason is not None}
+    _operators[operator] = _Operator(operator, dict(implementations), reasons, frozenset(on_gpu), _default)
 
 
 def use(name: str, operator: Optional[str] = None) -> None:
@@ -83,14 +99,14 @@ def choose(operator: str, objection: Callable[[str], Objection]) -> str:
                 f"backend {entry.chosen!r} of operator {operator!r} does not exist; accepted are "
                 f"{[AUTO, *entry.implementations]} (HUBERT_FAST_BACKEND or hubert_fast.backend.use chose it)"
             )
-        reason = objection(entry.chosen)
+        reason = entry.unavailable.get(entry.chosen) or objection(entry.chosen)
         if reason is not None:
             raise BackendError(
                 f"backend {entry.chosen!r} of operator {operator!r} was asked for and cannot run: {reason}"
             )
         return entry.chosen
     for name in entry.implementations:
-        if objection(name) is None:
+        if name not in entry.unavailable and objection(name) is None:
             return name
     raise BackendError(f"no backend of operator {operator!r} supports these inputs")
 
@@ -104,18 +120,32 @@ class Choice:
     runs: str
     why: str
     available: tuple[str, ...]
+    reasons: dict[str, str]  # of the backends that cannot run here: why not
 
 
 def report() -> list[Choice]:
-    """For each operator: what was chosen, what runs on ordinary inputs, and why."""
+    """For each operator: what was chosen, what runs on ordinary inputs (on a GPU where there is one), and why."""
     choices = []
     for name in sorted(_operators):
         entry = _operators[name]
-        runs = next(iter(entry.implementations)) if entry.chosen == AUTO else entry.chosen
-        why = entry.implementations.get(runs, "does not exist")
+        reasons = _reasons(entry)
+        available = tuple(each for each in entry.implementations if each not in reasons)
+        runs = available[0] if entry.chosen == AUTO else entry.chosen
+        why = reasons.get(runs) or entry.implementations.get(runs, "does not exist")
         prefix = "fastest available: " if entry.chosen == AUTO else "asked for by name: "
-        choices.append(Choice(name, entry.chosen, runs, prefix + why, tuple(entry.implementations)))
+        choices.append(Choice(name, entry.chosen, runs, prefix + why, available, reasons))
     return choices
+
+
+def _reasons(entry: _Operator) -> dict[str, str]:
+    """Why implementations cannot run in this installation on this machine."""
+    import torch
+
+    reasons = dict(entry.unavailable)
+    if not torch.cuda.is_available():
+        for each in entry.on_gpu:
+            reasons.setdefault(each, "it runs on a GPU, and torch finds none here")
+    return reasons
 
 
 def _selected(operator: Optional[str]) -> list[_Operator]:

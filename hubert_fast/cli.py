@@ -64,13 +64,35 @@ def _info() -> int:
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     print(f"hubert_fast {hubert_fast.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"GPU: {gpu}; CPU threads: {torch.get_num_threads()}\n")
+    print(f"GPU: {gpu}; CPU threads: {torch.get_num_threads()}")
+    print("\n".join(_extension_lines()) + "\n")
+    choices = hubert_fast.backend.report()
     rows = [("operator", "backend", "why", "available")]
-    rows += [(c.operator, c.runs, c.why, ", ".join(c.available)) for c in hubert_fast.backend.report()]
+    rows += [(c.operator, c.runs, c.why, ", ".join(c.available)) for c in choices]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) + "  " + row[3])
+    print("".join(f"\n{c.operator} on {name} cannot run: {why}" for c in choices for name, why in c.reasons.items()))
     return 0
+
+
+def _extension_lines() -> list[str]:
+    """What was compiled, and why what was not was not."""
+    from hubert_fast import extension
+
+    facts = extension.facts()
+    if facts is None:
+        return [f"extension: none, {extension.why_not('cpu')}"]
+    cpu_variants = ", ".join(facts["cpu_variants"])
+    lines = [
+        f"extension: built by {facts['compiler']} ({facts['build_type']})",
+        f"CPU kernels: {cpu_variants}; in use: {extension.cpu().instruction_set()}",
+    ]
+    if extension.cuda() is None:
+        return [*lines, f"CUDA kernels: none, {extension.why_not('cuda')}"]
+    newer = f", PTX of {facts['cuda_ptx']} for newer GPUs" if facts["cuda_ptx"] else ""
+    archs = ", ".join(facts["cuda_archs"])
+    return [*lines, f"CUDA kernels: {archs}{newer}; CUDA {facts['cuda']}, CUTLASS {facts['cutlass']}"]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from hubert_fast import backend
+from hubert_fast import backend, extension
+from hubert_fast.cpu_backend import conv_frontend as cpu_backend
 from hubert_fast.ops.autocast import autocast_dtype, without_autocast
 from hubert_fast.reference import conv_frontend as reference
 from hubert_fast.torch_backend import conv_frontend as torch_backend
@@ -21,10 +22,14 @@ NORMS = ("group_norm", "layer_norm")
 backend.register(
     "conv_frontend",
     {
+        "cpu": "GEMMs between fused C++ passes, layer 0 in closed form and recomputed in the backward",
         "torch": "GEMMs in channels-last layout, layer 0 in closed form and recomputed in the backward",
         "reference": "conv1d, norm and GELU layer by layer",
     },
+    unavailable={"cpu": extension.why_not("cpu")},
 )
+
+_BACKENDS = {"cpu": cpu_backend, "torch": torch_backend}
 
 
 def conv_frontend(
@@ -60,7 +65,7 @@ def conv_frontend(
     gradient takes the reference path, which ``auto`` chooses by itself.
     """
     dtype = _check(waveforms, weights, biases, norm_weights, norm_biases, strides, norm)
-    chosen = backend.choose("conv_frontend", lambda name: _objection(name, waveforms))
+    chosen = backend.choose("conv_frontend", lambda name: _objection(name, waveforms, weights, dtype))
     if chosen == "reference":
         return reference.conv_frontend(
             waveforms,
@@ -76,15 +81,17 @@ def conv_frontend(
     save = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
     features, _ = _conv_frontend(
         waveforms.detach(), list(weights), list(biases), list(norm_weights), list(norm_biases),
-        list(strides), norm, valid_samples, dtype, save,
+        list(strides), norm, valid_samples, dtype, save, chosen,
     )  # fmt: skip
     return features
 
 
-def _objection(name: str, waveforms: Tensor) -> backend.Objection:
-    if name == "torch" and waveforms.requires_grad and torch.is_grad_enabled():
+def _objection(name: str, waveforms: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> backend.Objection:
+    if name == "reference":
+        return None
+    if waveforms.requires_grad and torch.is_grad_enabled():
         return "it has no gradient with respect to the waveforms (use 'reference' or 'auto')"
-    return None
+    return cpu_backend.objection(waveforms, weights, dtype) if name == "cpu" else None
 
 
 def _check(
@@ -140,15 +147,16 @@ def _conv_frontend(
     valid_samples: Optional[Tensor],
     dtype: torch.dtype,
     save: bool,
+    implementation: str,
 ) -> Tuple[Tensor, List[Tensor]]:
     with without_autocast(waveforms.device):
-        return torch_backend.conv_frontend(
+        return _BACKENDS[implementation].conv_frontend(
             waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype, save
         )
 
 
 @_conv_frontend.register_fake
-def _(waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype, save):
+def _(waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype, save, implementation):
     frames, saved = waveforms.shape[1], []
     for i, (weight, stride) in enumerate(zip(weights, strides)):
         frames = (frames - weight.shape[2]) // stride + 1
@@ -171,9 +179,10 @@ def _conv_frontend_backward(
     norm: str,
     valid_samples: Optional[Tensor],
     dtype: torch.dtype,
+    implementation: str,
 ) -> List[Tensor]:
     with without_autocast(waveforms.device):
-        gradients = torch_backend.conv_frontend_backward(
+        gradients = _BACKENDS[implementation].conv_frontend_backward(
             grad,
             waveforms,
             weights,
@@ -190,24 +199,26 @@ def _conv_frontend_backward(
 
 
 @_conv_frontend_backward.register_fake
-def _(grad, waveforms, weights, biases, norm_weights, norm_biases, preactivations, strides, norm, valid_samples, dtype):
+def _(grad, waveforms, weights, biases, norm_weights, norm_biases, preactivations, *settings):
     return [torch.empty_like(p) for p in (*weights, *biases, *norm_weights, *norm_biases)]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype, _ = inputs
+    waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype, _, implementation = (
+        inputs
+    )
     _, preactivations = output
     ctx.counts = [len(group) for group in (weights, biases, norm_weights, norm_biases, preactivations)]
-    ctx.settings = strides, norm, dtype
+    ctx.settings = strides, norm, dtype, implementation
     ctx.save_for_backward(waveforms, valid_samples, *weights, *biases, *norm_weights, *norm_biases, *preactivations)
 
 
 def _backward(ctx, grad, _saved_grads):
     waveforms, valid_samples, *rest = ctx.saved_tensors
     groups = _split(rest, ctx.counts)
-    strides, norm, dtype = ctx.settings
-    gradients = _conv_frontend_backward(grad, waveforms, *groups, strides, norm, valid_samples, dtype)
-    return None, *_split(gradients, ctx.counts[:4]), None, None, None, None, None
+    strides, norm, dtype, implementation = ctx.settings
+    gradients = _conv_frontend_backward(grad, waveforms, *groups, strides, norm, valid_samples, dtype, implementation)
+    return None, *_split(gradients, ctx.counts[:4]), None, None, None, None, None, None
 
 
 def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:

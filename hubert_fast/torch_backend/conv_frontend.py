@@ -23,19 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hubert_fast.reference.conv_frontend import NORM_EPS, output_length
+from hubert_fast.torch_backend import first_layer
 
 # Rows of a GEMM on a CPU: enough to run at full rate, few enough that a chunk's input window and output stay in the
 # last-level cache, where GELU costs a quarter of what it costs from memory. On other devices launches are what costs.
 _CPU_CHUNK_ROWS = 1024
 _DEVICE_CHUNK_ROWS = 1 << 20
-
-
-class _Statistics(NamedTuple):
-    """Group-norm statistics of one row's layer 0, all in float64 (or the waveform's dtype if that is wider)."""
-
-    window_mean: Tensor  # m: [kernel]
-    covariance: Tensor  # C: [kernel, kernel]
-    rstd: Tensor  # 1 / sqrt(w_c^T C w_c + eps): [channels]
 
 
 class _Frontend:
@@ -70,7 +63,7 @@ class _Frontend:
         self.first_bias = biases[0].to(self.wide) if biases and self.layer_norm else None
         self.chunk_rows = _CPU_CHUNK_ROWS if waveforms.device.type == "cpu" else _DEVICE_CHUNK_ROWS
         self.frames = [output_length(waveforms.shape[1], self.kernels[: i + 1], strides) for i in range(len(weights))]
-        self.statistics: list[_Statistics] = []
+        self.statistics: list[first_layer.Statistics] = []  # of each row, as a batch of one
         if not self.layer_norm:
             self.statistics = [self._statistics(row, valid_samples) for row in range(len(waveforms))]
 
@@ -87,11 +80,9 @@ class _Frontend:
         signal = self.waveforms[row, start * self.strides[0] :]
         return signal.as_strided((stop - start, self.kernels[0]), (self.strides[0], 1)).contiguous()
 
-    def _statistics(self, row: int, valid_samples: Optional[Tensor]) -> _Statistics:
-        """mean_c = w_c . m and var_c = w_c^T C w_c, from the means m and the covariance C of the windows.
-
-        Windows are centred in float64 before they are squared, so neither a large DC offset nor a signal of 1e-4 loses
-        the variance.
+    def _statistics(self, row: int, valid_samples: Optional[Tensor]) -> first_layer.Statistics:
+        """Windows are centred in float64 before they are squared, so neither a large DC offset nor a signal of 1e-4 loses the
+        variance.
         """
         windows = self.windows(row, 0, self.frames[0]).double()
         if valid_samples is None:
@@ -108,21 +99,17 @@ class _Frontend:
             window_mean = valid @ windows / count
             centred = (windows - window_mean) * valid[:, None]
             covariance = centred.T @ centred / count
-        filters = self.first_weight.double()
-        variance = ((filters @ covariance) * filters).sum(1)
-        return _Statistics(window_mean, covariance, torch.rsqrt(variance + NORM_EPS))
+        return first_layer.statistics(self.first_weight, window_mean[None], covariance[None])
 
     def first_preactivation(self, row: int, start: int, stop: int) -> Tensor:
         """Layer 0 before GELU (group norm folded in) or before LayerNorm, in the wide dtype: [rows, channels]."""
         windows = self.windows(row, start, stop)
         if self.layer_norm:
             return F.linear(windows, self.first_weight, self.first_bias)
-        # w.X - w.m as w.(X - m): with a DC offset the two terms would be large and cancel.
         statistics = self.statistics[row]
         centred = windows - statistics.window_mean.to(self.wide)
-        scale = self.norm_weights[0].double() * statistics.rstd
-        filters = (scale[:, None] * self.first_weight.double()).to(self.wide)
-        return F.linear(centred, filters, self.norm_biases[0])
+        filters = first_layer.scaled_filters(self.first_weight, self.norm_weights[0], statistics.rstd)[0]
+        return F.linear(centred, filters.to(self.wide), self.norm_biases[0])
 
     def activation(self, layer: int, preactivations: Sequence[Tensor], row: int, start: int, stop: int) -> Tensor:
         """Rows ``start <= t < stop`` of a layer's output, in the compute dtype: [rows, channels]."""
@@ -356,20 +343,13 @@ class _Backward:
             self._finish_row(row, *self._row_sums)
 
     def _finish_row(self, row: int, total: Tensor, products: Tensor) -> None:
-        """Gradients through group norm from the two sums, with P = sum_t dz (X[t] - m), so S1 = P + S0 m.
-
-        With z = g r (w . X - mean) + b: db = S0, dg = Sx = r w . P, dw = g r (P - Sx r C w).
-        The same holds for statistics over the valid frames only, because sums run over every frame that has a gradient.
-        """
         frontend = self.frontend
-        statistics = frontend.statistics[row]
-        filters = frontend.first_weight.double()
-        scaled = statistics.rstd * (filters * products).sum(1)
-        correction = (scaled * statistics.rstd)[:, None] * (filters @ statistics.covariance)
-        scale = (frontend.norm_weights[0].double() * statistics.rstd)[:, None]
-        self.sums.weights[0].add_((scale * (products - correction)).unsqueeze(1).to(frontend.wide))
-        self.sums.norm_weights[0].add_(scaled.to(frontend.wide))
-        self.sums.norm_biases[0].add_(total.to(frontend.wide))
+        gradients = first_layer.gradients(
+            frontend.first_weight, frontend.norm_weights[0], frontend.statistics[row], total[None], products[None]
+        )
+        self.sums.weights[0].add_(gradients.filters.unsqueeze(1).to(frontend.wide))
+        self.sums.norm_weights[0].add_(gradients.norm_weight.to(frontend.wide))
+        self.sums.norm_biases[0].add_(gradients.norm_bias.to(frontend.wide))
 
 
 def conv_frontend_backward(

@@ -51,10 +51,11 @@ def assert_as_precise(
     draw: Callable[[int], Sequence[Tensor]],
     dtype: torch.dtype,
     *,
+    name: str = "torch",
     plain: Optional[Callable[..., Tensor]] = None,
     seeds: int = 8,
 ) -> None:
-    """In ``dtype``, backend "torch" errs at most 1.5 times as much as PyTorch's own operations do.
+    """In ``dtype``, backend ``name`` errs at most 1.5 times as much as PyTorch's own operations do.
 
     Those are the reference, or ``plain`` where PyTorch has another formulation of the same cost. ``draw(seed)`` gives
     float64 inputs; they are rounded to ``dtype`` first, so both sides and the truth see the same numbers. Errors are
@@ -65,8 +66,8 @@ def assert_as_precise(
         inputs = [each.to(dtype) if each.is_floating_point() else each for each in draw(seed)]
         wide = [each.double() if each.is_floating_point() else each for each in inputs]
         truth = run(operator, "reference", function, wide, seed)
-        for errors, name, candidate in ((ours, "torch", function), (pytorchs, "reference", plain or function)):
-            results = run(operator, name, candidate, inputs, seed)
+        for errors, side, candidate in ((ours, name, function), (pytorchs, "reference", plain or function)):
+            results = run(operator, side, candidate, inputs, seed)
             errors.append([error(*pair) for pair in zip(results, truth, strict=True)])
     ours, pytorchs = (torch.tensor(each).square().mean(0).sqrt() for each in (ours, pytorchs))
     # A result that is exact in PyTorch (a zero, a copy) leaves room for one rounding and no more.

@@ -1,0 +1,132 @@
+// `_C.cpu`: the CPU kernels, called with addresses as integers. The caller keeps the memory alive and has checked its size.
+#include "../bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "conv_frontend.h"
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace hubert_fast {
+namespace {
+
+template <class T>
+T* at(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+Dtype dtype_of(const std::string& name) {
+  if (name == "float32") return Dtype::kFloat32;
+  if (name == "bfloat16") return Dtype::kBFloat16;
+  throw std::invalid_argument("dtype must be 'float32' or 'bfloat16'; got '" + name + "'");
+}
+
+FirstLayer first_layer(
+    std::uintptr_t signal, std::uintptr_t filters, std::uintptr_t centre, std::uintptr_t shift, int taps, int stride) {
+  require(taps >= 1 && taps <= kMaxTaps,
+          "taps must be in 1.." + std::to_string(kMaxTaps) + "; got " + std::to_string(taps));
+  require(stride >= 1, "stride must be positive; got " + std::to_string(stride));
+  return {at<const float>(signal), at<const float>(filters), at<const float>(centre), at<const float>(shift),
+          taps, stride};
+}
+
+LayerNorm layer_norm(std::uintptr_t weight, std::uintptr_t bias, float eps) {
+  return {at<const float>(weight), at<const float>(bias), eps};
+}
+
+Windows windows(std::uintptr_t data, int kernel, int stride, std::int64_t rows) {
+  require(kernel >= 1 && stride >= 1 && rows >= 0, "windows need a positive kernel and stride and no negative rows");
+  return {at<void>(data), kernel, stride, rows};
+}
+
+BlockGradient block_gradient(std::uintptr_t head, std::uintptr_t tail, int split, int stride) {
+  require(stride >= 1 && split >= 0 && split <= stride, "split must be in 0..stride, and stride positive");
+  return {at<const void>(head), at<const void>(tail), split, stride};
+}
+
+constexpr Windows kNowhere{nullptr, 1, 1, 0};
+
+// `first` outlives the result, which points at it.
+Forward source(
+    const std::string& dtype, int channels, const std::optional<FirstLayer>& first, std::uintptr_t preactivations,
+    const std::optional<LayerNorm>& norm, std::int64_t start, std::int64_t stop, const std::optional<Windows>& windows) {
+  require(channels >= 16 && channels % 16 == 0,
+          "channels must be a positive multiple of 16; got " + std::to_string(channels));
+  require(first.has_value() != (preactivations != 0), "exactly one of first_layer and preactivations is needed");
+  require(0 <= start && start <= stop, "frames must satisfy 0 <= start <= stop");
+  return {dtype_of(dtype), channels, first ? &*first : nullptr, at<const void>(preactivations),
+          norm.value_or(LayerNorm{nullptr, nullptr, 0.0f}), start, stop, windows.value_or(kNowhere)};
+}
+
+void call_forward(
+    const std::string& dtype, int channels, const std::optional<FirstLayer>& first, std::uintptr_t preactivations,
+    const std::optional<LayerNorm>& norm, std::int64_t start, std::int64_t stop, const Windows& windows, int threads) {
+  require(threads >= 1, "threads must be positive; got " + std::to_string(threads));
+  forward(source(dtype, channels, first, preactivations, norm, start, stop, windows), threads);
+}
+
+void call_backward(
+    const std::string& dtype, int channels, const std::optional<FirstLayer>& first, std::uintptr_t preactivations,
+    const std::optional<LayerNorm>& norm, std::int64_t start, std::int64_t stop, const std::optional<Windows>& windows,
+    std::int64_t windows_stop, const BlockGradient& gradient, std::uintptr_t preactivation_gradient, std::uintptr_t sums,
+    int threads) {
+  require(threads >= 1, "threads must be positive; got " + std::to_string(threads));
+  require(windows_stop >= stop, "windows_stop must be at least stop");
+  require(sums || !(first || norm), "layer 0 and layers with a norm need sums");
+  backward({source(dtype, channels, first, preactivations, norm, start, stop, windows), windows_stop, gradient,
+            at<void>(preactivation_gradient), at<double>(sums)},
+           threads);
+}
+
+void call_statistics(
+    std::uintptr_t signals, std::int64_t row_stride, int batch, int taps, int stride, std::uintptr_t frames,
+    std::uintptr_t means, std::uintptr_t covariances, int threads) {
+  require(threads >= 1 && batch >= 1 && stride >= 1, "threads, batch and stride must be positive");
+  require(taps >= 1 && taps <= kMaxTaps,
+          "taps must be in 1.." + std::to_string(kMaxTaps) + "; got " + std::to_string(taps));
+  first_layer_statistics({at<const float>(signals), row_stride, batch, taps, stride, at<const std::int64_t>(frames),
+                          at<double>(means), at<double>(covariances)},
+                         threads);
+}
+
+}  // namespace
+
+void bind_cpu(py::module_& module) {
+  py::module_ cpu = module.def_submodule("cpu", "Passes of the convolutional front end on the CPU.");
+  using py::arg;
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  py::class_<FirstLayer>(cpu, "FirstLayer")
+      .def(py::init(&first_layer), arg("signal"), arg("filters"), arg("centre"), arg("shift"), arg("taps"), arg("stride"));
+  py::class_<LayerNorm>(cpu, "LayerNorm").def(py::init(&layer_norm), arg("weight"), arg("bias"), arg("eps"));
+  py::class_<Windows>(cpu, "Windows")
+      .def(py::init(&windows), arg("data"), arg("kernel"), arg("stride"), arg("rows"));
+  py::class_<BlockGradient>(cpu, "BlockGradient")
+      .def(py::init(&block_gradient), arg("head"), arg("tail"), arg("split"), arg("stride"));
+  cpu.attr("max_taps") = kMaxTaps;
+  cpu.def("instruction_set", [] { return selected().name; }, "The instances of the kernels that run.");
+  cpu.def("instruction_sets", &available, "Those that this machine can run, fastest first.");
+  cpu.def("use_instruction_set", &select, arg("name"));
+  cpu.def("threading", &threading);
+  cpu.def("forward", &call_forward, py::kw_only(), arg("dtype"), arg("channels"), arg("first_layer") = py::none(),
+          arg("preactivations") = 0, arg("norm") = py::none(), arg("start"), arg("stop"), arg("windows"), arg("threads"),
+          Unlocked());
+  cpu.def("backward", &call_backward, py::kw_only(), arg("dtype"), arg("channels"), arg("first_layer") = py::none(),
+          arg("preactivations") = 0, arg("norm") = py::none(), arg("start"), arg("stop"), arg("windows") = py::none(),
+          arg("windows_stop"), arg("gradient"), arg("preactivation_gradient") = 0, arg("sums") = 0, arg("threads"),
+          Unlocked());
+  cpu.def("first_layer_statistics", &call_statistics, py::kw_only(), arg("signals"), arg("row_stride"), arg("batch"),
+          arg("taps"), arg("stride"), arg("frames"), arg("means"), arg("covariances"), arg("threads"), Unlocked());
+}
+
+}  // namespace hubert_fast

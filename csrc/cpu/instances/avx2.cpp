@@ -1,0 +1,2 @@
+#define HUBERT_FAST_INSTANCE avx2
+#include "../rows.h"

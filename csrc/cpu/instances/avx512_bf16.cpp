@@ -1,0 +1,2 @@
+#define HUBERT_FAST_INSTANCE avx512_bf16
+#include "../rows.h"

@@ -1,0 +1,2 @@
+#define HUBERT_FAST_INSTANCE baseline
+#include "../rows.h"

@@ -1,0 +1,15 @@
+// Work shared among threads.
+#pragma once
+
+#include <functional>
+
+namespace hubert_fast {
+
+// Calls task(thread, index) once for each 0 <= index < count, on at most `threads` threads; `thread` is below that number and
+// no two tasks run on one at a time. Which thread runs which index is left to chance, so results must not depend on it.
+void parallel(int count, int threads, const std::function<void(int thread, int index)>& task);
+
+// "OpenMP (shared)" where the OpenMP runtime that torch has loaded lends its threads, "threads" where new ones are started.
+const char* threading();
+
+}  // namespace hubert_fast

@@ -1,0 +1,75 @@
+"""The compiled part of the package, ``hubert_fast._C``, and why it is absent where it is.
+
+Its kernels take pointers, sizes, strides and streams as integers and know nothing of torch; ``hubert_fast.cpu_backend`` and
+``hubert_fast.cuda_backend`` call them. Importing this module loads nothing; the first question does.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Optional
+
+# That of the bindings this package was written for: `interface_version` in csrc/bindings.h.
+INTERFACE = 1
+
+_REBUILD = "rebuild it: `pip install .`, or `pip install -e .` in a source tree"
+
+
+def cpu() -> Optional[ModuleType]:
+    """The CPU kernels, or None (`why_not` tells)."""
+    return getattr(_load()[0], "cpu", None)
+
+
+def cuda() -> Optional[ModuleType]:
+    """The CUDA kernels, or None (`why_not` tells). That they were built does not mean that there is a GPU."""
+    return getattr(_load()[0], "cuda", None)
+
+
+def why_not(part: str) -> Optional[str]:
+    """Why ``part``, "cpu" or "cuda", is absent, in one sentence without a capital or a full stop; None where it is there.
+
+    Raises:
+        ValueError: if there is no such part.
+    """
+    if part not in ("cpu", "cuda"):
+        raise ValueError(f"part must be 'cpu' or 'cuda'; got {part!r}")
+    module, reason = _load()
+    if module is None or getattr(module, part, None) is not None:
+        return reason
+    return f"the extension was built without CUDA: {module.build_facts()['cuda_why_not']}"
+
+
+def facts() -> Optional[dict[str, Any]]:
+    """How the extension was built, or None where there is none that can be used.
+
+    ``compiler``, ``build_type``: str; ``cpu_variants``: the instruction sets that kernels were compiled for; ``cuda``: the
+    version of nvcc or None; ``cuda_archs``: the architectures with machine code; ``cuda_ptx``: the architecture whose PTX
+    newer GPUs run, or None; ``cuda_why_not``: str or None; ``cutlass``: version or None.
+    """
+    module, _ = _load()
+    return None if module is None else module.build_facts()
+
+
+@functools.cache
+def _load() -> tuple[Optional[ModuleType], Optional[str]]:
+    """(the extension, None), or (None, why not)."""
+    try:
+        from hubert_fast import _C
+    except ImportError as error:
+        return None, _import_failure(error)
+    built = getattr(_C, "interface", None)
+    if built != INTERFACE:
+        return None, f"hubert_fast._C was built from other sources (interface {built}, not {INTERFACE}); {_REBUILD}"
+    return _C, None
+
+
+def _import_failure(error: ImportError) -> str:
+    found = sorted(path.name for path in Path(__file__).parent.glob("_C.*") if path.suffix in (".so", ".pyd"))
+    if any(f"_C{suffix}" in found for suffix in EXTENSION_SUFFIXES):
+        return f"hubert_fast._C cannot be loaded ({error}); {_REBUILD}"
+    if found:
+        return f"hubert_fast._C was built for another Python ({', '.join(found)}, not _C{EXTENSION_SUFFIXES[0]}); {_REBUILD}"
+    return "hubert_fast._C was not built (HUBERT_FAST_BUILD=0, or a source tree in which nothing was installed)"

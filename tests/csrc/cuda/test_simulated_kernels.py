@@ -1,0 +1,267 @@
+"""The CUDA kernels, thread by thread on the CPU: right, free of races and stray accesses, and 64-bit in their offsets."""
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.csrc.cuda import simulation
+from tests.ops.comparison import error
+from tests.ops.test_conv_frontend_cuda_twin import HUBERT, Problem
+
+pytestmark = pytest.mark.skipif(simulation.why_not() is not None, reason=str(simulation.why_not()))
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("simulated")
+    simulation.build(folder, [])
+    return simulation.load(folder)
+
+
+@pytest.mark.parametrize("tensor_cores", [False, True], ids=["torch-products", "tensor-core-products"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_agree_with_the_reference_in_any_order_of_threads(simulated, dtype, tensor_cores):
+    if dtype == torch.float32 and tensor_cores:
+        pytest.skip("there are none in float32")
+    simulation.check(simulated, dtype, tensor_cores=tensor_cores, orders=(0, 1, 2))
+
+
+def test_hubert_width_agrees_with_the_reference(simulated):
+    for norm in ("group_norm", "layer_norm"):
+        problem = Problem(HUBERT[:3], norm=norm, samples=4000, channels=512, batch=1, dtype=torch.float32)
+        results = simulation.run(simulated, problem, tensor_cores=False)
+        errors = [error(*pair) for pair in zip(results, problem.reference(), strict=True)]
+        assert max(errors) <= 5e-6, errors
+
+
+def test_widest_layers_agree_with_the_reference(simulated):
+    for norm in ("group_norm", "layer_norm"):
+        problem = Problem([(10, 5), (2, 2)], norm=norm, samples=1500, channels=1024, batch=1, dtype=torch.float32)
+        results = simulation.run(simulated, problem, tensor_cores=False)
+        errors = [error(*pair) for pair in zip(results, problem.reference(), strict=True)]
+        assert max(errors) <= 5e-6, errors
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 1.0), (0.1, 1.0), (1e-4, 0.0), (1e-4, 1e-2), (30.0, 500.0)])
+def test_neither_an_offset_nor_a_small_signal_loses_the_variance(simulated, scale, offset):
+    problem = Problem([(10, 5), (3, 2)], norm="group_norm", bias=False, samples=3000, channels=64, dtype=torch.float32)
+    problem.waveforms = (scale * problem.waveforms + offset).float().double()
+    problem.groups = [[each.float().double() for each in group] for group in problem.groups]
+    results = simulation.run(simulated, problem, tensor_cores=False)
+    single = Problem([(10, 5), (3, 2)], norm="group_norm", bias=False, samples=3000, channels=64)
+    single.waveforms, single.direction = problem.waveforms.float(), problem.direction.float()
+    single.groups = [[each.float() for each in group] for group in problem.groups]
+    for ours, theirs, exact in zip(results, single.reference(), problem.reference(), strict=True):
+        assert error(ours, exact) <= max(1.5 * error(theirs, exact), 2e-6)
+
+
+def test_a_sequence_has_the_same_features_in_every_place_of_a_batch(simulated):
+    problem = Problem(HUBERT, norm="group_norm", batch=3, samples=2500, channels=64, dtype=torch.bfloat16)
+    features = simulation.run(simulated, problem, tensor_cores=True)[0]
+    for row in range(3):
+        alone = Problem(HUBERT, norm="group_norm", batch=1, samples=2500, channels=64, dtype=torch.bfloat16)
+        alone.groups, alone.waveforms = problem.groups, problem.waveforms[row : row + 1]
+        assert torch.equal(simulation.run(simulated, alone, tensor_cores=True)[0][0], features[row])
+
+
+def test_gelu_is_exact_to_float_rounding(simulated):
+    z = torch.linspace(-12, 12, 20001, dtype=torch.float32)
+    value = F.gelu(z.double())
+    derivative = torch.ops.aten.gelu_backward(torch.ones_like(z, dtype=torch.float64), z.double())
+    for name, bound in (("accurate_gelu", 2e-7), ("fast_gelu", 6e-7)):
+        both = torch.tensor([getattr(simulated, name)(float(each)) for each in z], dtype=torch.float64)
+        # The error of Phi, at most 1e-7, counts times z in the value.
+        assert ((both[:, 0] - value).abs() <= bound * z.abs().clamp(min=1)).all()
+        assert ((both[:, 1] - derivative).abs() <= bound).all()
+
+
+def test_sanitizers_find_nothing(tmp_path):
+    simulation.build(tmp_path, simulation.SANITIZE)
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": ":".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "tests.csrc.cuda.simulation", str(tmp_path)]
+    result = subprocess.run(command, cwd=simulation.ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.endswith("clean\n"), result.stderr[-5000:]
+    assert "runtime error" not in result.stderr
+
+
+class Sparse:
+    """More memory than there is, of which only the touched pages exist: for kernels that run at its end alone."""
+
+    def __init__(self, elements, dtype):
+        # MAP_NORESERVE, which mmap does not name before Python 3.13.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+        self._memory = mmap.mmap(-1, elements * dtype.itemsize, flags=flags)
+        self.tensor = torch.frombuffer(self._memory, dtype=dtype)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+
+
+BATCH, ROWS, CHANNELS = 3, 1 << 20, 1024  # 3 * 2^30 activations
+FRAMES = ROWS - 1
+
+
+def _only_last_blocks(simulated, per_block, total):
+    simulated.set_schedule(0, -(-total // per_block) - 1)
+
+
+def _last_rows(sparse, count, rows=ROWS):
+    return sparse.tensor.view(BATCH, rows, CHANNELS)[-1, -count:]
+
+
+@pytest.fixture
+def at_the_end(simulated):
+    yield simulated.cuda
+    simulated.set_schedule(0, 0)
+
+
+def _gelu_gradient(z, upstream):
+    return torch.ops.aten.gelu_backward(upstream.double(), z.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_passes_reach_past_two_to_the_31(simulated, at_the_end, dtype):
+    total = BATCH * ROWS
+    z, grad, out, activation = (Sparse(total * CHANNELS, dtype) for _ in range(4))
+    generator = torch.Generator().manual_seed(0)
+    for each in (z, grad):
+        _last_rows(each, 64)[:] = torch.randn(64, CHANNELS, generator=generator)
+    rows = at_the_end.Rows(batch=BATCH, rows=ROWS, frames=FRAMES, channels=CHANNELS)
+    number = {torch.float32: 0, torch.bfloat16: 1}[dtype]
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    settings = {"dtype": number, "stream": 0}
+    expected_z, expected_grad = _last_rows(z, 64).clone(), _last_rows(grad, 64).clone()
+    live = slice(0, 63)  # the last row is dead
+
+    _only_last_blocks(simulated, 64, total)
+    at_the_end.activation_forward(
+        rows, norm_weight=0, norm_bias=0, epsilon=1e-5, z=z.address, out=out.address, out_rows=ROWS, **settings
+    )
+    assert error(_last_rows(out, 64)[live], F.gelu(expected_z[live].double())) <= tolerance
+    assert (_last_rows(out, 1) == 0).all()
+
+    at_the_end.gelu_backward(
+        rows, grad=grad.address, grad_rows=ROWS, z=z.address, out=out.address, activation=activation.address, **settings
+    )
+    assert error(_last_rows(out, 64)[live], _gelu_gradient(expected_z, expected_grad)[live]) <= tolerance
+    assert error(_last_rows(activation, 64)[live], F.gelu(expected_z[live].double())) <= tolerance
+
+    gain, bias = torch.rand(CHANNELS, generator=generator) + 0.5, torch.randn(CHANNELS, generator=generator)
+    norm = {"norm_weight": gain.data_ptr(), "norm_bias": bias.data_ptr(), "epsilon": 1e-5}
+    leaf = expected_z.double().requires_grad_()
+    normalised = F.layer_norm(leaf, (CHANNELS,), gain.double(), bias.double(), 1e-5)
+    (truth,) = torch.autograd.grad(F.gelu(normalised)[live], leaf, expected_grad.double()[live])
+    at_the_end.activation_forward(rows, **norm, z=z.address, out=out.address, out_rows=ROWS, **settings)
+    assert error(_last_rows(out, 64)[live], F.gelu(normalised)[live]) <= tolerance
+    partial = Sparse(total // 64 * 3 * CHANNELS, torch.float32)
+    at_the_end.layer_norm_backward(
+        rows, **norm, grad=grad.address, grad_rows=ROWS, z=z.address, out=out.address, activation=activation.address,
+        partial=partial.address, part_rows=64, **settings,
+    )  # fmt: skip
+    assert error(_last_rows(out, 64)[live], truth[live]) <= tolerance
+    assert error(partial.tensor[-CHANNELS:], truth.sum(0)) <= 1e-5
+
+    at_the_end.column_sums(
+        x=z.address, total_rows=total, channels=CHANNELS, partial=partial.address, part_rows=64, **settings
+    )
+    sums = partial.tensor[: total // 64 * CHANNELS][-CHANNELS:]
+    assert error(sums, expected_z.double().sum(0)) <= 1e-5
+
+    _only_last_blocks(simulated, 64, BATCH)
+    at_the_end.clear_dead_rows(rows, z=0, activation=z.address, **settings)
+    assert (_last_rows(z, 1) == 0).all() and torch.equal(_last_rows(z, 64)[live], expected_z[live])
+
+
+def test_layer_0_reaches_past_two_to_the_31(simulated, at_the_end):
+    taps, stride = 10, 5
+    generator = torch.Generator().manual_seed(0)
+    samples = (FRAMES - 1) * stride + taps
+    signal = torch.zeros(BATCH, samples)
+    signal[-1, -5000:] = torch.randn(5000, generator=generator)
+    layer = at_the_end.FirstLayer(
+        signal=signal.data_ptr(), signal_stride=samples, batch=BATCH, frames=FRAMES, kernel=taps, stride=stride,
+        channels=CHANNELS,
+    )  # fmt: skip
+    statistics = torch.zeros(BATCH, taps + taps * taps + 1, dtype=torch.float64)
+    statistics[:, -1] = 0.25
+    filters = torch.randn(BATCH, taps + 1, CHANNELS, generator=generator)
+    shared = {"statistics": statistics.data_ptr(), "filters": filters.data_ptr(), "rows": ROWS, "dtype": 0, "stream": 0}
+    windows = (signal[-1] - 0.25).unfold(0, taps, stride).double()[-200:]
+    z = windows @ filters[-1, :taps].double() + filters[-1, taps].double()
+    activations = Sparse(BATCH * ROWS * CHANNELS, torch.float32)
+    _only_last_blocks(simulated, 256, BATCH * ROWS)
+    at_the_end.first_layer_forward(layer, norm_bias=0, epsilon=1e-5, activations=activations.address, **shared)
+    assert error(_last_rows(activations, 201)[:-1], F.gelu(z)) <= 1e-6
+    assert (_last_rows(activations, 1) == 0).all()
+
+    upstream = torch.zeros(512, CHANNELS)
+    upstream[-201:-1] = torch.randn(200, CHANNELS, generator=generator)
+    _last_rows(activations, 512)[:] = upstream
+    partial = Sparse(BATCH * ROWS // 512 * (taps + 1) * CHANNELS, torch.float32)
+    _only_last_blocks(simulated, 512, BATCH * ROWS)
+    at_the_end.first_layer_group_norm_backward(layer, gradients=activations.address, partial=partial.address, **shared)
+    gradient = _gelu_gradient(z, upstream[-201:-1])
+    sums = partial.tensor.view(-1, taps + 1, CHANNELS)[-1]
+    assert error(sums[:taps], windows.T @ gradient) <= 2e-6
+    assert error(sums[taps], gradient.sum(0)) <= 2e-6
+    assert error(_last_rows(activations, 201)[:-1], F.gelu(z)) <= 1e-6
+
+
+def test_sums_of_parts_reach_past_two_to_the_31(simulated, at_the_end):
+    outer, parts, columns = 3, 16, 1 << 26
+    partial, out = Sparse(outer * parts * columns, torch.float32), Sparse(outer * columns, torch.float32)
+    partial.tensor.view(outer, parts, columns)[-1, :, -32:] = 1.5
+    _only_last_blocks(simulated, 32, outer * columns)
+    at_the_end.sum_parts(
+        partial=partial.address, outer=outer, parts=parts, columns=columns, out=out.address, out_is_double=False,
+        stream=0,
+    )  # fmt: skip
+    assert (out.tensor[-32:] == 24.0).all()
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("kernel must be 1 to 16", dict(kernel=17)),
+        ("stride must be 1 to 16", dict(stride=0)),
+        ("channels must be a multiple of 64, at most 1024", dict(channels=96)),
+        ("channels must be a multiple of 64, at most 1024", dict(channels=2048)),
+        ("batch and frames must be positive", dict(frames=0)),
+        ("signal_stride is shorter than the frames read", dict(signal_stride=50)),
+    ],
+)
+def test_sizes_are_checked_on_the_host(simulated, message, change):
+    sizes = dict(signal=0, signal_stride=1000, batch=2, frames=100, kernel=10, stride=5, channels=64)
+    layer = simulated.cuda.FirstLayer(**{**sizes, **change})
+    with pytest.raises(ValueError, match=message):
+        simulated.cuda.first_layer_moments(layer, valid_samples=0, partial=0, stream=0)
+
+
+def test_products_check_their_sizes_on_the_host(simulated):
+    cuda = simulated.cuda
+    sizes = dict(input=0, input_stride=128, weight=0, rows=10, columns=64, depth=192)
+    for message, change in (
+        ("rows must be positive and fit 31 bits", dict(rows=1 << 31)),
+        ("columns must be a positive multiple of 8", dict(columns=60)),
+        ("depth must be a positive multiple of 8", dict(depth=100)),
+        ("input_stride must be a positive multiple of 8", dict(input_stride=4)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cuda.product(cuda.Product(**{**sizes, **change}), bias=0, out=0, out_stride=64, dtype=1, stream=0)
+    with pytest.raises(ValueError, match="bfloat16 or float16"):
+        cuda.product(cuda.Product(**sizes), bias=0, out=0, out_stride=64, dtype=0, stream=0)
+    with pytest.raises(ValueError, match=r"dtype must be 0 \(float32\), 1 \(bfloat16\) or 2 \(float16\); got -1"):
+        cuda.product(cuda.Product(**sizes), bias=0, out=0, out_stride=64, dtype=-1, stream=0)
