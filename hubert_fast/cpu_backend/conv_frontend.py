@@ -28,6 +28,9 @@ from hubert_fast.torch_backend.conv_frontend import Gradients
 _FORWARD_ROWS = 1024
 _BACKWARD_ROWS = 2048
 
+# Bytes from which huge pages were seen to pay (benchmarks/NOTES.md).
+_HUGE = 100 << 20
+
 # Asked once, here: torch.compile cannot trace the question.
 _MAX_TAPS = getattr(extension.cpu(), "max_taps", 0)
 
@@ -153,6 +156,14 @@ class _Frontend:
         )
 
 
+    def empty(self, *shape: int) -> Tensor:
+        """A tensor in the compute dtype; a large one on huge pages, because page faults would cost more than the pass over it."""
+        tensor = torch.empty(shape, dtype=self.dtype)
+        if tensor.nbytes >= _HUGE:
+            self.c.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        return tensor
+
+
 def _chunks(rows: int, size: int) -> Iterator[tuple[int, int]]:
     for start in range(0, rows, size):
         yield start, min(start + size, rows)
@@ -174,10 +185,10 @@ def conv_frontend(
     frontend = _Frontend(waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype)
     batch, preactivations = len(waveforms), frontend.preactivations
     for layer in frontend.layers():
-        out = torch.empty(batch, frontend.frames[layer], frontend.channels[layer], dtype=dtype)
+        out = frontend.empty(batch, frontend.frames[layer], frontend.channels[layer])
         weight = frontend.weights[layer - 1].flatten(1).T
         stride, kernel = frontend.strides[layer], frontend.kernels[layer]
-        operand = torch.empty(min(_FORWARD_ROWS, frontend.frames[layer]), weight.shape[0], dtype=dtype)
+        operand = frontend.empty(min(_FORWARD_ROWS, frontend.frames[layer]), weight.shape[0])
         for row in range(batch):
             below = frontend.pass_over(layer - 1, row)
             for start, stop in _chunks(frontend.frames[layer], _FORWARD_ROWS):
@@ -197,7 +208,7 @@ def conv_frontend(
         preactivations.append(out)
     last = len(frontend.frames) - 1
     frames = frontend.frames[last]
-    features = torch.empty(batch, frames, frontend.channels[last], dtype=dtype)
+    features = frontend.empty(batch, frames, frontend.channels[last])
     for row in range(batch):
         plain = frontend.c.Windows(data=features[row].data_ptr(), kernel=1, stride=1, rows=frames)
         frontend.c.forward(**frontend.pass_over(last, row), start=0, stop=frames, windows=plain)
@@ -283,7 +294,7 @@ class _Backward:
         if layer == 0:
             return torch.empty(0)  # its gradient goes straight into sums: no tensor of its size is ever allocated
         frames, front, blocks = f.frames[layer], self._front_rows(layer), self._blocks(layer)
-        buffer = torch.empty(len(f.waveforms), front + max(blocks, frames), f.channels[layer], dtype=f.dtype)
+        buffer = f.empty(len(f.waveforms), front + max(blocks, frames), f.channels[layer])
         buffer[:, :front] = 0
         buffer[:, front + frames :] = 0
         return buffer
@@ -302,7 +313,7 @@ class _Backward:
         blocks, front = self._blocks(layer), self._front_rows(layer)
         rows = min(_BACKWARD_ROWS, blocks)
         data_gradient = _DataGradient(weight, stride, rows)
-        operand = torch.empty(rows, total.shape[1], dtype=f.dtype)
+        operand, product = f.empty(rows, total.shape[1]), f.empty(*total.shape)
         below = self._gradient_buffer(layer - 1)
         for row in range(len(upstream)):
             for start, stop in _chunks(blocks, _BACKWARD_ROWS):
@@ -320,7 +331,7 @@ class _Backward:
                     if f.dtype == torch.float32:
                         total.addmm_(own, windows)
                     else:
-                        total.add_(own @ windows)  # a chunk's product in the compute dtype, the sum in float32
+                        total.add_(torch.mm(own, windows, out=product))  # a chunk's product in the compute dtype, the sum in float32
         return below
 
     def _pass(
