@@ -130,14 +130,18 @@ def find_cxx(environment: Mapping[str, str]) -> list[str]:
             f"there is no {named!r}, which CXX names" if named else "no C++ compiler was found (c++, g++, clang++)"
         )
         raise BuildError(f"{looked_for}; install g++ or clang++, or {WITHOUT_COMPILER}")
-    flags = ["-mavx512bf16"] if platform.machine() in ("x86_64", "AMD64") else []
-    failure = _compile(
-        [*command, "-std=c++17", *flags], "try.cpp", "#include <string_view>\nint main() {}\n", environment
-    )
+    flags, source = [], "#include <string_view>\nint main() {}\n"
+    if platform.machine() in ("x86_64", "AMD64"):
+        # The newest instruction set that kernels are compiled for.
+        flags, source = (
+            ["-mavx512bf16"],
+            '#include <string_view>\nint main() { return __builtin_cpu_supports("avx512bf16"); }\n',
+        )
+    failure = _compile([*command, "-std=c++17", *flags], "try.cpp", source, environment)
     if failure is not None:
         raise BuildError(
-            f"the C++ compiler {shlex.join(command)} will not do (GCC 10 and Clang 11 are the oldest): {failure}; install "
-            f"another and name it in CXX, or {WITHOUT_COMPILER}"
+            f"the C++ compiler {shlex.join(command)} will not do: {failure}; install a newer one and name it in CXX, or "
+            f"{WITHOUT_COMPILER}"
         )
     return command
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hubert_fast import backend, extension
 from hubert_fast.cpu_backend import conv_frontend as cpu_backend
+from hubert_fast.cuda_backend import conv_frontend as cuda_backend
 from hubert_fast.ops.autocast import autocast_dtype, without_autocast
 from hubert_fast.reference import conv_frontend as reference
 from hubert_fast.torch_backend import conv_frontend as torch_backend
@@ -22,14 +23,16 @@ NORMS = ("group_norm", "layer_norm")
 backend.register(
     "conv_frontend",
     {
+        "cuda": "CUDA kernels: layer 0 in one pass and recomputed in the backward, implicit GEMMs with GELU in their epilogues",
         "cpu": "GEMMs between fused C++ passes, layer 0 in closed form and recomputed in the backward",
         "torch": "GEMMs in channels-last layout, layer 0 in closed form and recomputed in the backward",
         "reference": "conv1d, norm and GELU layer by layer",
     },
-    unavailable={"cpu": extension.why_not("cpu")},
+    unavailable={"cuda": extension.why_not("cuda"), "cpu": extension.why_not("cpu")},
+    on_gpu=("cuda",),
 )
 
-_BACKENDS = {"cpu": cpu_backend, "torch": torch_backend}
+_BACKENDS = {"cuda": cuda_backend, "cpu": cpu_backend, "torch": torch_backend}
 
 
 def conv_frontend(
@@ -65,7 +68,7 @@ def conv_frontend(
     gradient takes the reference path, which ``auto`` chooses by itself.
     """
     dtype = _check(waveforms, weights, biases, norm_weights, norm_biases, strides, norm)
-    chosen = backend.choose("conv_frontend", lambda name: _objection(name, waveforms, weights, dtype))
+    chosen = backend.choose("conv_frontend", lambda name: _objection(name, waveforms, weights, strides, dtype))
     if chosen == "reference":
         return reference.conv_frontend(
             waveforms,
@@ -86,11 +89,15 @@ def conv_frontend(
     return features
 
 
-def _objection(name: str, waveforms: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> backend.Objection:
+def _objection(
+    name: str, waveforms: Tensor, weights: Sequence[Tensor], strides: Sequence[int], dtype: torch.dtype
+) -> backend.Objection:
     if name == "reference":
         return None
     if waveforms.requires_grad and torch.is_grad_enabled():
         return "it has no gradient with respect to the waveforms (use 'reference' or 'auto')"
+    if name == "cuda":
+        return cuda_backend.objection(waveforms, weights, strides, dtype)
     return cpu_backend.objection(waveforms, weights, dtype) if name == "cpu" else None
 
 
@@ -163,7 +170,12 @@ def _(waveforms, weights, biases, norm_weights, norm_biases, strides, norm, vali
         shape = (waveforms.shape[0], frames, weight.shape[0])
         if save and i > 0:
             saved.append(waveforms.new_empty(shape, dtype=dtype))
-    return waveforms.new_empty(shape, dtype=dtype), saved
+    features = waveforms.new_empty(shape, dtype=dtype)
+    if save and implementation == "cuda":
+        kernels = [weight.shape[2] for weight in weights]
+        sizes = cuda_backend.saved_tensors(*waveforms.shape, weights[0].shape[0], kernels, strides, norm, dtype)
+        saved = [waveforms.new_empty(size, dtype=its) for size, its in sizes]
+    return features, saved
 
 
 @torch.library.custom_op("hubert_fast::conv_frontend_backward", mutates_args=())
