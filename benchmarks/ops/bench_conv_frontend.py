@@ -5,6 +5,8 @@
 
 Sides take turns in one process, from the same weights, after their features have been compared. Beside the times stands the
 floor: the FLOPs of layers 1-6 (forward once, backward twice) over the rate of a large matrix product, measured in turn with them.
+"layer 0" is that layer by itself, into a tensor of its own. In the whole front end backend "cpu" never makes such a tensor;
+"within" is what its layer 0 takes there, into the windows of layer 1.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from torch import Tensor, nn
 
 from benchmarks.machine import describe
 from benchmarks.peers import build
-from hubert_fast import backend
+from hubert_fast import backend, extension
+from hubert_fast.cpu_backend import conv_frontend as cpu_backend
 from hubert_fast.ops.conv_frontend import conv_frontend
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -84,6 +87,27 @@ class Side:
                 norm="group_norm",
             )
 
+    def first_layer_within(self, waveforms: Tensor, dtype: torch.dtype) -> float:
+        """Seconds of backend "cpu" for layer 0 as its forward runs it, chunk by chunk into one operand; statistics included."""
+        block = self.extractor.conv_layers[0]
+        above = self.extractor.conv_layers[1]
+        weights, strides = [block.conv.weight, above.conv.weight], [block.stride, above.stride]
+        norm = block.layer_norm
+        start = time.perf_counter()
+        frontend = cpu_backend._Frontend(
+            waveforms, weights, [], [norm.weight], [norm.bias], strides, "group_norm", None, dtype
+        )
+        operand = frontend.empty(cpu_backend._FORWARD_ROWS, above.conv.weight[0].numel())
+        for row in range(len(waveforms)):
+            for first, last in cpu_backend._chunks(frontend.frames[1], cpu_backend._FORWARD_ROWS):
+                frontend.c.forward(
+                    **frontend.pass_over(0, row),
+                    start=first * above.stride,
+                    stop=(last - 1) * above.stride + above.kernel_size,
+                    windows=frontend.windows(1, operand[: last - first]),
+                )
+        return time.perf_counter() - start
+
     def _backend(self):
         return backend.using(self.chosen or "auto", "conv_frontend")
 
@@ -106,6 +130,7 @@ def _check_same_features(sides: dict[str, Side], waveforms: Tensor, dtype: str) 
 
 def _case(sides: dict[str, Side], waveforms: Tensor, dtype: str, repeats: int) -> dict[str, Any]:
     stages = ("forward", "backward", "both", "first_layer_forward")
+    within: list[float] = []
     times: dict[str, dict[str, list[float]]] = {name: {stage: [] for stage in stages} for name in sides}
     rates = []
     for repeat in range(repeats + 1):
@@ -117,11 +142,16 @@ def _case(sides: dict[str, Side], waveforms: Tensor, dtype: str, repeats: int) -
                     times[name][stage].append(seconds[stage])
         if repeat > 0:
             rates.append(rate)
+            if extension.cpu() is not None:
+                with torch.no_grad():
+                    ours = next(side for side in sides.values() if side.chosen)
+                    within.append(ours.first_layer_within(waveforms, _DTYPES[dtype]))
     rate = statistics.median(rates)
     case: dict[str, Any] = {
         "dtype": dtype,
         "matmul_gflops_per_second": rate / 1e9,
         "floor_seconds": 3 * _gemm_flops(waveforms) / rate,
+        "first_layer_within_seconds": statistics.median(within) if within else None,
     }
     for name, side in sides.items():
         case[name] = {stage: _spread(values) for stage, values in times[name].items()}
@@ -213,6 +243,11 @@ def _print(case: dict[str, Any]) -> None:
         f"\n{case['dtype']}: products run at {case['matmul_gflops_per_second']:.0f} GFLOP/s; "
         f"floor of forward and backward {case['floor_seconds']:.2f} s"
     )
+    if case["first_layer_within_seconds"] is not None:
+        ratio = case["torchaudio"]["first_layer_forward"]["median"] / case["first_layer_within_seconds"]
+        print(
+            f"layer 0 within backend cpu: {case['first_layer_within_seconds']:.3f} s, torchaudio's takes {ratio:.1f} times that"
+        )
     print(f"{'seconds (median)':>18} {'forward':>9} {'backward':>9} {'both':>9} {'layer 0':>9} {'MiB held':>9}")
     for name, side in case.items():
         if not isinstance(side, dict):

@@ -10,7 +10,6 @@
 
 #include "conv_frontend.h"
 #include "dispatch.h"
-#include "huge_pages.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -119,8 +118,6 @@ void bind_cpu(py::module_& module) {
   cpu.def("instruction_sets", &available, "Those that this machine can run, fastest first.");
   cpu.def("use_instruction_set", &select, arg("name"));
   cpu.def("threading", &threading);
-  cpu.def("advise_huge_pages", [](std::uintptr_t address, std::int64_t bytes) { advise_huge_pages(at<void>(address), bytes); },
-          arg("address"), arg("bytes"));
   cpu.def("forward", &call_forward, py::kw_only(), arg("dtype"), arg("channels"), arg("first_layer") = py::none(),
           arg("preactivations") = 0, arg("norm") = py::none(), arg("start"), arg("stop"), arg("windows"), arg("threads"),
           Unlocked());

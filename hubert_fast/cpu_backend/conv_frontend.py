@@ -28,9 +28,6 @@ from hubert_fast.torch_backend.conv_frontend import Gradients
 _FORWARD_ROWS = 1024
 _BACKWARD_ROWS = 2048
 
-# Bytes from which huge pages were seen to pay (benchmarks/NOTES.md).
-_HUGE = 100 << 20
-
 # Asked once, here: torch.compile cannot trace the question.
 _MAX_TAPS = getattr(extension.cpu(), "max_taps", 0)
 
@@ -157,11 +154,7 @@ class _Frontend:
 
 
     def empty(self, *shape: int) -> Tensor:
-        """A tensor in the compute dtype; a large one on huge pages, because page faults would cost more than the pass over it."""
-        tensor = torch.empty(shape, dtype=self.dtype)
-        if tensor.nbytes >= _HUGE:
-            self.c.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
-        return tensor
+        return torch.empty(shape, dtype=self.dtype)
 
 
 def _chunks(rows: int, size: int) -> Iterator[tuple[int, int]]:
