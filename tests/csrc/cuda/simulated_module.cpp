@@ -88,21 +88,21 @@ void weight_gradient(const void* gradient, const void* input, std::int64_t strid
 
 }  // namespace
 
-#define DEFINE(suffix, type)                                                                                          \
-  void product_##suffix(const Product& operands, const float* bias, void* out, std::int64_t stride, cudaStream_t) {   \
-    product<type>(operands, bias, out, stride);                                                                       \
-  }                                                                                                                   \
-  void product_gelu_##suffix(const Product& operands, const float* bias, void* z, void* activation, cudaStream_t) {   \
-    product_gelu<type>(operands, bias, z, activation);                                                                \
-  }                                                                                                                   \
-  void product_gelu_gradient_##suffix(const Product& operands, const void* z, void* out, void* activation,            \
-                                      std::int64_t stride, cudaStream_t) {                                            \
-    product_gelu_gradient<type>(operands, z, out, activation, stride);                                                \
-  }                                                                                                                   \
-  void weight_gradient_##suffix(const void* gradient, const void* input, std::int64_t stride, float* partial,         \
-                                std::int64_t parts, std::int64_t part_rows, std::int64_t channels,                    \
-                                std::int64_t depth, cudaStream_t) {                                                   \
-    weight_gradient<type>(gradient, input, stride, partial, parts, part_rows, channels, depth);                       \
+#define DEFINE(suffix, type)                                                                                           \
+  void product_##suffix(const Product& operands, const float* bias, void* out, std::int64_t stride, cudaStream_t) {    \
+    product<type>(operands, bias, out, stride);                                                                        \
+  }                                                                                                                    \
+  void product_gelu_##suffix(const Product& operands, const float* bias, void* z, void* activation, cudaStream_t) {    \
+    product_gelu<type>(operands, bias, z, activation);                                                                 \
+  }                                                                                                                    \
+  void product_gelu_gradient_##suffix(const Product& operands, const void* z, void* out, void* activation,             \
+                                      std::int64_t stride, cudaStream_t) {                                             \
+    product_gelu_gradient<type>(operands, z, out, activation, stride);                                                 \
+  }                                                                                                                    \
+  void weight_gradient_##suffix(const void* gradient, const void* input, std::int64_t stride, float* partial,          \
+                                std::int64_t parts, std::int64_t part_rows, std::int64_t channels, std::int64_t depth, \
+                                cudaStream_t) {                                                                        \
+    weight_gradient<type>(gradient, input, stride, partial, parts, part_rows, channels, depth);                        \
   }
 
 DEFINE(bf16, __nv_bfloat16)

@@ -1,0 +1,327 @@
+"""Each stage of the GPU's ``conv_frontend`` against its floor: bytes over measured bandwidth, or FLOPs over the measured rate.
+
+    python -m benchmarks.ops.stages_conv_frontend                                        # 11 x 15.9 s in bfloat16
+    python -m benchmarks.ops.stages_conv_frontend --norm layer_norm --json benchmarks/results/stages-h100.json
+
+Bandwidth is that of a large copy, bytes read and written; the rate is that of an 8192 x 8192 x 8192 product in the same dtype on
+random data. A stage's floor is the larger of its two. Stages are timed by events around each call of the extension inside
+whole steps, the median over ``--repeats`` of them, with the queue kept full so that launches are not what is timed; products
+of torch.mm (float32, and GPUs other than Hopper) show as what is left of the whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.machine import describe
+from hubert_fast import extension
+from hubert_fast.cuda_backend import conv_frontend as backend
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LAYERS = [(10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2)]
+_CHANNELS = 512
+_RATE = 16_000
+
+
+def main() -> None:
+    arguments = _arguments()
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs an NVIDIA GPU, and torch finds none")
+    if extension.cuda() is None:
+        raise SystemExit(f"this benchmark needs the CUDA kernels: {extension.why_not('cuda')}")
+    case = _Case(arguments)
+    bandwidth, rate = _bandwidth(), _matmul_rate(case.dtype)
+    stages = _stages(case, arguments.repeats, bandwidth, rate)
+    forward, both = (_median(step, arguments.repeats) for step in (case.forward, case.both))
+    flops = case.flops()
+    report = {
+        "machine": describe() | {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda},
+        "case": {
+            "batch": arguments.batch,
+            "seconds": arguments.seconds,
+            "dtype": arguments.dtype,
+            "norm": arguments.norm,
+        },
+        "bandwidth_bytes_per_second": bandwidth,
+        "matmul_flops_per_second": rate,
+        "forward_seconds": forward,
+        "forward_backward_seconds": both,
+        "torchaudio_forward_backward_seconds": _torchaudio(case, arguments.repeats),
+        "share_of_matmul_rate": flops / both / rate,
+        "other_seconds": both - sum(stage["seconds"] for stage in stages),
+        "stages": stages,
+    }
+    _print(report)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=11, help="utterances")
+    parser.add_argument("--seconds", type=float, default=15.9, help="of audio each")
+    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bfloat16")
+    parser.add_argument("--norm", choices=["group_norm", "layer_norm"], default="group_norm")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+class _Case:
+    """Parameters and audio of one case, and its steps."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.dtype, self.norm = _DTYPES[arguments.dtype], arguments.norm
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, device="cuda", generator=generator)
+
+        samples = int(arguments.seconds * _RATE)
+        self.waveforms = randn(arguments.batch, samples)
+        widths = [1] + [_CHANNELS] * len(_LAYERS)
+        norms = 1 if self.norm == "group_norm" else len(_LAYERS)
+        bias = self.norm == "layer_norm"  # as HuBERT Large has them
+        self.groups = [
+            [
+                randn(out, into, kernel) * (2 / (into * kernel)) ** 0.5
+                for into, out, (kernel, _) in zip(widths, widths[1:], _LAYERS)
+            ],
+            [0.1 * randn(_CHANNELS) for _ in _LAYERS] if bias else [],
+            [torch.ones(_CHANNELS, device="cuda") for _ in range(norms)],
+            [torch.zeros(_CHANNELS, device="cuda") for _ in range(norms)],
+        ]
+        self.settings = [stride for _, stride in _LAYERS], self.norm, None, self.dtype
+        self.frames = backend.frames_of_layers(samples, *zip(*_LAYERS))
+        self.batch = arguments.batch
+        self.direction = randn(self.batch, self.frames[-1], _CHANNELS).to(self.dtype)
+
+    @torch.no_grad()
+    def forward(self, kernels: Any = None) -> tuple[Tensor, list[Tensor]]:
+        return backend.conv_frontend(self.waveforms, *self.groups, *self.settings, True, kernels=kernels)
+
+    @torch.no_grad()
+    def both(self, kernels: Any = None) -> None:
+        _, saved = self.forward(kernels)
+        backend.conv_frontend_backward(
+            self.direction, self.waveforms, *self.groups, saved, *self.settings, kernels=kernels
+        )
+
+    def flops(self) -> float:
+        """Of the convolutions: the forward once, the later layers' backward twice, layer 0's filters once more."""
+        counts = [
+            2 * self.batch * frames * _CHANNELS * kernel * (1 if layer == 0 else _CHANNELS)
+            for layer, (frames, (kernel, _)) in enumerate(zip(self.frames, _LAYERS))
+        ]
+        return 2 * counts[0] + 3 * sum(counts[1:])
+
+
+class _Timed:
+    """The extension with an event before and after each call, and with what each call has to move and to compute."""
+
+    def __init__(self, kernels: Any, dtype: torch.dtype) -> None:
+        self._kernels, self._size = kernels, dtype.itemsize
+        self._sizes: dict[int, dict[str, int]] = {}
+        self._kept: list[Any] = []
+        self.calls: list[tuple[str, torch.cuda.Event, torch.cuda.Event, float, float]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._kernels, name)
+        if name in ("FirstLayer", "Rows", "Product"):
+            return lambda **sizes: self._remember(attribute(**sizes), sizes)
+        cost = _COSTS.get(name)
+        if cost is None:
+            return attribute
+
+        def timed(*positional: Any, **keywords: Any) -> None:
+            sizes = {**keywords, **(self._sizes[id(positional[0])] if positional else {})}
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            attribute(*positional, **keywords)
+            end.record()
+            self.calls.append((_label(name, sizes), start, end, *cost(sizes, self._size)))
+
+        return timed
+
+    def _remember(self, made: Any, sizes: dict[str, int]) -> Any:
+        self._kept.append(made)  # so that its id stays its own
+        self._sizes[id(made)] = sizes
+        return made
+
+
+def _label(name: str, sizes: dict[str, int]) -> str:
+    if "depth" in sizes:
+        columns = sizes.get("columns", sizes.get("channels"))
+        return f"{name} {sizes['rows']}x{columns}x{sizes['depth']}"
+    if name.startswith("first_layer"):
+        return name
+    rows = sizes["batch"] * sizes["rows"] if "batch" in sizes else sizes.get("total_rows", sizes.get("columns"))
+    return f"{name} {rows}"
+
+
+def _values(sizes: dict[str, int], rows: str) -> int:
+    return sizes["batch"] * sizes[rows] * sizes["channels"]
+
+
+def _samples(sizes: dict[str, int]) -> int:
+    return 4 * sizes["batch"] * sizes["frames"] * sizes["stride"]
+
+
+def _product_cost(outputs: Callable[[dict[str, int]], int]) -> Callable[[dict[str, int], int], tuple[float, float]]:
+    """(bytes, FLOPs) of a product that reads its input once and moves ``outputs`` tensors of its result's size."""
+
+    def cost(sizes: dict[str, int], size: int) -> tuple[float, float]:
+        rows, columns, depth = sizes["rows"], sizes["columns"], sizes["depth"]
+        moved = rows * min(depth, sizes["input_stride"]) + columns * depth + outputs(sizes) * rows * columns
+        return moved * size, 2.0 * rows * columns * depth
+
+    return cost
+
+
+def _weight_cost(sizes: dict[str, int], size: int) -> tuple[float, float]:
+    rows, channels, depth = sizes["rows"], sizes["channels"], sizes["depth"]
+    parts = -(-rows // sizes["part_rows"])
+    moved = size * rows * (channels + min(depth, sizes["input_stride"])) + 4 * parts * channels * depth
+    return moved, 2.0 * rows * channels * depth
+
+
+def _backward_cost(sizes: dict[str, int], size: int) -> tuple[float, float]:
+    tensors = 3 + (1 if sizes["activation"] else 0)
+    return size * tensors * _values(sizes, "rows"), 0.0
+
+
+# (bytes, FLOPs) a call has to move and to compute: each input read once, each output written once.
+_COSTS: dict[str, Callable[[dict[str, int], int], tuple[float, float]]] = {
+    "first_layer_moments": lambda s, size: (_samples(s), 0.0),
+    "first_layer_group_norm": lambda s, size: (0.0, 0.0),
+    "first_layer_layer_norm": lambda s, size: (0.0, 0.0),
+    "first_layer_forward": lambda s, size: (
+        _samples(s) + size * s["batch"] * s["frames"] * s["channels"],
+        2.0 * s["batch"] * s["frames"] * s["channels"] * s["kernel"],
+    ),
+    "first_layer_group_norm_backward": lambda s, size: (_samples(s) + 2 * size * _values(s, "frames"), 0.0),
+    "first_layer_layer_norm_backward": lambda s, size: (_samples(s) + 2 * size * _values(s, "frames"), 0.0),
+    "first_layer_group_norm_finish": lambda s, size: (0.0, 0.0),
+    "first_layer_layer_norm_finish": lambda s, size: (0.0, 0.0),
+    "activation_forward": lambda s, size: (size * (_values(s, "frames") + _values(s, "out_rows")), 0.0),
+    "gelu_backward": _backward_cost,
+    "layer_norm_backward": _backward_cost,
+    "clear_dead_rows": lambda s, size: (2 * size * s["batch"] * (s["rows"] - s["frames"]) * s["channels"], 0.0),
+    "column_sums": lambda s, size: (size * s["total_rows"] * s["channels"], 0.0),
+    "sum_parts": lambda s, size: (4 * s["outer"] * s["columns"] * (s["parts"] + 1), 0.0),
+    "product": _product_cost(lambda s: 1),
+    "product_gelu": _product_cost(lambda s: 2 if s["z"] else 1),
+    "product_gelu_gradient": _product_cost(lambda s: 3 if s["activation"] else 2),
+    "weight_gradient": _weight_cost,
+}
+
+
+def _fill_queue() -> None:
+    """Work for a tenth of a second, behind which the host gets ahead."""
+    torch.cuda._sleep(200_000_000)
+
+
+def _stages(case: _Case, repeats: int, bandwidth: float, rate: float) -> list[dict[str, Any]]:
+    times: dict[str, list[float]] = {}
+    costs: dict[str, tuple[int, float]] = {}
+    for repeat in range(repeats + 2):
+        timed = _Timed(extension.cuda(), case.dtype)
+        _fill_queue()
+        case.both(timed)
+        torch.cuda.synchronize()
+        if repeat < 2:  # the first ones warm up
+            continue
+        sums: dict[str, float] = defaultdict(float)
+        floors: dict[str, tuple[int, float]] = {}
+        for label, start, end, moved, flops in timed.calls:
+            sums[label] += start.elapsed_time(end) / 1e3
+            count, floor = floors.get(label, (0, 0.0))
+            floors[label] = count + 1, floor + max(moved / bandwidth, flops / rate)
+        costs = floors
+        for label, seconds in sums.items():
+            times.setdefault(label, []).append(seconds)
+    return [
+        {
+            "stage": label,
+            "calls": costs[label][0],
+            "seconds": statistics.median(seconds),
+            "floor_seconds": costs[label][1],
+        }
+        for label, seconds in times.items()
+    ]
+
+
+def _median(step: Callable[[], Any], repeats: int) -> float:
+    seconds = []
+    for repeat in range(repeats + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        _fill_queue()
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        if repeat >= 2:
+            seconds.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(seconds)
+
+
+def _bandwidth() -> float:
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _median(lambda: target.copy_(source), 10)
+
+
+def _matmul_rate(dtype: torch.dtype) -> float:
+    size = 8192
+    left, right = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
+    return 2 * size**3 / _median(lambda: left @ right, 10)
+
+
+def _torchaudio(case: _Case, repeats: int) -> float | None:
+    """Forward and backward of torchaudio's feature extractor of the same sizes under autocast; None where it has none."""
+    if case.norm != "group_norm":
+        return None
+    from benchmarks.peers import build
+
+    extractor = build("torchaudio", 100)[0].wav2vec2.feature_extractor.cuda()
+
+    def step() -> None:
+        with torch.autocast("cuda", case.dtype, enabled=case.dtype != torch.float32):
+            features, _ = extractor(case.waveforms, None)
+        features.backward(case.direction.to(features.dtype))
+
+    return _median(step, repeats)
+
+
+def _print(report: dict[str, Any]) -> None:
+    machine, case = report["machine"], report["case"]
+    print(f"{machine['device']}: {case['batch']} x {case['seconds']} s, {case['dtype']}, {case['norm']}")
+    bandwidth, rate = report["bandwidth_bytes_per_second"] / 1e12, report["matmul_flops_per_second"] / 1e12
+    print(f"copy {bandwidth:.2f} TB/s, product {rate:.0f} TFLOP/s")
+    for stage in report["stages"]:
+        seconds, floor = stage["seconds"], stage["floor_seconds"]
+        print(
+            f"{1e6 * seconds:9.1f} us, floor {1e6 * floor:9.1f} ({floor / seconds:4.0%})  {stage['calls']} x {stage['stage']}"
+        )
+    print(f"{1e6 * report['other_seconds']:9.1f} us in operations of torch")
+    both, theirs = report["forward_backward_seconds"], report["torchaudio_forward_backward_seconds"]
+    print(
+        f"forward {1e3 * report['forward_seconds']:.2f} ms, with backward {1e3 * both:.2f} ms: "
+        f"{report['share_of_matmul_rate']:.0%} of the rate of products"
+    )
+    if theirs:
+        print(f"torchaudio {1e3 * theirs:.2f} ms, {theirs / both:.2f} times as long")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,659 @@
+"""The convolutional front end on a GPU: each later layer is one 2-D problem over the whole batch.
+
+Layout. Layer ``l`` lies in a buffer ``[batch * rows[l], channels]`` with ``rows[l - 1] == 2 * rows[l]``, so that output row
+``g`` of the buffer, whatever its sequence, reads input rows ``2 g, 2 g + 1`` (and ``2 g + 2``): an operand whose rows are
+``2 * channels`` apart and ``kernel * channels`` long. The rows past the last frame of a sequence are dead: what they hold is
+finite and their gradients are zero. As ``rows[l] > frames[l]`` there is a dead row between two sequences, so a data
+gradient that looks one row back finds zeros; one more row stands before the first sequence, and one after the last.
+
+- Layer 0, its norm and GELU are one pass over the waveform, forward and backward (``csrc/cuda/first_layer.h``).
+- On Hopper in 16 bits the products are CUTLASS kernels with GELU or its derivative in their epilogues
+  (``csrc/cuda/gemm.h``). Elsewhere, and in float32 (so that torch's TF32 setting holds), they are ``torch.mm`` between passes
+  of ours (``csrc/cuda/activations.h``); there, kernel 3 in 16 bits costs a copy of the windows, 1.5 times the input.
+
+What is kept for the backward: the waveform, layer 0's statistics (kilobytes), and layers 1.. before norm and GELU in the
+compute dtype. The activations that weight gradients need are made again: those of layer 0 by its backward pass, in place of
+the gradient it reads, and those of later layers by the pass or epilogue that takes their derivative, so what recomputing
+costs is one write of them. Nothing synchronises with the host, and there are no atomics: results repeat to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from hubert_fast import extension
+from hubert_fast.reference.conv_frontend import NORM_EPS
+from hubert_fast.torch_backend.conv_frontend import Gradients
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_TAPS = 16
+_MAX_CHANNELS = 1024
+# Rows that one block of a reduction over rows sums up: few enough to fill the GPU, many enough that partial sums are small.
+_PART_ROWS = (16, 512)
+_BLOCKS = 512
+
+
+def objection(
+    waveforms: Tensor, weights: Sequence[Tensor], strides: Sequence[int], dtype: torch.dtype
+) -> Optional[str]:
+    """Why this backend cannot take these inputs, or None where it can."""
+    if waveforms.device.type != "cuda":
+        return f"it runs on an NVIDIA GPU, and the waveforms are on {waveforms.device}"
+    if extension.cuda() is None:
+        return extension.why_not("cuda")
+    capability = torch.cuda.get_device_capability(waveforms.device)
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0; {waveforms.device} has {capability[0]}.{capability[1]}"
+    return _shape_objection(weights, strides, dtype)
+
+
+def _shape_objection(weights: Sequence[Tensor], strides: Sequence[int], dtype: torch.dtype) -> Optional[str]:
+    if dtype not in _DTYPES:
+        return f"it computes in {', '.join(map(str, _DTYPES))}, not {dtype}"
+    kernels = [weight.shape[2] for weight in weights]
+    if weights[0].shape[1] != 1 or kernels[0] > _MAX_TAPS or strides[0] > _MAX_TAPS:
+        return (
+            f"its layer 0 has one input channel and a kernel and a stride of at most {_MAX_TAPS}; this one has "
+            f"{weights[0].shape[1]}, {kernels[0]} and {strides[0]}"
+        )
+    for layer, (kernel, stride) in enumerate(zip(kernels[1:], strides[1:]), start=1):
+        if stride != 2 or kernel not in (2, 3):
+            return f"its later layers have stride 2 and kernel 2 or 3; layer {layer} has {stride} and {kernel}"
+    channels = [weight.shape[0] for weight in weights]
+    if len(set(channels)) > 1 or channels[0] % 64 or channels[0] > _MAX_CHANNELS:
+        return (
+            f"it needs the same number of channels in every layer, a multiple of 64 and at most {_MAX_CHANNELS}; "
+            f"the layers have {channels}"
+        )
+    return None
+
+
+def frames_of_layers(samples: int, kernels: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """Frames of each layer."""
+    frames = []
+    for kernel, stride in zip(kernels, strides):
+        samples = (samples - kernel) // stride + 1
+        frames.append(samples)
+    return frames
+
+
+def rows_of_layers(frames: Sequence[int]) -> list[int]:
+    """Rows of a sequence in each layer's buffer: twice those of the next layer, more than its frames (layer 0: no fewer)."""
+    last = len(frames) - 1
+    smallest = 1
+    for layer, count in enumerate(frames):
+        needed = count + (1 if layer > 0 else 0)
+        smallest = max(smallest, -(-needed // 2 ** (last - layer)))
+    return [smallest * 2 ** (last - layer) for layer in range(last + 1)]
+
+
+def saved_tensors(
+    batch: int,
+    samples: int,
+    channels: int,
+    kernels: Sequence[int],
+    strides: Sequence[int],
+    norm: str,
+    dtype: torch.dtype,
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor that `conv_frontend` saves, from sizes alone."""
+    taps = kernels[0]
+    if norm == "layer_norm":
+        sets, statistics = 1, (taps * taps + 2 * taps + 2,)
+    else:
+        sets, statistics = batch, (batch, taps + taps * taps + 1)
+    wide = torch.promote_types(dtype, torch.float32)
+    saved = [(statistics, torch.float64), ((sets, taps + 1, channels), wide)]
+    rows = rows_of_layers(frames_of_layers(samples, kernels, strides))
+    saved += [((batch * count, channels), dtype) for count in rows[1:]]
+    return saved
+
+
+class _Frontend:
+    """Sizes, parameters in the layouts that the kernels want, and the calls that forward and backward share."""
+
+    def __init__(
+        self,
+        waveforms: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        norm_weights: Sequence[Tensor],
+        norm_biases: Sequence[Tensor],
+        strides: Sequence[int],
+        norm: str,
+        valid_samples: Optional[Tensor],
+        dtype: torch.dtype,
+        kernels: ModuleType,
+    ) -> None:
+        self.lib = kernels
+        self.dtype = dtype
+        # float64 is for tests, whose stand-in for the kernels takes it; the kernels refuse its number.
+        self.number = {**{each: i for i, each in enumerate(_DTYPES)}, torch.float64: -1}[dtype]
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.device = waveforms.device
+        self.layer_norm = norm == "layer_norm"
+        self.weights = weights
+        self.taps = [weight.shape[2] for weight in weights]
+        self.channels = weights[0].shape[0]
+        self.batch = waveforms.shape[0]
+        self.frames = frames_of_layers(waveforms.shape[1], self.taps, strides)
+        self.rows = rows_of_layers(self.frames)
+        self.last = len(weights) - 1
+        self.stream = 0
+        if self.device.type == "cuda":
+            kernels.set_device(self.device.index)
+            self.stream = torch.cuda.current_stream(self.device).cuda_stream
+        self.fused = kernels.tensor_core_products_available(self.number)
+
+        def parameter(tensor: Tensor) -> Tensor:
+            return tensor.to(self.wide).contiguous()
+
+        self.waveforms = parameter(waveforms)
+        self.first_weight = parameter(weights[0].flatten(1))  # [channels, taps]
+        self.biases = [parameter(bias) for bias in biases]
+        self.norm_weights = [parameter(weight) for weight in norm_weights]
+        self.norm_biases = [parameter(bias) for bias in norm_biases]
+        self.valid_samples = None
+        if valid_samples is not None and not self.layer_norm:
+            self.valid_samples = valid_samples.to(device=self.device, dtype=torch.int64).contiguous()
+        self.first = kernels.FirstLayer(
+            signal=self.waveforms.data_ptr(),
+            signal_stride=self.waveforms.stride(0),
+            batch=self.batch,
+            frames=self.frames[0],
+            kernel=self.taps[0],
+            stride=strides[0],
+            channels=self.channels,
+        )
+
+    def empty(self, *shape: int, dtype: Optional[torch.dtype] = None) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype if dtype is None else dtype, device=self.device)
+
+    def buffer(self, layer: int) -> Tensor:
+        """Of a layer's activations: its rows, and one of zeros after them, which the last window of kernel 3 reads."""
+        buffer = self.empty(self.batch * self.rows[layer] + 1, self.channels)
+        buffer[-1:].zero_()
+        return buffer
+
+    def gradient_buffer(self, layer: int) -> Tensor:
+        """Of a gradient before GELU: one row of zeros, which the first window of the data gradient reads, then its rows."""
+        buffer = self.empty(1 + self.batch * self.rows[layer], self.channels)
+        buffer[:1].zero_()
+        return buffer
+
+    def layout(self, layer: int) -> Any:
+        return self.lib.Rows(batch=self.batch, rows=self.rows[layer], frames=self.frames[layer], channels=self.channels)
+
+    def norm(self, layer: int) -> dict[str, Any]:
+        """The norm before a later layer's GELU, as the kernels take it."""
+        if not self.layer_norm:
+            return {"norm_weight": 0, "norm_bias": 0, "epsilon": NORM_EPS}
+        return {
+            "norm_weight": self.norm_weights[layer].data_ptr(),
+            "norm_bias": self.norm_biases[layer].data_ptr(),
+            "epsilon": NORM_EPS,
+        }
+
+    def sum_parts(self, partial: Tensor, out_dtype: torch.dtype) -> Tensor:
+        """Sums over dimension 1 of ``partial`` [outer, parts, ...]."""
+        out = self.empty(partial.shape[0], *partial.shape[2:], dtype=out_dtype)
+        self.lib.sum_parts(
+            partial=partial.data_ptr(),
+            outer=partial.shape[0],
+            parts=partial.shape[1],
+            columns=out[0].numel(),
+            out=out.data_ptr(),
+            out_is_double=out_dtype == torch.float64,
+            stream=self.stream,
+        )
+        return out
+
+    def part_rows(self, rows: int) -> int:
+        fewest, most = _PART_ROWS
+        return min(max(-(-rows // _BLOCKS), fewest), most)
+
+    # Layer 0
+
+    def first_statistics(self) -> tuple[Tensor, Tensor]:
+        """What the passes over layer 0 need besides the waveform (``csrc/cuda/first_layer.h``)."""
+        taps = self.taps[0]
+        if self.layer_norm:
+            statistics = self.empty(taps * taps + 2 * taps + 2, dtype=torch.float64)
+            filters = self.empty(1, taps + 1, self.channels, dtype=self.wide)
+            self.lib.first_layer_layer_norm(
+                self.first,
+                weight=self.first_weight.data_ptr(),
+                bias=_pointer(self.biases[0] if self.biases else None),
+                norm_weight=self.norm_weights[0].data_ptr(),
+                statistics=statistics.data_ptr(),
+                filters=filters.data_ptr(),
+                stream=self.stream,
+            )
+            return statistics, filters
+        parts = -(-self.frames[0] // self.lib.MOMENT_FRAMES)
+        partial = self.empty(self.batch, parts, taps + taps * (taps + 1) // 2, dtype=torch.float64)
+        statistics = self.empty(self.batch, taps + taps * taps + 1, dtype=torch.float64)
+        filters = self.empty(self.batch, taps + 1, self.channels, dtype=self.wide)
+        valid_samples = _pointer(self.valid_samples)
+        self.lib.first_layer_moments(
+            self.first, valid_samples=valid_samples, partial=partial.data_ptr(), stream=self.stream
+        )
+        self.lib.first_layer_group_norm(
+            self.first,
+            valid_samples=valid_samples,
+            partial=partial.data_ptr(),
+            weight=self.first_weight.data_ptr(),
+            norm_weight=self.norm_weights[0].data_ptr(),
+            norm_bias=self.norm_biases[0].data_ptr(),
+            epsilon=NORM_EPS,
+            statistics=statistics.data_ptr(),
+            filters=filters.data_ptr(),
+            stream=self.stream,
+        )
+        return statistics, filters
+
+    def first_forward(self, statistics: Tensor, filters: Tensor, out: Tensor, rows: int) -> None:
+        self.lib.first_layer_forward(
+            self.first,
+            statistics=statistics.data_ptr(),
+            filters=filters.data_ptr(),
+            norm_bias=self.norm_biases[0].data_ptr() if self.layer_norm else 0,
+            epsilon=NORM_EPS,
+            activations=out.data_ptr(),
+            rows=rows,
+            dtype=self.number,
+            stream=self.stream,
+        )
+
+    # Later layers
+
+    def product(self, input: int, input_stride: int, weight: Tensor, rows: int) -> Any:
+        columns, depth = weight.shape
+        return self.lib.Product(
+            input=input,
+            input_stride=input_stride,
+            weight=weight.data_ptr(),
+            rows=rows,
+            columns=columns,
+            depth=depth,
+        )
+
+    def windows(self, buffer: Tensor, layer: int, taps: slice) -> Tensor:
+        """Taps of the windows of all rows of ``layer`` over the buffer of the layer below: [rows, taps * channels]."""
+        width = (taps.stop - taps.start) * self.channels
+        shape = self.batch * self.rows[layer], width
+        return buffer.as_strided(shape, (2 * self.channels, 1), buffer.storage_offset() + taps.start * self.channels)
+
+    def window_weight(self, layer: int) -> Tensor:
+        """Filters in the order of a window: [out, taps * in]."""
+        return self.weights[layer].to(self.dtype).permute(0, 2, 1).flatten(1).contiguous()
+
+    def convolve(self, layer: int, below: Tensor, out: Tensor) -> None:
+        """The convolution of ``layer`` by ``torch.mm``, into ``out`` [batch * rows, channels]."""
+        weight = self.window_weight(layer)
+        taps = self.taps[layer]
+        # In 16 bits a sum of two products would round twice; mm copies the overlapping windows instead.
+        cuts = [0, 2, taps] if taps > 2 and self.dtype == self.wide else [0, taps]
+        for start, stop in zip(cuts, cuts[1:]):
+            operand = self.windows(below, layer, slice(start, stop))
+            columns = weight[:, start * self.channels : stop * self.channels].T
+            if start > 0:
+                out.addmm_(operand, columns)
+            elif self.biases:
+                torch.addmm(self.biases[layer].to(self.dtype), operand, columns, out=out)
+            else:
+                torch.mm(operand, columns, out=out)
+
+    def input_gradient(self, layer: int, upstream: Tensor, out: Tensor, epilogue: Optional[dict[str, Tensor]]) -> None:
+        """The data gradient of ``layer`` into ``out`` [batch * rows below, channels].
+
+        ``upstream`` is a gradient buffer. Even rows get ``dy[g] W0 + dy[g - 1] W2``, odd ones ``dy[g] W1``; kernel 2 has
+        no W2, and both are one product. With ``epilogue`` (z and activation of the layer below, as ``out``), the fused
+        kernel multiplies by GELU'(z) and writes GELU(z).
+        """
+        channels, rows = self.channels, self.batch * self.rows[layer]
+        # [taps, in, out]; rows of a product's weight are its columns.
+        weight = self.weights[layer].to(self.dtype).permute(2, 1, 0).contiguous()
+        if self.taps[layer] == 2:
+            parts = [(0, 1, weight.view(2 * channels, channels))]
+        else:
+            parts = [(0, 0, torch.cat([weight[2], weight[0]], dim=1)), (1, 1, weight[1])]
+        for first_row, first_upstream, matrix in parts:  # first row of `out`, and of the upstream buffer
+            columns, depth = matrix.shape
+            if not self.fused:
+                target = out.as_strided((rows, columns), (2 * channels, 1), out.storage_offset() + first_row * channels)
+                self._multiply(upstream[first_upstream:], matrix, target)
+                continue
+            operands = self.product(upstream[first_upstream:].data_ptr(), channels, matrix, rows)
+            settings = {"out_stride": 2 * channels, "dtype": self.number, "stream": self.stream}
+            if epilogue is None:
+                self.lib.product(operands, bias=0, out=out[first_row:].data_ptr(), **settings)
+            else:
+                self.lib.product_gelu_gradient(
+                    operands,
+                    out=out[first_row:].data_ptr(),
+                    **{name: each[first_row:].data_ptr() for name, each in epilogue.items()},
+                    **settings,
+                )
+
+    def _multiply(self, upstream: Tensor, matrix: Tensor, target: Tensor) -> None:
+        """``target`` = rows of one or two consecutive rows of ``upstream`` times ``matrix`` transposed."""
+        rows, (_, depth) = len(target), matrix.shape
+        if depth > self.channels and self.dtype == self.wide:
+            torch.mm(upstream[:rows], matrix[:, : self.channels].T, out=target)
+            target.addmm_(upstream[1 : rows + 1], matrix[:, self.channels :].T)
+        else:
+            operand = upstream.as_strided((rows, depth), (self.channels, 1), upstream.storage_offset())
+            torch.mm(operand, matrix.T, out=target)
+
+    def weight_gradient(self, layer: int, upstream: Tensor, below: Tensor) -> Tensor:
+        """Of the filters of ``layer`` [out, in, taps], from its gradient [rows, out] and the activations below."""
+        taps, channels, rows = self.taps[layer], self.channels, len(upstream)
+        if self.fused:
+            part_rows = self._weight_part_rows(rows, taps * channels)
+            partial = self.empty(1, -(-rows // part_rows), channels, taps * channels, dtype=self.wide)
+            self.lib.weight_gradient(
+                gradient=upstream.data_ptr(),
+                input=below.data_ptr(),
+                input_stride=2 * channels,
+                partial=partial.data_ptr(),
+                rows=rows,
+                part_rows=part_rows,
+                channels=channels,
+                depth=taps * channels,
+                dtype=self.number,
+                stream=self.stream,
+            )
+            total = self.sum_parts(partial, self.wide)[0]
+        else:
+            cuts = [0, 2, taps] if taps > 2 else [0, taps]
+            products = [
+                torch.mm(upstream.T, self.windows(below, layer, slice(start, stop)))
+                for start, stop in zip(cuts, cuts[1:])
+            ]
+            total = torch.cat(products, dim=1) if len(products) > 1 else products[0]
+        return total.view(channels, taps, channels).permute(0, 2, 1).contiguous()
+
+    def _weight_part_rows(self, rows: int, depth: int) -> int:
+        """Rows of a part of the weight gradient: enough parts that the last wave of tiles is full, few enough that adding
+        them up costs little. Rows that do not divide evenly are one short part more, in a launch of its own; so parts are
+        rounded down, never up. The rates are those of an H100; they only need to be roughly right.
+        """
+        processors = 132
+        if self.device.type == "cuda":
+            processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        tiles = -(-self.channels // 128) * -(-depth // 256)
+
+        def seconds(parts: int) -> float:
+            waves = -(-tiles * parts // processors) * processors / (tiles * parts)
+            uneven = 1 if rows % parts else 0
+            adding = (parts + uneven) * self.channels * depth * 8 / 2.5e12
+            return 2 * rows * self.channels * depth * waves / 650e12 + adding + uneven * 4e-6
+
+        return rows // min(range(1, min(max(rows // 256, 1), 32) + 1), key=seconds)
+
+    def column_sums(self, x: Tensor) -> Tensor:
+        part_rows = self.part_rows(len(x))
+        partial = self.empty(1, -(-len(x) // part_rows), self.channels, dtype=self.wide)
+        self.lib.column_sums(
+            x=x.data_ptr(),
+            total_rows=len(x),
+            channels=self.channels,
+            partial=partial.data_ptr(),
+            part_rows=part_rows,
+            dtype=self.number,
+            stream=self.stream,
+        )
+        return self.sum_parts(partial, self.wide)[0]
+
+
+def _pointer(tensor: Optional[Tensor]) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def conv_frontend(
+    waveforms: Tensor,  # [batch, samples]
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    strides: Sequence[int],
+    norm: str,
+    valid_samples: Optional[Tensor],
+    dtype: torch.dtype,
+    save: bool,
+    *,
+    kernels: Optional[ModuleType] = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The features ``[batch, frames, channels]`` in ``dtype`` and, where ``save``, what the backward needs.
+
+    The inputs must be such that `objection` has none. ``kernels`` stands in for ``hubert_fast._C.cuda`` in tests.
+    """
+    with torch.cuda.device_of(waveforms):
+        frontend = _Frontend(
+            waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype,
+            kernels or extension.cuda(),
+        )  # fmt: skip
+        return _forward(frontend, save)
+
+
+def _forward(frontend: _Frontend, save: bool) -> tuple[Tensor, list[Tensor]]:
+    lib, last, channels = frontend.lib, frontend.last, frontend.channels
+    statistics, filters = frontend.first_statistics()
+    features = frontend.empty(frontend.batch, frontend.frames[last], channels)
+    if last == 0:
+        frontend.first_forward(statistics, filters, features, frontend.frames[0])
+        return features, [statistics, filters] if save else []
+    below = frontend.buffer(0)
+    frontend.first_forward(statistics, filters, below, frontend.rows[0])
+    saved = [statistics, filters]
+    for layer in range(1, last + 1):
+        fuse_gelu = frontend.fused and not frontend.layer_norm and layer < last
+        z = frontend.empty(frontend.batch * frontend.rows[layer], channels) if save or not fuse_gelu else None
+        above = frontend.buffer(layer) if layer < last else features
+        if frontend.fused:
+            weight = frontend.window_weight(layer)
+            operands = frontend.product(below.data_ptr(), 2 * channels, weight, frontend.batch * frontend.rows[layer])
+            settings = {
+                "bias": _pointer(frontend.biases[layer] if frontend.biases else None),
+                "dtype": frontend.number,
+                "stream": frontend.stream,
+            }
+        if fuse_gelu:
+            lib.product_gelu(operands, z=_pointer(z), activation=above.data_ptr(), **settings)
+            lib.clear_dead_rows(
+                frontend.layout(layer),
+                z=_pointer(z),
+                activation=above.data_ptr(),
+                dtype=frontend.number,
+                stream=frontend.stream,
+            )
+        else:
+            if frontend.fused:
+                lib.product(operands, out=z.data_ptr(), out_stride=channels, **settings)
+            else:
+                frontend.convolve(layer, below, z)
+            lib.activation_forward(
+                frontend.layout(layer),
+                **frontend.norm(layer),
+                z=z.data_ptr(),
+                out=above.data_ptr(),
+                out_rows=frontend.rows[layer] if layer < last else frontend.frames[last],
+                dtype=frontend.number,
+                stream=frontend.stream,
+            )
+        if save:
+            saved.append(z)
+        below = above
+    return features, saved if save else []
+
+
+def conv_frontend_backward(
+    grad: Tensor,  # [batch, frames, channels]
+    waveforms: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    strides: Sequence[int],
+    norm: str,
+    valid_samples: Optional[Tensor],
+    dtype: torch.dtype,
+    *,
+    kernels: Optional[ModuleType] = None,
+) -> Gradients:
+    """Gradients of every parameter, each in its own dtype.
+
+    Under group norm the bias of layer 0 has no effect on the output and its gradient is exactly 0.
+    """
+    with torch.cuda.device_of(waveforms):
+        frontend = _Frontend(
+            waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype,
+            kernels or extension.cuda(),
+        )  # fmt: skip
+        sums = _Backward(frontend, saved).run(grad.to(dtype).contiguous())
+    parameters = (weights, biases, norm_weights, norm_biases)
+    return Gradients(
+        *([total.to(p.dtype) for total, p in zip(totals, group)] for totals, group in zip(sums, parameters))
+    )
+
+
+class _Backward:
+    """Walks the layers from the last to the first and fills in every parameter's gradient."""
+
+    def __init__(self, frontend: _Frontend, saved: Sequence[Tensor]) -> None:
+        self.frontend = frontend
+        self.statistics, self.filters, *self.preactivations = saved
+        layers = frontend.last + 1
+        self.weight_grads: list[Tensor] = [frontend.empty(0)] * layers
+        self.bias_grads: list[Tensor] = [frontend.empty(0)] * len(frontend.biases)
+        self.norm_weight_grads: list[Tensor] = [frontend.empty(0)] * len(frontend.norm_weights)
+        self.norm_bias_grads: list[Tensor] = [frontend.empty(0)] * len(frontend.norm_biases)
+
+    def run(self, grad: Tensor) -> Gradients:
+        frontend = self.frontend
+        last = frontend.last
+        if last == 0:
+            self._first_layer(grad.clone(), frontend.frames[0])
+        else:
+            upstream = frontend.gradient_buffer(last)
+            self._through_activation(last, grad, frontend.frames[last], upstream[1:], None)
+            for layer in range(last, 0, -1):
+                upstream = self._layer(layer, upstream)
+        return Gradients(self.weight_grads, self.bias_grads, self.norm_weight_grads, self.norm_bias_grads)
+
+    def _layer(self, layer: int, upstream: Tensor) -> Tensor:
+        """From the gradient of a layer's convolution to that of the layer below; its own parameters on the way."""
+        frontend = self.frontend
+        activation = frontend.buffer(layer - 1)
+        if layer == 1:
+            # The gradient takes the place that its activations will have.
+            frontend.input_gradient(layer, upstream, activation[:-1], None)
+            self._first_layer(activation, frontend.rows[0])
+            below = upstream
+        else:
+            below = frontend.gradient_buffer(layer - 1)
+            if frontend.fused and not frontend.layer_norm:
+                epilogue = {"z": self.preactivations[layer - 2], "activation": activation}
+                frontend.input_gradient(layer, upstream, below[1:], epilogue)
+            else:
+                frontend.input_gradient(layer, upstream, below[1:], None)
+                self._through_activation(layer - 1, below[1:], frontend.rows[layer - 1], below[1:], activation)
+        self.weight_grads[layer] = frontend.weight_gradient(layer, upstream[1:], activation)
+        if frontend.biases and not frontend.layer_norm:
+            self.bias_grads[layer] = frontend.column_sums(upstream[1:])
+        return below
+
+    def _through_activation(
+        self, layer: int, grad: Tensor, grad_rows: int, out: Tensor, activation: Optional[Tensor]
+    ) -> None:
+        """Through GELU (and the norm before it) of a later layer, from ``grad`` to ``out``; GELU itself to ``activation``."""
+        frontend = self.frontend
+        pointers = {
+            "grad": grad.data_ptr(),
+            "grad_rows": grad_rows,
+            "z": self.preactivations[layer - 1].data_ptr(),
+            "out": out.data_ptr(),
+            "activation": _pointer(activation),
+            "dtype": frontend.number,
+            "stream": frontend.stream,
+        }
+        if not frontend.layer_norm:
+            frontend.lib.gelu_backward(frontend.layout(layer), **pointers)
+            return
+        part_rows = frontend.part_rows(len(out))
+        partial = frontend.empty(1, -(-len(out) // part_rows), 3, frontend.channels, dtype=frontend.wide)
+        frontend.lib.layer_norm_backward(
+            frontend.layout(layer),
+            **frontend.norm(layer),
+            partial=partial.data_ptr(),
+            part_rows=part_rows,
+            **pointers,
+        )
+        sums = frontend.sum_parts(partial, frontend.wide)[0]
+        self.norm_weight_grads[layer], self.norm_bias_grads[layer] = sums[0], sums[1]
+        if frontend.biases:
+            self.bias_grads[layer] = sums[2]
+
+    def _first_layer(self, gradients: Tensor, rows: int) -> None:
+        """Layer 0's parameter gradients from that of its activations, which the activations then replace."""
+        frontend = self.frontend
+        channels, taps, lib = frontend.channels, frontend.taps[0], frontend.lib
+        weight_grad = frontend.empty(channels, taps, dtype=frontend.wide)
+        norm_grads = frontend.empty(2, channels, dtype=frontend.wide)
+        bias_grad = torch.zeros(channels, dtype=frontend.wide, device=frontend.device) if frontend.biases else None
+        shared = {"statistics": self.statistics.data_ptr(), "stream": frontend.stream}
+        passed = {"filters": self.filters.data_ptr(), "gradients": gradients.data_ptr(), "rows": rows}
+        finished = {
+            "weight": frontend.first_weight.data_ptr(),
+            "norm_weight": frontend.norm_weights[0].data_ptr(),
+            "weight_grad": weight_grad.data_ptr(),
+            "norm_weight_grad": norm_grads[0].data_ptr(),
+            "norm_bias_grad": norm_grads[1].data_ptr(),
+        }
+        if frontend.layer_norm:
+            parts = frontend.batch * -(-frontend.frames[0] // lib.LAYER_NORM_BACKWARD_FRAMES)
+            partial = frontend.empty(1, parts, taps + 2, channels, dtype=frontend.wide)
+            frame_partial = frontend.empty(1, parts, 2 * taps + 2 + taps * (taps + 1) // 2, dtype=frontend.wide)
+            lib.first_layer_layer_norm_backward(
+                frontend.first,
+                norm_weight=frontend.norm_weights[0].data_ptr(),
+                norm_bias=frontend.norm_biases[0].data_ptr(),
+                epsilon=NORM_EPS,
+                partial=partial.data_ptr(),
+                frame_partial=frame_partial.data_ptr(),
+                dtype=frontend.number,
+                **passed,
+                **shared,
+            )
+            sums = frontend.sum_parts(partial, torch.float64)
+            frame_sums = frontend.sum_parts(frame_partial, torch.float64)
+            lib.first_layer_layer_norm_finish(
+                frontend.first,
+                sums=sums.data_ptr(),
+                frame_sums=frame_sums.data_ptr(),
+                bias=_pointer(frontend.biases[0] if frontend.biases else None),
+                bias_grad=_pointer(bias_grad),
+                **finished,
+                **shared,
+            )
+        else:
+            parts = -(-frontend.frames[0] // lib.GROUP_NORM_BACKWARD_FRAMES)
+            partial = frontend.empty(frontend.batch, parts, taps + 1, channels, dtype=frontend.wide)
+            lib.first_layer_group_norm_backward(
+                frontend.first, partial=partial.data_ptr(), dtype=frontend.number, **passed, **shared
+            )
+            sums = frontend.sum_parts(partial, torch.float64)
+            lib.first_layer_group_norm_finish(
+                frontend.first, sums=sums.data_ptr(), epsilon=NORM_EPS, **finished, **shared
+            )
+        self.weight_grads[0] = weight_grad.unsqueeze(1)
+        self.norm_weight_grads[0], self.norm_bias_grads[0] = norm_grads[0], norm_grads[1]
+        if bias_grad is not None:
+            self.bias_grads[0] = bias_grad

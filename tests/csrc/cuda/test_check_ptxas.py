@@ -1,0 +1,60 @@
+"""``tools/check_ptxas.py`` reads what ptxas says, and says no to local memory."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+_specification = importlib.util.spec_from_file_location("check_ptxas", ROOT / "tools" / "check_ptxas.py")
+check_ptxas = importlib.util.module_from_spec(_specification)
+sys.modules["check_ptxas"] = check_ptxas  # dataclasses look their module up
+_specification.loader.exec_module(check_ptxas)
+
+CLEAN = """ptxas info    : Compiling entry function '_Z4goodv' for 'sm_80'
+ptxas info    : Function properties for _Z4goodv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 96 registers, used 1 barriers, 1024 bytes smem
+"""
+SPILLED = """ptxas info    : Compiling entry function '_Z3badv' for 'sm_90a'
+ptxas info    : Function properties for _Z3badv
+    40 bytes stack frame, 36 bytes spill stores, 24 bytes spill loads
+ptxas info    : Used 255 registers
+"""
+INDEXED = SPILLED.replace("36 bytes spill stores, 24 bytes", "0 bytes spill stores, 0 bytes")
+
+
+def test_kernels_are_read_from_the_log():
+    good, bad = check_ptxas.parse(CLEAN + SPILLED)
+    assert (good.arch, good.registers, good.stack, good.spills) == ("sm_80", 96, 0, 0)
+    assert (bad.arch, bad.registers, bad.stack, bad.spills) == ("sm_90a", 255, 40, 60)
+
+
+@pytest.mark.parametrize(("log", "code"), [(CLEAN, 0), (CLEAN + SPILLED, 1), (INDEXED, 1), ("nothing", 2)])
+def test_exit_code_says_what_was_found(tmp_path, log, code):
+    path = tmp_path / "log"
+    path.write_text(log)
+    assert check_ptxas.main([str(path)]) == code
+
+
+def test_ignored_register_hints_fail(tmp_path):
+    path = tmp_path / "log"
+    path.write_text(
+        CLEAN + "ptxas warning : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum\n"
+    )
+    assert check_ptxas.main([str(path)]) == 1
+
+
+def test_missing_instructions_are_named():
+    sass = {"_Z3fooi": "HGMMA.64x128", "_Z3bari": "FFMA"}
+    assert list(check_ptxas.missing(sass, ["foo=HGMMA", "ba=HGMMA"])) == ["bar has no HGMMA"]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_no_elementwise_kernel_uses_local_memory(arch, capsys):
+    """The sources that compile in seconds; those of tensor-core products are checked where the extension is built."""
+    sources = [str(ROOT / "csrc" / "cuda" / name) for name in ("first_layer.cu", "activations.cu")]
+    assert check_ptxas.main(["--compile", *sources, "--arch", arch]) == 0, capsys.readouterr().err

@@ -1,0 +1,316 @@
+"""``conv_frontend`` on a GPU: against float64 of the reference, and what only the real kernels can show."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hubert_fast import backend as backends
+from hubert_fast import extension
+from hubert_fast.cuda_backend import conv_frontend as backend
+from hubert_fast.ops.conv_frontend import conv_frontend
+from hubert_fast.reference import conv_frontend as reference
+from tests.ops.comparison import error
+from tests.ops.test_conv_frontend_cuda_twin import HUBERT, Problem
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.skipif(extension.cuda() is None, reason=str(extension.why_not("cuda"))),
+]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@pytest.fixture(autouse=True)
+def _full_float32():
+    allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed
+
+
+def on_gpu(problem, dtype):
+    """The problem on the GPU with its numbers rounded to ``dtype``, held in float64: both sides see the same."""
+    problem.dtype = dtype
+    problem.waveforms, problem.direction = (
+        each.to(dtype).double().cuda() for each in (problem.waveforms, problem.direction)
+    )
+    problem.groups = [[each.to(dtype).double().cuda() for each in group] for group in problem.groups]
+    problem.valid = None if problem.valid is None else problem.valid.cuda()
+    return problem
+
+
+def ours(problem, dtype):
+    groups = [[each.to(dtype) for each in group] for group in problem.groups]
+    waveforms, direction = problem.waveforms.to(dtype), problem.direction.to(dtype)
+    settings = problem.strides, problem.norm, problem.valid, dtype
+    with torch.no_grad():
+        assert backend.objection(waveforms, groups[0], problem.strides, dtype) is None
+        features, saved = backend.conv_frontend(waveforms, *groups, *settings, True)
+        gradients = backend.conv_frontend_backward(direction, waveforms, *groups, saved, *settings)
+    return [features, *(each for group in gradients for each in group)]
+
+
+def pytorchs(problem, dtype):
+    """The reference in ``dtype``."""
+    groups = [[each.to(dtype).requires_grad_() for each in group] for group in problem.groups]
+    features = reference.conv_frontend(
+        problem.waveforms.to(dtype), *groups, strides=problem.strides, norm=problem.norm, valid_samples=problem.valid
+    )
+    leaves = [each for group in groups for each in group]
+    grads = torch.autograd.grad(features, leaves, problem.direction.to(dtype), allow_unused=True)
+    return [features.detach(), *(torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
+def test_as_precise_as_pytorch(norm, dtype):
+    squares = []
+    for seed in range(4):
+        problem = on_gpu(
+            Problem(HUBERT, norm=norm, bias=norm == "layer_norm", samples=16000, channels=512, seed=seed), dtype
+        )
+        truth = problem.reference()
+        pairs = zip(ours(problem, dtype), pytorchs(problem, dtype), truth, strict=True)
+        squares.append([(error(mine, exact) ** 2, error(theirs, exact) ** 2) for mine, theirs, exact in pairs])
+    mine, theirs = torch.tensor(squares, dtype=torch.float64).mean(0).sqrt().unbind(1)
+    assert (mine <= (1.5 * theirs).clamp(min=torch.finfo(dtype).eps / 4)).all(), (mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
+@pytest.mark.parametrize(
+    ("shapes", "batch", "samples", "channels"),
+    [
+        (HUBERT, 1, 400, 512),
+        (HUBERT, 1, 719, 64),
+        (HUBERT, 3, 33333, 192),
+        (HUBERT, 5, 8001, 1024),
+        ([(16, 7), (3, 2)], 2, 9999, 128),
+        ([(10, 5)], 2, 4321, 512),
+    ],
+)
+def test_odd_sizes_agree_with_the_reference(shapes, batch, samples, channels, norm, dtype):
+    problem = on_gpu(Problem(shapes, norm=norm, batch=batch, samples=samples, channels=channels), dtype)
+    errors = [error(*pair) for pair in zip(ours(problem, dtype), problem.reference(), strict=True)]
+    assert max(errors) <= {torch.float32: 2e-5, torch.bfloat16: 0.06, torch.float16: 0.01}[dtype], errors
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_valid_samples_agree_with_the_reference(dtype):
+    valid = torch.tensor([20000, 7777, 10])
+    problem = on_gpu(
+        Problem(HUBERT, norm="group_norm", batch=3, samples=20000, channels=512, valid=valid, bias=False), dtype
+    )
+    errors = [error(*pair) for pair in zip(ours(problem, dtype), problem.reference(), strict=True)]
+    assert max(errors) <= {torch.float32: 2e-5, torch.bfloat16: 0.06, torch.float16: 0.01}[dtype], errors
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
+def test_results_repeat_to_the_bit(norm, dtype):
+    problem = on_gpu(Problem(HUBERT, norm=norm, batch=3, samples=80000, channels=512), dtype)
+    first = ours(problem, dtype)
+    for _ in range(5):
+        assert all(torch.equal(*pair) for pair in zip(first, ours(problem, dtype), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
+def test_a_sequence_has_the_same_features_in_every_place_of_a_batch(norm, dtype):
+    if not extension.cuda().tensor_core_products_available(NUMBERS[dtype]):
+        pytest.skip("torch.mm may take another algorithm for another batch")
+    problem = on_gpu(Problem(HUBERT, norm=norm, batch=4, samples=30001, channels=512), dtype)
+    features = ours(problem, dtype)[0]
+    whole = problem.waveforms, problem.direction
+    for row in range(4):
+        problem.waveforms, problem.direction = (each[row : row + 1] for each in whole)
+        assert torch.equal(ours(problem, dtype)[0][0], features[row])
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 1.0), (1e-4, 0.0), (1e-4, 1e-2), (30.0, 500.0)])
+def test_neither_an_offset_nor_a_small_signal_loses_the_variance(scale, offset):
+    problem = Problem(HUBERT, norm="group_norm", bias=False, samples=16000, channels=512)
+    problem.waveforms = scale * problem.waveforms + offset
+    problem = on_gpu(problem, torch.float32)
+    results = ours(problem, torch.float32), pytorchs(problem, torch.float32), problem.reference()
+    for mine, theirs, exact in zip(*results, strict=True):
+        assert error(mine, exact) <= max(1.5 * error(theirs, exact), 5e-6)
+
+
+def test_more_than_two_to_the_31_activations():
+    dtype = torch.bfloat16
+    batch, samples = 88, 240_000  # 88 * 47,999 * 512 values in layer 0
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GB of free memory")
+    problem = Problem(HUBERT, norm="group_norm", bias=False, batch=1, samples=samples, channels=512)
+    problem = on_gpu(problem, dtype)
+    groups = [[each.to(dtype) for each in group] for group in problem.groups]
+    settings = problem.strides, problem.norm, None, dtype
+    generator = torch.Generator("cuda").manual_seed(0)
+    waveforms = torch.randn(batch, samples, device="cuda", generator=generator)
+    with torch.no_grad():
+        features, saved = backend.conv_frontend(waveforms, *groups, *settings, True)
+        direction = torch.zeros_like(features)
+        direction[-1] = problem.direction[0].to(dtype)  # only the end of every buffer has a gradient
+        gradients = backend.conv_frontend_backward(direction, waveforms, *groups, saved, *settings)
+        alone, saved = backend.conv_frontend(waveforms[-1:], *groups, *settings, True)
+        expected = backend.conv_frontend_backward(direction[-1:], waveforms[-1:], *groups, saved, *settings)
+    assert error(features[-1:], alone) <= 1e-2
+    for group, others in zip(gradients, expected):
+        for given, exact in zip(group, others):
+            assert error(given, exact) <= 1e-2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
+def test_forward_and_backward_are_captured_in_a_graph(norm, dtype):
+    problem = on_gpu(Problem(HUBERT, norm=norm, samples=16000, channels=512), dtype)
+    groups = [[each.to(dtype) for each in group] for group in problem.groups]
+    waveforms, direction = problem.waveforms.to(dtype), problem.direction.to(dtype)
+    settings = problem.strides, problem.norm, None, dtype
+
+    def step():
+        with torch.no_grad():
+            features, saved = backend.conv_frontend(waveforms, *groups, *settings, True)
+            gradients = backend.conv_frontend_backward(direction, waveforms, *groups, saved, *settings)
+        return [features, *(each for group in gradients for each in group)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        eager = [each.clone() for each in step()]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(*pair) for pair in zip(captured, eager, strict=True))
+    # New audio in the same memory: nothing of the capture's data was baked in.
+    waveforms.mul_(0.5).add_(0.125)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(*pair) for pair in zip(captured, step(), strict=True))
+
+
+def test_the_operator_takes_this_backend_and_autocast():
+    problem = on_gpu(Problem(HUBERT, norm="group_norm", bias=False, samples=16000, channels=512), torch.float32)
+    groups = [[each.float().requires_grad_() for each in group] for group in problem.groups]
+    with backends.using("cuda", "conv_frontend"), torch.autocast("cuda", torch.bfloat16):
+        features = conv_frontend(problem.waveforms.float(), *groups, strides=problem.strides, norm=problem.norm)
+    assert features.dtype == torch.bfloat16
+    assert error(features, problem.reference()[0]) <= 0.03
+    features.backward(problem.direction.bfloat16())
+    leaves = [each for group in groups for each in group]
+    assert all(each.grad.dtype == torch.float32 and each.grad.isfinite().all() for each in leaves)
+
+
+# The tensor-core products one by one, where a wrong stride is easier to see than in the whole.
+
+PRODUCT_SIZES = [
+    (1, 64, 128),
+    (127, 512, 1024),
+    (129, 192, 576),
+    (1000, 512, 1536),
+    (4096, 1024, 3072),
+    (40000, 512, 1536),
+]
+
+
+@pytest.fixture
+def products():
+    cuda = extension.cuda()
+    if not cuda.tensor_core_products_available(1):
+        pytest.skip("there are no tensor-core products for this GPU")
+    cuda.set_device(torch.cuda.current_device())
+    return cuda
+
+
+def _operands(products, rows, columns, depth, dtype, seed=0):
+    """Overlapping rows of an input, a weight, both as tensors and as the kernels take them; and the exact product."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    stride = depth // 3 * 2 if depth % 3 == 0 else depth
+    memory = torch.randn((rows - 1) * stride + depth, device="cuda", generator=generator).to(dtype)
+    weight = (torch.randn(columns, depth, device="cuda", generator=generator) / depth**0.5).to(dtype)
+    operands = products.Product(
+        input=memory.data_ptr(), input_stride=stride, weight=weight.data_ptr(), rows=rows, columns=columns, depth=depth
+    )
+    window = memory.as_strided((rows, depth), (stride, 1))
+    return operands, (memory, weight), window.double() @ weight.double().T
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(("rows", "columns", "depth"), PRODUCT_SIZES)
+def test_products_are_right(products, rows, columns, depth, dtype):
+    operands, _keep, truth = _operands(products, rows, columns, depth, dtype)
+    settings = {"dtype": NUMBERS[dtype], "stream": torch.cuda.current_stream().cuda_stream}
+    bound = 2 * torch.finfo(dtype).eps
+    bias = torch.randn(columns, device="cuda")
+    out = torch.full((rows, 2 * columns), 7.0, device="cuda", dtype=dtype)
+    products.product(operands, bias=bias.data_ptr(), out=out.data_ptr(), out_stride=2 * columns, **settings)
+    assert error(out[:, :columns], truth + bias.double()) <= bound
+    assert (out[:, columns:] == 7.0).all()
+    products.product(operands, bias=0, out=out.data_ptr(), out_stride=2 * columns, **settings)
+    assert error(out[:, :columns], truth) <= bound
+
+    z, activation = (torch.full((rows, columns), float("nan"), device="cuda", dtype=dtype) for _ in range(2))
+    products.product_gelu(operands, bias=bias.data_ptr(), z=z.data_ptr(), activation=activation.data_ptr(), **settings)
+    assert error(z, truth + bias.double()) <= bound
+    assert error(activation, F.gelu(truth + bias.double())) <= bound
+    again = torch.empty_like(activation)
+    products.product_gelu(operands, bias=bias.data_ptr(), z=0, activation=again.data_ptr(), **settings)
+    assert torch.equal(again, activation)
+
+    wide_z = torch.randn(rows, 2 * columns, device="cuda").to(dtype)
+    gradient, activation = (torch.full((rows, 2 * columns), 7.0, device="cuda", dtype=dtype) for _ in range(2))
+    addresses = {"z": wide_z.data_ptr(), "out": gradient.data_ptr(), "out_stride": 2 * columns}
+    products.product_gelu_gradient(operands, **addresses, activation=activation.data_ptr(), **settings)
+    below = wide_z[:, :columns].double()
+    assert error(gradient[:, :columns], torch.ops.aten.gelu_backward(truth, below)) <= bound
+    assert error(activation[:, :columns], F.gelu(below)) <= bound
+    assert (gradient[:, columns:] == 7.0).all() and (activation[:, columns:] == 7.0).all()
+    kept = gradient.clone()
+    products.product_gelu_gradient(operands, **addresses, activation=0, **settings)
+    assert torch.equal(gradient, kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "part_rows", "channels", "depth"),
+    [
+        (1, 64, 64, 128),
+        (100, 64, 192, 576),
+        (1000, 1024, 512, 1024),
+        (40001, 4096, 512, 1536),
+        (5000, 5000, 1024, 3072),
+    ],
+)
+def test_weight_gradients_are_right(products, rows, part_rows, channels, depth, dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    stride = depth // 3 * 2 if depth % 3 == 0 else depth
+    gradient = torch.randn(rows, channels, device="cuda", generator=generator).to(dtype)
+    memory = torch.randn((rows - 1) * stride + depth, device="cuda", generator=generator).to(dtype)
+    parts = -(-rows // part_rows)
+    partial = torch.full((parts, channels, depth), float("nan"), device="cuda")
+    products.weight_gradient(
+        gradient=gradient.data_ptr(), input=memory.data_ptr(), input_stride=stride, partial=partial.data_ptr(),
+        rows=rows, part_rows=part_rows, channels=channels, depth=depth, dtype=NUMBERS[dtype],
+        stream=torch.cuda.current_stream().cuda_stream,
+    )  # fmt: skip
+    window = memory.as_strided((rows, depth), (stride, 1))
+    for part in range(parts):
+        some = slice(part * part_rows, (part + 1) * part_rows)
+        assert error(partial[part], gradient[some].double().T @ window[some].double()) <= 1e-5
+
+
+def test_sizes_are_checked_before_a_launch():
+    cuda = extension.cuda()
+    rows = cuda.Rows(batch=1, rows=10, frames=10, channels=64)
+    stream = torch.cuda.Stream().cuda_stream
+    with pytest.raises(ValueError, match="out_rows must be at least frames"):
+        cuda.activation_forward(
+            rows, norm_weight=0, norm_bias=0, epsilon=1e-5, z=0, out=0, out_rows=9, dtype=0, stream=stream
+        )
