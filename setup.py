@@ -107,7 +107,7 @@ def _compile(library: str) -> Path:
     environment = {**os.environ, "CXX": shlex.join(cxx)}
     definitions = [f"-D{name}={value}" for name, value in settings.items()]
     _run([_tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", folder, *definitions], environment)
-    _run([_tool("cmake"), "--build", folder, "--parallel", OPTIONS.jobs], environment)
+    _run([_tool("cmake"), "--build", folder, "--parallel", OPTIONS.jobs], environment, log=folder / "build.log")
     return folder / library
 
 
@@ -140,9 +140,19 @@ def _tool(name: str) -> str:
     return path
 
 
-def _run(command: list, environment: dict[str, str]) -> None:
+def _run(command: list, environment: dict[str, str], log: Path = Path(os.devnull)) -> None:
+    """Runs a command and appends what it says to ``log`` too, where tests find what ptxas said about each kernel."""
     command = [str(word) for word in command]
-    if subprocess.run(command, env=environment).returncode != 0:
+    with (
+        log.open("a") as kept,
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        ) as process,
+    ):
+        for line in process.stdout:
+            sys.stdout.write(line)
+            kept.write(line)
+    if process.returncode != 0:
         raise BuildError(f"`{shlex.join(command)}` failed (its messages are above)")
 
 

@@ -78,7 +78,8 @@ set_property(TARGET cuda_kernels PROPERTY JOB_POOL_COMPILE cuda)
 target_compile_definitions(cuda_kernels PRIVATE ${cuda_definitions})
 target_include_directories(cuda_kernels PRIVATE csrc)
 target_include_directories(cuda_kernels SYSTEM PRIVATE "${HUBERT_FAST_CUTLASS_INCLUDE}")
-target_compile_options(cuda_kernels PRIVATE --expt-relaxed-constexpr -Xcompiler=-Wall,-Wno-unknown-pragmas)
+# ptxas says which kernels spill; setup.py keeps that for tests/csrc/cuda/test_check_ptxas.py.
+target_compile_options(cuda_kernels PRIVATE --expt-relaxed-constexpr -Xptxas=-v -Xcompiler=-Wall,-Wno-unknown-pragmas)
 
 target_sources(_C PRIVATE ${cuda_host_sources} $<TARGET_OBJECTS:cuda_kernels>)
 target_compile_definitions(_C PRIVATE ${cuda_definitions})

@@ -152,7 +152,6 @@ class _Frontend:
             data=operand.data_ptr(), kernel=self.kernels[layer], stride=self.strides[layer], rows=len(operand)
         )
 
-
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype)
 
@@ -324,7 +323,9 @@ class _Backward:
                     if f.dtype == torch.float32:
                         total.addmm_(own, windows)
                     else:
-                        total.add_(torch.mm(own, windows, out=product))  # a chunk's product in the compute dtype, the sum in float32
+                        total.add_(
+                            torch.mm(own, windows, out=product)
+                        )  # a chunk's product in the compute dtype, the sum in float32
         return below
 
     def _pass(

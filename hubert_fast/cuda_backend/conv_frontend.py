@@ -41,11 +41,9 @@ _BLOCKS = 512
 def objection(
     waveforms: Tensor, weights: Sequence[Tensor], strides: Sequence[int], dtype: torch.dtype
 ) -> Optional[str]:
-    """Why this backend cannot take these inputs, or None where it can."""
+    """Why this backend, which is there, cannot take these inputs, or None where it can."""
     if waveforms.device.type != "cuda":
         return f"it runs on an NVIDIA GPU, and the waveforms are on {waveforms.device}"
-    if extension.cuda() is None:
-        return extension.why_not("cuda")
     capability = torch.cuda.get_device_capability(waveforms.device)
     if capability < (8, 0):
         return f"it needs compute capability 8.0; {waveforms.device} has {capability[0]}.{capability[1]}"
