@@ -56,7 +56,8 @@ def conv_frontend(
         strides: of each layer.
         norm: ``"group_norm"`` (one group a channel, after layer 0) or ``"layer_norm"`` (over channels, after each layer).
         valid_samples: ``[batch]`` int64. The group-norm statistics of a row are taken over its first
-            ``valid_samples`` samples, so padding does not change its features. None: over all, as torchaudio does.
+            ``valid_samples`` samples, so padding does not change its features; over all of them where those are too few
+            for one frame of layer 0. None: over all, as torchaudio does.
 
     Returns:
         ``[batch, frames, out_channels]``, in autocast's dtype where it is on, else in that of the filters.
@@ -68,6 +69,9 @@ def conv_frontend(
     gradient takes the reference path, which ``auto`` chooses by itself.
     """
     dtype = _check(waveforms, weights, biases, norm_weights, norm_biases, strides, norm)
+    if valid_samples is not None:
+        # Statistics over nothing would divide by the root of eps: features of hundreds in the penalty, for a row of padding.
+        valid_samples = valid_samples.masked_fill(valid_samples < weights[0].shape[2], waveforms.shape[1])
     chosen = backend.choose("conv_frontend", lambda name: _objection(name, waveforms, weights, strides, dtype))
     if chosen == "reference":
         return reference.conv_frontend(

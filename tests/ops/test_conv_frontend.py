@@ -226,6 +226,17 @@ def test_valid_samples_make_a_row_independent_of_its_padding(name, dtype):
     assert error(unaware[1, :frames], alone[0, :frames]) > 1e-3
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize(("name", "dtype"), [*FLOAT64, pytest.param("cpu", torch.float32, marks=needs_extension)])
+def test_a_row_too_short_for_a_window_takes_all_its_samples(name, dtype, bias):
+    layers = Layers("group_norm", channels=WIDE, bias=bias)
+    parameters = [each.to(dtype) for each in layers.parameters]
+    waveforms = _noise(3, 2000).to(dtype)
+    with backend.using(name, OPERATOR):
+        given = layers.function(torch.tensor([2000, 0, 9]))(waveforms, *parameters)
+        assert error(given, layers.function()(waveforms, *parameters)) <= TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize(("name", "dtype"), [*FLOAT64, pytest.param("cpu", torch.float32, marks=needs_extension)])
 def test_non_contiguous_tensors_work(name, dtype):
     layers = Layers("layer_norm", channels=WIDE)
