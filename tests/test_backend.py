@@ -99,6 +99,29 @@ def test_a_named_backend_that_cannot_run_says_why():
         del backend._operators["test_only"]
 
 
+def test_a_backend_that_is_not_installed_is_passed_over_and_says_why_when_asked_for():
+    backend.register(
+        "test_only",
+        {"gpu": "needs a GPU", "compiled": "needs a compiler", "slow": "takes anything"},
+        unavailable={"compiled": "nothing was compiled", "slow": None},
+        on_gpu=("gpu",),
+    )
+    try:
+        choice = {choice.operator: choice for choice in backend.report()}["test_only"]
+        gpu = torch.cuda.is_available()
+        assert choice.available == (("gpu",) if gpu else ()) + ("slow",)
+        assert choice.runs == choice.available[0]
+        assert choice.reasons["compiled"] == "nothing was compiled" and ("gpu" in choice.reasons) != gpu
+        assert backend.choose("test_only", lambda name: "no" if name == "gpu" else None) == "slow"
+        with (
+            backend.using("compiled", "test_only"),
+            pytest.raises(backend.BackendError, match="cannot run: nothing was compiled"),
+        ):
+            backend.choose("test_only", lambda name: None)
+    finally:
+        del backend._operators["test_only"]
+
+
 @pytest.mark.parametrize(("name", "expected"), [("reference", "reference"), ("nonsense", "BackendError")])
 def test_the_environment_variable_names_the_backend_of_a_process(name, expected):
     script = (
