@@ -63,12 +63,13 @@ def conv_frontend(
         ``[batch, frames, out_channels]``, in autocast's dtype where it is on, else in that of the filters.
 
     Raises:
-        ValueError: for a wrong rank, dtype or number of arguments, an empty batch, or audio shorter than one frame.
+        ValueError: for a wrong rank, shape, dtype, device or number of arguments, an empty batch, or audio shorter than
+            one frame.
 
     Source: wav2vec 2.0, section 2 (feature encoder). Gradients flow to the parameters; a waveform that requires a
     gradient takes the reference path, which ``auto`` chooses by itself.
     """
-    dtype = _check(waveforms, weights, biases, norm_weights, norm_biases, strides, norm)
+    dtype = _check(waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples)
     if valid_samples is not None:
         # Statistics over nothing would divide by the root of eps: features of hundreds in the penalty, for a row of padding.
         valid_samples = valid_samples.masked_fill(valid_samples < weights[0].shape[2], waveforms.shape[1])
@@ -113,8 +114,9 @@ def _check(
     norm_biases: Sequence[Tensor],
     strides: Sequence[int],
     norm: str,
+    valid_samples: Optional[Tensor],
 ) -> torch.dtype:
-    """The dtype to compute in, once the arguments are known to be good."""
+    """The dtype to compute in, once the arguments are known to be good: the kernels below take addresses and trust them."""
     if waveforms.ndim != 2:
         raise ValueError(f"waveforms must be 2-D [batch, samples]; got shape {tuple(waveforms.shape)}")
     if waveforms.shape[0] == 0:
@@ -127,6 +129,14 @@ def _check(
         raise ValueError(
             f"{layers} weights with norm {norm!r} need {layers} strides, 0 or {layers} biases and {norms} norm weights and "
             f"biases; got {len(strides)}, {len(biases)}, {len(norm_weights)} and {len(norm_biases)}"
+        )
+    _check_layers(waveforms.device, weights, biases, norm_weights, norm_biases, strides)
+    if valid_samples is not None and (
+        valid_samples.shape != waveforms.shape[:1] or valid_samples.dtype not in (torch.int32, torch.int64)
+    ):
+        raise ValueError(
+            f"valid_samples must be int64 of shape [{waveforms.shape[0]}]; got {valid_samples.dtype} "
+            f"{tuple(valid_samples.shape)}"
         )
     dtype = autocast_dtype(waveforms.device)
     if dtype is None:
@@ -144,6 +154,32 @@ def _check(
             f"waveforms has {waveforms.shape[1]} samples a row, which is shorter than one frame ({shortest} samples)"
         )
     return dtype
+
+
+def _check_layers(
+    device: torch.device,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    strides: Sequence[int],
+) -> None:
+    if not weights:
+        raise ValueError("weights is empty; at least one layer is needed")
+    if min(strides) < 1:
+        raise ValueError(f"strides must be positive; got {list(strides)}")
+    in_channels = 1
+    for i, weight in enumerate(weights):
+        if weight.ndim != 3 or weight.shape[1] != in_channels or weight.numel() == 0:
+            raise ValueError(f"weights[{i}] must be [out_channels, {in_channels}, kernel]; got shape {tuple(weight.shape)}")
+        in_channels = weight.shape[0]
+    groups = {"weights": weights, "biases": biases, "norm_weights": norm_weights, "norm_biases": norm_biases}
+    for name, group in groups.items():
+        for i, tensor in enumerate(group):
+            if name != "weights" and tensor.shape != weights[i].shape[:1]:
+                raise ValueError(f"{name}[{i}] must have shape [{weights[i].shape[0]}]; got {tuple(tensor.shape)}")
+            if tensor.device != device:
+                raise ValueError(f"{name}[{i}] must be on the device of the waveforms, {device}; got {tensor.device}")
 
 
 @torch.library.custom_op("hubert_fast::conv_frontend", mutates_args=())
@@ -224,6 +260,7 @@ def _setup_context(ctx, inputs, output) -> None:
         inputs
     )
     _, preactivations = output
+    ctx.set_materialize_grads(False)  # or autograd would make a tensor of zeros for every saved one, as large as it
     ctx.counts = [len(group) for group in (weights, biases, norm_weights, norm_biases, preactivations)]
     ctx.settings = strides, norm, dtype, implementation
     ctx.save_for_backward(waveforms, valid_samples, *weights, *biases, *norm_weights, *norm_biases, *preactivations)

@@ -118,6 +118,7 @@ def _(grad, qkv, out, saved, offsets, key_lengths, dropout_p, seed):
 def _setup_context(ctx, inputs, output) -> None:
     qkv, offsets, key_lengths, ctx.dropout_p, seed, _ = inputs
     out, saved = output
+    ctx.set_materialize_grads(False)  # no zeros for what is only saved
     ctx.save_for_backward(qkv, offsets, key_lengths, seed, out, *saved)
 
 

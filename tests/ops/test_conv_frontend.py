@@ -385,6 +385,9 @@ def test_opcheck(name, norm, valid_samples):
         (r"waveforms has 59 samples .* shorter than one frame \(60 samples\)", dict(waveforms=torch.zeros(2, 59))),
         (r"norm must be one of .*; got 'batch_norm'", dict(norm="batch_norm")),
         (r"need 4 strides.*; got 3", dict(strides=[5, 2, 2])),
+        (r"strides must be positive; got \[5, 2, 0, 2\]", dict(strides=[5, 2, 0, 2])),
+        (r"valid_samples must be int64 of shape \[1\]; got .*\(2,\)", dict(valid_samples=torch.tensor([9, 9]))),
+        (r"valid_samples must be int64 .*; got torch.float32", dict(valid_samples=torch.tensor([9.0]))),
     ],
 )
 def test_bad_arguments_are_named(message, change):
@@ -394,6 +397,26 @@ def test_bad_arguments_are_named(message, change):
     waveforms = settings.pop("waveforms", torch.zeros(1, 900))
     with pytest.raises(ValueError, match=message):
         conv_frontend(waveforms, *groups, **settings)
+
+
+@pytest.mark.parametrize(
+    ("message", "group", "index", "tensor"),
+    [
+        (r"weights\[1\] must be \[out_channels, 16, kernel\]; got shape \(12, 8, 3\)", 0, 1, torch.zeros(12, 8, 3)),
+        (r"weights\[0\] must be \[out_channels, 1, kernel\]; got shape \(16, 2, 10\)", 0, 0, torch.zeros(16, 2, 10)),
+        (r"weights\[2\] must be .*; got shape \(8, 12\)", 0, 2, torch.zeros(8, 12)),
+        (r"biases\[3\] must have shape \[20\]; got \(1,\)", 1, 3, torch.zeros(1)),
+        (r"norm_weights\[0\] must have shape \[16\]; got \(12,\)", 2, 0, torch.zeros(12)),
+        (r"norm_biases\[0\] must have shape \[16\]; got \(1,\)", 3, 0, torch.zeros(1)),
+        (r"norm_biases\[0\] must be on the device of the waveforms, cpu; got meta", 3, 0, torch.zeros(16, device="meta")),
+    ],
+)
+def test_parameters_that_do_not_fit_are_named(message, group, index, tensor):
+    layers = Layers("group_norm")
+    groups = layers.groups([each.float() for each in layers.parameters])
+    groups[group][index] = tensor
+    with pytest.raises(ValueError, match=message):
+        conv_frontend(torch.zeros(1, 900), *groups, strides=[stride for _, stride in STANDARD], norm="group_norm")
 
 
 def test_the_shortest_audio_gives_one_frame():
