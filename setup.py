@@ -99,7 +99,10 @@ def _compile(library: str) -> Path:
             "HUBERT_FAST_CUTLASS_INCLUDE": include,
             "HUBERT_FAST_CUTLASS_VERSION": version,
         }
-    key = build_options.settings_key({**settings, "compiler": cxx, "library": library, "version": sys.version})
+    # What CMake reads from the environment when it first configures a folder, and the compiler behind the name.
+    flags = {name: os.environ.get(name, "") for name in ("CXXFLAGS", "CUDAFLAGS", "LDFLAGS", "NVCC_APPEND_FLAGS")}
+    flags["compiler version"] = subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout
+    key = build_options.settings_key({**settings, "compiler": cxx, "library": library, "version": sys.version, **flags})
     folder = ROOT / "build" / f"cmake-{key}"
     settings["HUBERT_FAST_CUDA_WHY_NOT"] = why_not
     settings["HUBERT_FAST_CUDA_JOBS"] = build_options.nvcc_jobs(OPTIONS.jobs, build_options.available_memory())

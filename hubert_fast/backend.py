@@ -41,6 +41,9 @@ class _Operator:
     chosen: str = AUTO
 
 
+# Every name that some operator has. One that an operator lacks leaves that operator at "auto".
+_NAMES = ("cuda", "cpu", "torch", "reference")
+
 _operators: dict[str, _Operator] = {}
 _default = os.environ.get("HUBERT_FAST_BACKEND", AUTO)
 
@@ -60,22 +63,24 @@ def register(
         on_gpu: those that run on a GPU only, which `report` needs to know.
     """
     reasons = {name: reason for name, reason in unavailable.items() if reason is not None}
-    _operators[operator] = _Operator(operator, dict(implementations), reasons, frozenset(on_gpu), _default)
+    chosen = AUTO if _default in _NAMES and _default not in implementations else _default
+    _operators[operator] = _Operator(operator, dict(implementations), reasons, frozenset(on_gpu), chosen)
 
 
 def use(name: str, operator: Optional[str] = None) -> None:
-    """Use backend ``name`` for ``operator``, or for every operator, from now on.
+    """Use backend ``name`` for ``operator``, or for every operator that has it, from now on. Without ``operator``, those that
+    do not have it go back to "auto".
 
     Raises:
-        ValueError: if there is no such operator, or it has no such backend.
+        ValueError: if there is no such operator, it has no such backend, or no operator has it.
     """
-    for each in _selected(operator):
-        if name != AUTO and name not in each.implementations:
-            raise ValueError(
-                f"backend {name!r} of operator {each.name!r}: accepted are {[AUTO, *each.implementations]}"
-            )
-    for each in _selected(operator):
-        each.chosen = name
+    selected = _selected(operator)
+    if name != AUTO and not any(name in each.implementations for each in selected):
+        accepted = dict.fromkeys(other for each in selected for other in each.implementations)
+        whose = "every operator" if operator is None else f"operator {operator!r}"
+        raise ValueError(f"backend {name!r} of {whose}: accepted are {[AUTO, *accepted]}")
+    for each in selected:
+        each.chosen = name if name in each.implementations else AUTO
 
 
 @contextmanager
@@ -109,6 +114,11 @@ def choose(operator: str, objection: Callable[[str], Objection]) -> str:
         if name not in entry.unavailable and objection(name) is None:
             return name
     raise BackendError(f"no backend of operator {operator!r} supports these inputs")
+
+
+def is_automatic(operator: str) -> bool:
+    """Whether nobody asked for a backend of ``operator`` by name."""
+    return _operators[operator].chosen == AUTO
 
 
 @dataclass(frozen=True)

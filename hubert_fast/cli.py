@@ -86,7 +86,7 @@ def _extension_lines() -> list[str]:
     cpu_variants = ", ".join(facts["cpu_variants"])
     lines = [
         f"extension: built by {facts['compiler']} ({facts['build_type']})",
-        f"CPU kernels: {cpu_variants}; in use: {extension.cpu().instruction_set()}",
+        f"CPU kernels: {cpu_variants}; in use: {extension.cpu().instruction_set()}, threads: {extension.cpu().threading()}",
     ]
     if extension.cuda() is None:
         return [*lines, f"CUDA kernels: none, {extension.why_not('cuda')}"]

@@ -63,6 +63,10 @@ def _load() -> tuple[Optional[ModuleType], Optional[str]]:
     built = getattr(_C, "interface", None)
     if built != INTERFACE:
         return None, f"hubert_fast._C was built from other sources (interface {built}, not {INTERFACE}); {_REBUILD}"
+    try:
+        _C.cpu.instruction_set()
+    except ValueError as error:
+        return None, f"HUBERT_FAST_INSTRUCTION_SET: {error}"
     return _C, None
 
 

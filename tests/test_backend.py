@@ -70,8 +70,16 @@ def test_the_report_names_every_operator_what_runs_and_why():
         assert all(choice.runs == "reference" and "asked for by name" in choice.why for choice in backend.report())
 
 
+def test_a_name_that_only_some_operators_have_leaves_the_others_at_auto():
+    with backend.using("cpu"):
+        chosen = {choice.operator: choice.chosen for choice in backend.report()}
+        assert chosen.pop("conv_frontend") == "cpu" and set(chosen.values()) == {"auto"}
+    with pytest.raises(ValueError, match="backend 'cpu' of operator 'cosine_logits': accepted are"):
+        backend.use("cpu", operator="cosine_logits")
+
+
 def test_unknown_names_are_refused_and_change_nothing():
-    with pytest.raises(ValueError, match=r"backend 'cuda13' of operator '\w+': accepted are \['auto', "):
+    with pytest.raises(ValueError, match=r"backend 'cuda13' of every operator: accepted are \['auto', "):
         backend.use("cuda13")
     with pytest.raises(ValueError, match=r"operator 'fft' does not exist; there are \['conv_frontend', "):
         backend.use("reference", operator="fft")
@@ -122,7 +130,9 @@ def test_a_backend_that_is_not_installed_is_passed_over_and_says_why_when_asked_
         del backend._operators["test_only"]
 
 
-@pytest.mark.parametrize(("name", "expected"), [("reference", "reference"), ("nonsense", "BackendError")])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("reference", "reference"), ("cpu", "torch"), ("nonsense", "BackendError")]
+)
 def test_the_environment_variable_names_the_backend_of_a_process(name, expected):
     script = (
         "import torch\n"
@@ -134,4 +144,4 @@ def test_the_environment_variable_names_the_backend_of_a_process(name, expected)
     environment = {**os.environ, "HUBERT_FAST_BACKEND": name}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
     assert expected in done.stdout + done.stderr
-    assert (done.returncode == 0) == (name == "reference")
+    assert (done.returncode == 0) == (name != "nonsense")

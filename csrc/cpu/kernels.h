@@ -37,7 +37,7 @@ struct Windows {
 };
 
 // Gradient of the activations, as the GEMMs onto blocks of `stride` rows leave it: row i of the call is phase i % stride of block
-// i / stride; the first `split` phases lie in `head`, the others in `tail` (data_gradient in cpu_backend/conv_frontend.py).
+// i / stride; the first `split` phases lie in `head`, the others in `tail` (_DataGradient in cpu_backend/conv_frontend.py).
 struct BlockGradient {
   const void* head;  // [blocks, split * channels]
   const void* tail;  // [blocks, (stride - split) * channels]
@@ -67,9 +67,7 @@ struct Backward {
 
 struct Kernels {
   const char* name;
-  int lanes;
-  // Floats of scratch memory per thread, and per task for partial sums.
-  std::int64_t (*scratch)(const Forward&);
+  std::int64_t (*scratch)(const Forward&);  // floats of memory that a thread needs
   void (*forward)(const Forward&, std::int64_t start, std::int64_t stop, float* scratch);
   void (*backward)(const Backward&, std::int64_t start, std::int64_t stop, float* scratch, float* partial_sums);
   // Sums over frames start <= t < stop of X[t] = signal[stride t ..] (means == null: sums[taps]) or of the products

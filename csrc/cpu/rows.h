@@ -310,7 +310,7 @@ void window_sums(
 
 const Kernels& kernels() {
   static const Kernels table = {
-      HUBERT_FAST_NAME(HUBERT_FAST_INSTANCE), kLanes, scratch, forward, backward, window_sums};
+      HUBERT_FAST_NAME(HUBERT_FAST_INSTANCE), scratch, forward, backward, window_sums};
   return table;
 }
 

@@ -68,9 +68,6 @@ inline void store(BFloat16* to, Floats value) {
 #endif
 }
 
-// As x86's minps: a NaN in `a` gives b.
-inline Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
-
 inline float sum(Floats value) {
   float lanes[kLanes];
   std::memcpy(lanes, &value, sizeof(value));

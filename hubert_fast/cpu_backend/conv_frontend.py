@@ -34,7 +34,9 @@ _MAX_TAPS = getattr(extension.cpu(), "max_taps", 0)
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-def objection(waveforms: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> Optional[str]:
+def objection(
+    waveforms: Tensor, weights: Sequence[Tensor], strides: Sequence[int], dtype: torch.dtype
+) -> Optional[str]:
     """Why this backend, which is there, cannot take these inputs, or None where it can."""
     if waveforms.device.type != "cpu":
         return f"it runs on a CPU, and the waveforms are on {waveforms.device}"
@@ -42,6 +44,11 @@ def objection(waveforms: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) 
         return f"it computes in {' or '.join(map(str, _DTYPES))}, not {dtype}"
     if waveforms.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it reads waveforms of at most 32 bits, not {waveforms.dtype}"
+    return layers_objection(weights, strides)
+
+
+def layers_objection(weights: Sequence[Tensor], strides: Sequence[int]) -> Optional[str]:
+    """Why it cannot take these layers, whatever the input."""
     channels = [weight.shape[0] for weight in weights]
     if any(each % 16 for each in channels):
         return f"it needs channels in multiples of 16; the layers have {channels}"

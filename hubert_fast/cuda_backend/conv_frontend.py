@@ -47,12 +47,13 @@ def objection(
     capability = torch.cuda.get_device_capability(waveforms.device)
     if capability < (8, 0):
         return f"it needs compute capability 8.0; {waveforms.device} has {capability[0]}.{capability[1]}"
-    return _shape_objection(weights, strides, dtype)
-
-
-def _shape_objection(weights: Sequence[Tensor], strides: Sequence[int], dtype: torch.dtype) -> Optional[str]:
     if dtype not in _DTYPES:
         return f"it computes in {', '.join(map(str, _DTYPES))}, not {dtype}"
+    return layers_objection(weights, strides)
+
+
+def layers_objection(weights: Sequence[Tensor], strides: Sequence[int]) -> Optional[str]:
+    """Why it cannot take these layers, whatever the input."""
     kernels = [weight.shape[2] for weight in weights]
     if weights[0].shape[1] != 1 or kernels[0] > _MAX_TAPS or strides[0] > _MAX_TAPS:
         return (

@@ -5,6 +5,7 @@ The strided convolutions of HuBERT with their norm (group norm after layer 0, or
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import List, Optional, Tuple
 
@@ -20,6 +21,8 @@ from hubert_fast.torch_backend import conv_frontend as torch_backend
 
 NORMS = ("group_norm", "layer_norm")
 
+_UNAVAILABLE = {"cuda": extension.why_not("cuda"), "cpu": extension.why_not("cpu")}
+
 backend.register(
     "conv_frontend",
     {
@@ -28,7 +31,7 @@ backend.register(
         "torch": "GEMMs in channels-last layout, layer 0 in closed form and recomputed in the backward",
         "reference": "conv1d, norm and GELU layer by layer",
     },
-    unavailable={"cuda": extension.why_not("cuda"), "cpu": extension.why_not("cpu")},
+    unavailable=_UNAVAILABLE,
     on_gpu=("cuda",),
 )
 
@@ -74,6 +77,8 @@ def conv_frontend(
         # Statistics over nothing would divide by the root of eps: features of hundreds in the penalty, for a row of padding.
         valid_samples = valid_samples.masked_fill(valid_samples < weights[0].shape[2], waveforms.shape[1])
     chosen = backend.choose("conv_frontend", lambda name: _objection(name, waveforms, weights, strides, dtype))
+    if chosen in ("torch", "reference") and not torch.compiler.is_compiling():
+        _say_why_not_faster(waveforms, weights, strides)
     if chosen == "reference":
         return reference.conv_frontend(
             waveforms,
@@ -101,9 +106,17 @@ def _objection(
         return None
     if waveforms.requires_grad and torch.is_grad_enabled():
         return "it has no gradient with respect to the waveforms (use 'reference' or 'auto')"
-    if name == "cuda":
-        return cuda_backend.objection(waveforms, weights, strides, dtype)
-    return cpu_backend.objection(waveforms, weights, dtype) if name == "cpu" else None
+    return None if name == "torch" else _BACKENDS[name].objection(waveforms, weights, strides, dtype)
+
+
+def _say_why_not_faster(waveforms: Tensor, weights: Sequence[Tensor], strides: Sequence[int]) -> None:
+    """Layers that the compiled kernels cannot take run slower, which is worth a warning (Python shows each once)."""
+    name, module = ("cuda", cuda_backend) if waveforms.is_cuda else ("cpu", cpu_backend)
+    if _UNAVAILABLE[name] is not None:
+        return  # `hubert-fast info` tells
+    reason = module.layers_objection(weights, strides)
+    if reason is not None and backend.is_automatic("conv_frontend"):
+        warnings.warn(f"conv_frontend does not run on backend {name!r}, which would be faster: {reason}", stacklevel=3)
 
 
 def _check(
@@ -171,7 +184,9 @@ def _check_layers(
     in_channels = 1
     for i, weight in enumerate(weights):
         if weight.ndim != 3 or weight.shape[1] != in_channels or weight.numel() == 0:
-            raise ValueError(f"weights[{i}] must be [out_channels, {in_channels}, kernel]; got shape {tuple(weight.shape)}")
+            raise ValueError(
+                f"weights[{i}] must be [out_channels, {in_channels}, kernel]; got shape {tuple(weight.shape)}"
+            )
         in_channels = weight.shape[0]
     groups = {"weights": weights, "biases": biases, "norm_weights": norm_weights, "norm_biases": norm_biases}
     for name, group in groups.items():

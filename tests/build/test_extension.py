@@ -23,7 +23,8 @@ def _package_with(folder, files):
     shutil.copy(extension.__file__, package)
     for name, contents in files.items():
         (package / name).write_text(contents)
-    done = subprocess.run([sys.executable, "-c", ABSENT], cwd=folder, capture_output=True, text=True, timeout=60)
+    # -S: what finds the modules of an editable install would find its _C.
+    done = subprocess.run([sys.executable, "-S", "-c", ABSENT], cwd=folder, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -163,6 +163,10 @@ def test_cpu_passes_agree_for_any_shape(
 
 @contextmanager
 def _instruction_set(name):
+    """None leaves what there is."""
+    if name is None:
+        yield
+        return
     before = extension.cpu().instruction_set()
     extension.cpu().use_instruction_set(name)
     try:
@@ -173,8 +177,8 @@ def _instruction_set(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
-@pytest.mark.parametrize("name", [CPU, "torch"])
-def test_as_precise_as_pytorch(name, norm, dtype):
+@pytest.mark.parametrize(("name", "instruction_set"), [*(("cpu", each) for each in INSTRUCTION_SETS), ("torch", None)])
+def test_as_precise_as_pytorch(name, instruction_set, norm, dtype):
     layers = Layers(norm, channels=(32, 32, 32, 32))
 
     def draw(seed):
@@ -183,7 +187,35 @@ def test_as_precise_as_pytorch(name, norm, dtype):
     def features(waveforms, *parameters):
         return layers.function()(waveforms, *parameters) + 0.0 * waveforms.sum()  # so that every input has a gradient
 
-    assert_as_precise(OPERATOR, features, draw, dtype, name=name, seeds=6)
+    with _instruction_set(instruction_set):
+        assert_as_precise(OPERATOR, features, draw, dtype, name=name, seeds=6)
+
+
+@needs_extension
+def test_chunks_of_a_weight_gradient_add_up_in_float32():
+    """1,500 chunks of 4 blocks: sums in bfloat16 would lose the later ones."""
+    layers = Layers("group_norm", shapes=[(10, 5), (3, 2)], channels=(16, 16))
+    inputs = [each.bfloat16() for each in layers.parameters]
+    waveforms = _noise(1, 60_000).bfloat16()
+
+    def features(*parameters):
+        return layers.function()(waveforms.to(parameters[0].dtype), *parameters)
+
+    truth = run(OPERATOR, "reference", features, [each.double() for each in inputs])
+    with mock.patch.object(passes, "_BACKWARD_ROWS", 4):
+        ours = run(OPERATOR, "cpu", features, inputs)
+    whole = run(OPERATOR, "cpu", features, inputs)
+    for many, one, exact in zip(ours[1:3], whole[1:3], truth[1:3]):
+        assert error(many, exact) <= 2 * error(one, exact)
+
+
+@needs_extension
+def test_sums_of_layer_0_over_many_frames_keep_their_precision():
+    layers = Layers("group_norm", shapes=STANDARD[:1], channels=(16,), bias=False)
+    inputs = [_noise(1, 1_500_000).float() + 0.5, *(each.float() for each in layers.parameters)]
+    exact = run(OPERATOR, "reference", layers.function(), [each.double() for each in inputs])
+    for ours, truth in list(zip(run(OPERATOR, "cpu", layers.function(), inputs), exact))[2:]:
+        assert error(ours, truth) <= 1e-6
 
 
 @pytest.mark.parametrize(("scale", "offset"), [(1.0, 1.0), (0.1, 1.0), (1e-4, 0.0), (1e-4, 1e-2), (30.0, 500.0)])
@@ -224,6 +256,21 @@ def test_valid_samples_make_a_row_independent_of_its_padding(name, dtype):
     frames = output_length(900, *zip(*STANDARD))
     assert error(padded[1, :frames], alone[0, :frames]) <= TOLERANCE[dtype]
     assert error(unaware[1, :frames], alone[0, :frames]) > 1e-3
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize(("name", "dtype"), [*FLOAT64, pytest.param("cpu", torch.float32, marks=needs_extension)])
+def test_lengths_count_whole_windows_and_no_more_than_there_are(name, dtype, bias):
+    """70 samples hold the 13 windows that 74 hold, and 75 one more; past the end of the row there is nothing."""
+    layers = Layers("group_norm", channels=WIDE, bias=bias)
+    parameters = [each.to(dtype) for each in layers.parameters]
+    waveforms = _noise(1, 700).to(dtype)
+    with backend.using(name, OPERATOR):
+        by_length = {n: layers.function(torch.tensor([n]))(waveforms, *parameters) for n in (70, 74, 75, 700, 5000)}
+        assert torch.equal(by_length[70], by_length[74])
+        assert error(by_length[75], by_length[70]) > 1e-3
+        assert torch.equal(by_length[5000], by_length[700])
+        assert error(by_length[700], layers.function()(waveforms, *parameters)) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
@@ -310,14 +357,15 @@ def test_cpu_passes_do_not_depend_on_the_number_of_threads(norm):
     ("reason", "change"),
     [
         ("needs channels in multiples of 16; the layers have .*12", dict(channels=(16, 12, 16, 16))),
-        ("at most 32 taps; this one has 33", dict(shapes=[(33, 5), *STANDARD[1:]], channels=WIDE)),
+        ("layer 0 has at most 32 taps; this one has 33", dict(shapes=[(33, 5), *STANDARD[1:]], channels=WIDE)),
     ],
 )
-def test_what_the_cpu_passes_cannot_take_falls_back_and_says_so_when_asked(reason, change):
+def test_what_the_cpu_passes_cannot_take_falls_back_and_says_so(reason, change):
     layers = Layers("group_norm", **change)
     parameters = [each.float() for each in layers.parameters]
     waveforms = _noise(1, 1200).float()
-    assert torch.isfinite(layers.function()(waveforms, *parameters)).all()
+    with pytest.warns(UserWarning, match="does not run on backend 'cpu', which would be faster: .*" + reason):
+        assert torch.isfinite(layers.function()(waveforms, *parameters)).all()
     with backend.using("cpu", OPERATOR), pytest.raises(backend.BackendError, match=reason):
         layers.function()(waveforms, *parameters)
     with backend.using("cpu", OPERATOR), pytest.raises(backend.BackendError, match="not torch.float64"):
@@ -408,7 +456,12 @@ def test_bad_arguments_are_named(message, change):
         (r"biases\[3\] must have shape \[20\]; got \(1,\)", 1, 3, torch.zeros(1)),
         (r"norm_weights\[0\] must have shape \[16\]; got \(12,\)", 2, 0, torch.zeros(12)),
         (r"norm_biases\[0\] must have shape \[16\]; got \(1,\)", 3, 0, torch.zeros(1)),
-        (r"norm_biases\[0\] must be on the device of the waveforms, cpu; got meta", 3, 0, torch.zeros(16, device="meta")),
+        (
+            r"norm_biases\[0\] must be on the device of the waveforms, cpu; got meta",
+            3,
+            0,
+            torch.zeros(16, device="meta"),
+        ),
     ],
 )
 def test_parameters_that_do_not_fit_are_named(message, group, index, tensor):
