@@ -25,7 +25,7 @@ def cpu() -> Optional[ModuleType]:
 
 def cuda() -> Optional[ModuleType]:
     """The CUDA kernels, or None (`why_not` tells). That they were built does not mean that there is a GPU."""
-    return getattr(_load()[0], "cuda", None)
+    return None if why_not("cuda") else getattr(_load()[0], "cuda", None)
 
 
 def why_not(part: str) -> Optional[str]:
@@ -37,8 +37,10 @@ def why_not(part: str) -> Optional[str]:
     if part not in ("cpu", "cuda"):
         raise ValueError(f"part must be 'cpu' or 'cuda'; got {part!r}")
     module, reason = _load()
-    if module is None or getattr(module, part, None) is not None:
+    if module is None:
         return reason
+    if getattr(module, part, None) is not None:
+        return _driver_too_old(module.cuda) if part == "cuda" else None
     return f"the extension was built without CUDA: {module.build_facts()['cuda_why_not']}"
 
 
@@ -51,6 +53,15 @@ def facts() -> Optional[dict[str, Any]]:
     """
     module, _ = _load()
     return None if module is None else module.build_facts()
+
+
+@functools.cache
+def _driver_too_old(kernels: ModuleType) -> Optional[str]:
+    """A driver runs programs of its own major version of CUDA and of older ones; version 0 means that there is no driver."""
+    driver, runtime = kernels.driver_version(), kernels.runtime_version()
+    if 0 < driver // 1000 < runtime // 1000:
+        return f"the CUDA kernels were built with CUDA {runtime // 1000}, and the driver here takes up to CUDA {driver // 1000}"
+    return None
 
 
 @functools.cache

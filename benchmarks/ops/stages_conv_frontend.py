@@ -299,6 +299,7 @@ def _torchaudio(case: _Case, repeats: int) -> float | None:
         with torch.autocast("cuda", case.dtype, enabled=case.dtype != torch.float32):
             features, _ = extractor(case.waveforms, None)
         features.backward(case.direction.to(features.dtype))
+        extractor.zero_grad(set_to_none=True)  # or it would pay for adding gradients up
 
     return _median(step, repeats)
 

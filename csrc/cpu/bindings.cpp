@@ -106,12 +106,12 @@ void bind_cpu(py::module_& module) {
   py::module_ cpu = module.def_submodule("cpu", "Passes of the convolutional front end on the CPU.");
   using py::arg;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  py::class_<FirstLayer>(cpu, "FirstLayer")
+  py::class_<FirstLayer>(cpu, "FirstLayer", py::module_local())
       .def(py::init(&first_layer), arg("signal"), arg("filters"), arg("centre"), arg("shift"), arg("taps"), arg("stride"));
-  py::class_<LayerNorm>(cpu, "LayerNorm").def(py::init(&layer_norm), arg("weight"), arg("bias"), arg("eps"));
-  py::class_<Windows>(cpu, "Windows")
+  py::class_<LayerNorm>(cpu, "LayerNorm", py::module_local()).def(py::init(&layer_norm), arg("weight"), arg("bias"), arg("eps"));
+  py::class_<Windows>(cpu, "Windows", py::module_local())
       .def(py::init(&windows), arg("data"), arg("kernel"), arg("stride"), arg("rows"));
-  py::class_<BlockGradient>(cpu, "BlockGradient")
+  py::class_<BlockGradient>(cpu, "BlockGradient", py::module_local())
       .def(py::init(&block_gradient), arg("head"), arg("tail"), arg("split"), arg("stride"));
   cpu.attr("max_taps") = kMaxTaps;
   cpu.def("instruction_set", [] { return selected().name; }, "The instances of the kernels that run.");

@@ -48,7 +48,7 @@ void bind_first_layer(py::module_& m) {
   m.attr("MOMENT_FRAMES") = kMomentFrames;
   m.attr("GROUP_NORM_BACKWARD_FRAMES") = kGroupNormBackwardFrames;
   m.attr("LAYER_NORM_BACKWARD_FRAMES") = kLayerNormBackwardFrames;
-  py::class_<FirstLayer>(m, "FirstLayer")
+  py::class_<FirstLayer>(m, "FirstLayer", py::module_local())
       .def(py::init([](Address signal, Size signal_stride, Size batch, Size frames, int kernel, int stride,
                        int channels) {
              return FirstLayer{pointer<const float>(signal), signal_stride, batch, frames, kernel, stride, channels};
@@ -143,7 +143,7 @@ void bind_first_layer(py::module_& m) {
 
 void bind_activations(py::module_& m) {
   using unlocked = py::call_guard<py::gil_scoped_release>;
-  py::class_<Rows>(m, "Rows").def(
+  py::class_<Rows>(m, "Rows", py::module_local()).def(
       py::init([](Size batch, Size rows, Size frames, int channels) { return Rows{batch, rows, frames, channels}; }),
       py::kw_only(), arg("batch"), arg("rows"), arg("frames"), arg("channels"));
   m.def(
@@ -206,7 +206,7 @@ void bind_products(py::module_& m) {
   m.def(
       "tensor_core_products_available", [](int dtype) { return tensor_core_products_available(dtype_of(dtype)); },
       arg("dtype"), unlocked());
-  py::class_<Product>(m, "Product")
+  py::class_<Product>(m, "Product", py::module_local())
       .def(py::init([](Address input, Size input_stride, Address weight, Size rows, Size columns, Size depth) {
              return Product{data(input), input_stride, data(weight), rows, columns, depth};
            }),
@@ -252,6 +252,14 @@ namespace hubert_fast {
 
 void bind_cuda(pybind11::module_& module) {
   pybind11::module_ m = module.def_submodule("cuda", "CUDA kernels; pointers and streams are integers");
+  m.def("driver_version", [] {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+  });
+  m.def("runtime_version", [] {
+    int version = 0;
+    return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
+  });
   m.def("set_device", &cuda::set_device, pybind11::arg("device"), pybind11::call_guard<pybind11::gil_scoped_release>());
   cuda::bind_first_layer(m);
   cuda::bind_activations(m);

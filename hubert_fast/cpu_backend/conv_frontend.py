@@ -407,7 +407,10 @@ def conv_frontend_backward(
     parameters = (weights, biases, norm_weights, norm_biases)
     return Gradients(
         *(
-            [torch.empty_like(parameter).copy_(each) for each, parameter in zip(group, of)]
+            [
+                torch.empty_like(parameter, memory_format=torch.contiguous_format).copy_(each)
+                for each, parameter in zip(group, of)
+            ]
             for group, of in zip(backward.gradients(), parameters)
         )
     )

@@ -38,6 +38,25 @@ _PART_ROWS = (16, 512)
 _BLOCKS = 512
 
 
+def _built_for() -> tuple[str, ...]:
+    """Architectures, such as "80" and "90a"; "80+" is PTX of 80, which newer GPUs compile for themselves."""
+    facts = extension.facts() or {"cuda_archs": (), "cuda_ptx": None}
+    return (*facts["cuda_archs"], *([f"{facts['cuda_ptx']}+"] if facts["cuda_ptx"] else []))
+
+
+def _runs_on(capability: tuple[int, int], built: str) -> bool:
+    """Machine code runs on its major version from its minor on, with a suffix on one GPU alone, and PTX from its version on."""
+    number = int(built.rstrip("af+"))
+    wanted = number // 10, number % 10
+    if built.endswith("+"):
+        return capability >= wanted
+    return capability == wanted if built[-1] in "af" else capability[0] == wanted[0] and capability >= wanted
+
+
+# Asked once, here: torch.compile cannot trace the question.
+_BUILT_FOR = _built_for()
+
+
 def objection(
     waveforms: Tensor, weights: Sequence[Tensor], strides: Sequence[int], dtype: torch.dtype
 ) -> Optional[str]:
@@ -45,8 +64,9 @@ def objection(
     if waveforms.device.type != "cuda":
         return f"it runs on an NVIDIA GPU, and the waveforms are on {waveforms.device}"
     capability = torch.cuda.get_device_capability(waveforms.device)
-    if capability < (8, 0):
-        return f"it needs compute capability 8.0; {waveforms.device} has {capability[0]}.{capability[1]}"
+    if not any(_runs_on(capability, built) for built in _BUILT_FOR):
+        has = f"{capability[0]}.{capability[1]}"
+        return f"it was built for {', '.join(_BUILT_FOR)}, and {waveforms.device} has compute capability {has}"
     if dtype not in _DTYPES:
         return f"it computes in {', '.join(map(str, _DTYPES))}, not {dtype}"
     return layers_objection(weights, strides)
@@ -150,7 +170,7 @@ class _Frontend:
         self.fused = kernels.tensor_core_products_available(self.number)
 
         def parameter(tensor: Tensor) -> Tensor:
-            return tensor.to(self.wide).contiguous()
+            return _aligned(tensor.to(self.wide).contiguous())
 
         self.waveforms = parameter(waveforms)
         self.first_weight = parameter(weights[0].flatten(1))  # [channels, taps]
@@ -411,6 +431,11 @@ class _Frontend:
         return self.sum_parts(partial, self.wide)[0]
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """The kernels load 16 bytes at a time; a view into a flattened parameter may begin anywhere."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def _pointer(tensor: Optional[Tensor]) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -516,7 +541,7 @@ def conv_frontend_backward(
             waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype,
             kernels or extension.cuda(),
         )  # fmt: skip
-        sums = _Backward(frontend, saved).run(grad.to(dtype).contiguous())
+        sums = _Backward(frontend, saved).run(_aligned(grad.to(dtype).contiguous()))
     parameters = (weights, biases, norm_weights, norm_biases)
     return Gradients(
         *([total.to(p.dtype) for total, p in zip(totals, group)] for totals, group in zip(sums, parameters))
@@ -596,16 +621,17 @@ class _Backward:
             **pointers,
         )
         sums = frontend.sum_parts(partial, frontend.wide)[0]
-        self.norm_weight_grads[layer], self.norm_bias_grads[layer] = sums[0], sums[1]
+        # Tensors of their own: outputs of a custom operator may not share memory.
+        self.norm_weight_grads[layer], self.norm_bias_grads[layer] = sums[0].clone(), sums[1].clone()
         if frontend.biases:
-            self.bias_grads[layer] = sums[2]
+            self.bias_grads[layer] = sums[2].clone()
 
     def _first_layer(self, gradients: Tensor, rows: int) -> None:
         """Layer 0's parameter gradients from that of its activations, which the activations then replace."""
         frontend = self.frontend
         channels, taps, lib = frontend.channels, frontend.taps[0], frontend.lib
         weight_grad = frontend.empty(channels, taps, dtype=frontend.wide)
-        norm_grads = frontend.empty(2, channels, dtype=frontend.wide)
+        norm_grads = [frontend.empty(channels, dtype=frontend.wide) for _ in range(2)]
         bias_grad = torch.zeros(channels, dtype=frontend.wide, device=frontend.device) if frontend.biases else None
         shared = {"statistics": self.statistics.data_ptr(), "stream": frontend.stream}
         passed = {"filters": self.filters.data_ptr(), "gradients": gradients.data_ptr(), "rows": rows}

@@ -267,7 +267,10 @@ def _conv_frontend_backward(
 
 @_conv_frontend_backward.register_fake
 def _(grad, waveforms, weights, biases, norm_weights, norm_biases, preactivations, *settings):
-    return [torch.empty_like(p) for p in (*weights, *biases, *norm_weights, *norm_biases)]
+    return [
+        torch.empty_like(p, memory_format=torch.contiguous_format)
+        for p in (*weights, *biases, *norm_weights, *norm_biases)
+    ]
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -282,6 +285,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad, _saved_grads):
+    if grad is None:
+        return (None,) * 11
     waveforms, valid_samples, *rest = ctx.saved_tensors
     groups = _split(rest, ctx.counts)
     strides, norm, dtype, implementation = ctx.settings

@@ -209,7 +209,10 @@ class _Backward:
         self.frontend = frontend
         self.preactivations = preactivations
         self.sums = Gradients(
-            *([torch.zeros_like(parameter, dtype=frontend.wide) for parameter in group] for group in parameters)
+            *(
+                [parameter.new_zeros(parameter.shape, dtype=frontend.wide) for parameter in group]
+                for group in parameters
+            )
         )
         # Gradients of the GEMM layers in the GEMM's layout [out, kernel * in].
         self.weight_sums = [torch.zeros_like(weight, dtype=frontend.wide) for weight in frontend.weights]

@@ -5,13 +5,17 @@ operands of the products and the formulas of the gradients. The kernels themselv
 """
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from hubert_fast.cuda_backend import conv_frontend as backend
+from hubert_fast.ops import conv_frontend as ops
 from hubert_fast.reference import conv_frontend as reference
 from tests.ops.comparison import error
 from tests.ops.cuda_twin import CudaTwin
@@ -194,3 +198,45 @@ def test_objections_name_what_is_in_the_way(message, change):
 def test_waveforms_elsewhere_are_refused():
     reason = backend.objection(torch.zeros(1, 400), [torch.zeros(64, 1, 10)], [5], torch.float32)
     assert reason == "it runs on an NVIDIA GPU, and the waveforms are on cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shapes", [HUBERT, HUBERT[:1]], ids=["seven-layers", "one-layer"])
+@pytest.mark.parametrize("tensor_cores", [False, True], ids=["torch-products", "tensor-cores"])
+@pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
+def test_the_custom_operator_takes_what_the_backend_gives(norm, tensor_cores, shapes, dtype, monkeypatch):
+    """Its outputs may not share memory, and the fake implementation knows the tensors that are saved."""
+    problem = Problem(shapes, norm=norm, samples=3000)
+    twin = CudaTwin(torch.float32, tensor_cores=tensor_cores)
+
+    def over_the_twin(function):
+        def call(*arguments):
+            with twin.active():  # here, because below a custom operator no dispatch mode of its caller is on
+                for leaf in tree_leaves(arguments):
+                    if isinstance(leaf, torch.Tensor):
+                        twin.memory.add(leaf)
+                return function(*arguments, kernels=twin)
+
+        return call
+
+    stand_in = SimpleNamespace(
+        conv_frontend=over_the_twin(backend.conv_frontend),
+        conv_frontend_backward=over_the_twin(backend.conv_frontend_backward),
+    )
+    monkeypatch.setitem(ops._BACKENDS, "cuda", stand_in)
+    groups = [[each.float().requires_grad_() for each in group] for group in problem.groups]
+    arguments = (problem.waveforms.float(), *groups, problem.strides, norm, None, dtype, True, "cuda")
+    features, saved = ops._conv_frontend(*arguments)
+    features.backward(problem.direction.to(dtype))
+    assert all(each.grad.isfinite().all() for group in groups for each in group)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake_features, fake_saved = ops._conv_frontend(*arguments)
+    for real, fake in zip([features, *saved], [fake_features, *fake_saved], strict=True):
+        assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
+
+
+def test_a_device_runs_what_was_built_for_it_or_for_older_ones_as_ptx():
+    runs = backend._runs_on
+    assert runs((8, 0), "80") and runs((8, 6), "80") and not runs((8, 0), "86") and not runs((9, 0), "80")
+    assert runs((9, 0), "90a") and not runs((10, 0), "90a") and not runs((8, 0), "90a")
+    assert runs((12, 0), "80+") and runs((8, 0), "80+") and not runs((7, 5), "80+")
