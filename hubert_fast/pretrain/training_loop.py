@@ -287,7 +287,7 @@ def _next_unless_stopped(updates: Iterator[list[Batch]], stop: StopRequest) -> l
     """The next update's micro-batches; none after a signal, which may also have ended the workers that read them."""
     try:
         return [] if stop.signum else next(updates)
-    except RuntimeError:
+    except (RuntimeError, OSError, EOFError):  # the last two from a worker that died while handing something over
         if stop.signum:
             return []
         raise
