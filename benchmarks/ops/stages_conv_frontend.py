@@ -6,7 +6,7 @@
 Bandwidth is that of a large copy, bytes read and written; the rate is that of an 8192 x 8192 x 8192 product in the same dtype on
 random data. A stage's floor is the larger of its two. Stages are timed by events around each call of the extension inside
 whole steps, the median over ``--repeats`` of them, with the queue kept full so that launches are not what is timed; products
-of torch.mm (float32, and GPUs other than Hopper) show as what is left of the whole.
+of torch.mm (float32) show as what is left of the whole.
 """
 
 from __future__ import annotations

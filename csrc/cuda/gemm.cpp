@@ -1,30 +1,75 @@
-// Checks of the tensor-core products and their choice by dtype.
+// Checks of the tensor-core products and their choice by dtype and device.
 #include "gemm.h"
 
 #include <stdexcept>
 #include <string>
 
+#include "sm80_kernels.h"
 #include "sm90_kernels.h"
 
 namespace hubert_fast::cuda {
+namespace {
+
+struct Kernels {
+  decltype(&sm80::product_bf16) product;
+  decltype(&sm80::product_gelu_bf16) product_gelu;
+  decltype(&sm80::product_gelu_gradient_bf16) product_gelu_gradient;
+  decltype(&sm80::weight_gradient_bf16) weight_gradient;
+};
 
 #if defined(HUBERT_FAST_WITH_SM90)
+constexpr Kernels kSm90Bf16{sm90::product_bf16, sm90::product_gelu_bf16, sm90::product_gelu_gradient_bf16,
+                            sm90::weight_gradient_bf16};
+constexpr Kernels kSm90Fp16{sm90::product_fp16, sm90::product_gelu_fp16, sm90::product_gelu_gradient_fp16,
+                            sm90::weight_gradient_fp16};
+#endif
+#if defined(HUBERT_FAST_WITH_SM80)
+constexpr Kernels kSm80Bf16{sm80::product_bf16, sm80::product_gelu_bf16, sm80::product_gelu_gradient_bf16,
+                            sm80::weight_gradient_bf16};
+constexpr Kernels kSm80Fp16{sm80::product_fp16, sm80::product_gelu_fp16, sm80::product_gelu_gradient_fp16,
+                            sm80::weight_gradient_fp16};
+#endif
 
-namespace {
+// Those for a dtype on the current device, or null where this build has none.
+const Kernels* find_kernels(Dtype dtype) {
+  int device = 0, major = 0, minor = 0;
+  if (dtype == Dtype::kFloat32) return nullptr;
+  if (cudaGetDevice(&device) != cudaSuccess) return nullptr;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return nullptr;
+  if (cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return nullptr;
+  [[maybe_unused]] const bool is_bf16 = dtype == Dtype::kBfloat16;
+#if defined(HUBERT_FAST_WITH_SM90)
+  if (major == 9 && minor == 0) return is_bf16 ? &kSm90Bf16 : &kSm90Fp16;
+#endif
+#if defined(HUBERT_FAST_WITH_SM80)
+  if (major >= 8) return is_bf16 ? &kSm80Bf16 : &kSm80Fp16;
+#endif
+  return nullptr;
+}
+
+const Kernels& kernels(Dtype dtype, const char* name) {
+  const Kernels* found = find_kernels(dtype);
+  if (found == nullptr) {
+    throw std::runtime_error(std::string(name) +
+                             ": this build has no kernel for this GPU (HUBERT_FAST_CUDA_ARCHS), or there is no GPU");
+  }
+  return *found;
+}
 
 void require(bool condition, const char* name, const char* what) {
   if (!condition) throw std::invalid_argument(std::string(name) + ": " + what);
 }
 
-constexpr std::int64_t kMaxExtent = 2147483647;
+// Coordinates have 32 bits and run past an extent to the end of its last tile, of 256 at most.
+constexpr std::int64_t kMaxExtent = 2147483648 - 256;
 
 void check(const Product& operands, Dtype dtype, const char* name) {
   require(dtype != Dtype::kFloat32, name, "elements must be bfloat16 or float16");
-  require(operands.rows > 0 && operands.rows <= kMaxExtent, name, "rows must be positive and fit 31 bits");
+  require(operands.rows > 0 && operands.rows <= kMaxExtent, name, "rows must be positive and at most 2^31 - 256");
   require(operands.columns > 0 && operands.columns % 8 == 0 && operands.columns <= kMaxExtent, name,
-          "columns must be a positive multiple of 8");
+          "columns must be a positive multiple of 8, at most 2^31 - 256");
   require(operands.depth > 0 && operands.depth % 8 == 0 && operands.depth <= kMaxExtent, name,
-          "depth must be a positive multiple of 8");
+          "depth must be a positive multiple of 8, at most 2^31 - 256");
   require(operands.input_stride > 0 && operands.input_stride % 8 == 0, name,
           "input_stride must be a positive multiple of 8");
 }
@@ -36,36 +81,29 @@ void check_stride(std::int64_t stride, const Product& operands, const char* name
 
 }  // namespace
 
-bool tensor_core_products_available(Dtype dtype) {
-  if (dtype == Dtype::kFloat32) return false;
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
-  if (cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return false;
-  return major == 9 && minor == 0;
-}
+bool tensor_core_products_available(Dtype dtype) { return find_kernels(dtype) != nullptr; }
 
 void product(const Product& operands, const float* bias, void* out, std::int64_t out_stride, Dtype dtype,
              cudaStream_t stream) {
-  check(operands, dtype, "product");
-  check_stride(out_stride, operands, "product");
-  const auto run = dtype == Dtype::kBfloat16 ? sm90::product_bf16 : sm90::product_fp16;
-  run(operands, bias, out, out_stride, stream);
+  const char* name = "product";
+  check(operands, dtype, name);
+  check_stride(out_stride, operands, name);
+  kernels(dtype, name).product(operands, bias, out, out_stride, stream);
 }
 
 void product_gelu(const Product& operands, const float* bias, void* z, void* activation, Dtype dtype,
                   cudaStream_t stream) {
-  check(operands, dtype, "product_gelu");
-  const auto run = dtype == Dtype::kBfloat16 ? sm90::product_gelu_bf16 : sm90::product_gelu_fp16;
-  run(operands, bias, z, activation, stream);
+  const char* name = "product_gelu";
+  check(operands, dtype, name);
+  kernels(dtype, name).product_gelu(operands, bias, z, activation, stream);
 }
 
 void product_gelu_gradient(const Product& operands, const void* z, void* out, void* activation, std::int64_t out_stride,
                            Dtype dtype, cudaStream_t stream) {
-  check(operands, dtype, "product_gelu_gradient");
-  check_stride(out_stride, operands, "product_gelu_gradient");
-  const auto run = dtype == Dtype::kBfloat16 ? sm90::product_gelu_gradient_bf16 : sm90::product_gelu_gradient_fp16;
-  run(operands, z, out, activation, out_stride, stream);
+  const char* name = "product_gelu_gradient";
+  check(operands, dtype, name);
+  check_stride(out_stride, operands, name);
+  kernels(dtype, name).product_gelu_gradient(operands, z, out, activation, out_stride, stream);
 }
 
 void weight_gradient(const void* gradient, const void* input, std::int64_t input_stride, float* partial,
@@ -74,7 +112,7 @@ void weight_gradient(const void* gradient, const void* input, std::int64_t input
   const char* name = "weight_gradient";
   require(part_rows > 0, name, "part_rows must be positive");
   check({input, input_stride, gradient, rows, channels, depth}, dtype, name);
-  const auto run = dtype == Dtype::kBfloat16 ? sm90::weight_gradient_bf16 : sm90::weight_gradient_fp16;
+  const auto run = kernels(dtype, name).weight_gradient;
   const std::int64_t whole = rows / part_rows, rest = rows % part_rows;
   if (whole > 0) run(gradient, input, input_stride, partial, whole, part_rows, channels, depth, stream);
   if (rest > 0) {
@@ -84,30 +122,5 @@ void weight_gradient(const void* gradient, const void* input, std::int64_t input
     run(gradient_rest, input_rest, input_stride, partial + whole * channels * depth, 1, rest, channels, depth, stream);
   }
 }
-
-#else  // no kernels for sm_90a in this build
-
-namespace {
-[[noreturn]] void refuse(const char* name) {
-  throw std::runtime_error(std::string(name) + ": this build has no kernels for sm_90a (HUBERT_FAST_CUDA_ARCHS)");
-}
-}  // namespace
-
-bool tensor_core_products_available(Dtype) { return false; }
-
-void product(const Product&, const float*, void*, std::int64_t, Dtype, cudaStream_t) { refuse("product"); }
-
-void product_gelu(const Product&, const float*, void*, void*, Dtype, cudaStream_t) { refuse("product_gelu"); }
-
-void product_gelu_gradient(const Product&, const void*, void*, void*, std::int64_t, Dtype, cudaStream_t) {
-  refuse("product_gelu_gradient");
-}
-
-void weight_gradient(const void*, const void*, std::int64_t, float*, std::int64_t, std::int64_t, std::int64_t,
-                     std::int64_t, Dtype, cudaStream_t) {
-  refuse("weight_gradient");
-}
-
-#endif
 
 }  // namespace hubert_fast::cuda

@@ -25,7 +25,8 @@ struct Product {
   std::int64_t depth;
 };
 
-// Whether these products are there for a dtype on the current device, which must be Hopper (compute capability 9.0).
+// Whether these products are there for a dtype on the current device: those for sm_90a on Hopper (compute capability 9.0),
+// those for sm_80 (sm80_kernels.h) on every other GPU of 8.0 or newer, and on Hopper where a build has no others.
 bool tensor_core_products_available(Dtype dtype);
 
 // out = product + bias. `bias` is [columns] float, or null; rows of `out` are `out_stride` apart.

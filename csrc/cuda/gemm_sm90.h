@@ -39,41 +39,14 @@ CUresult checked_cuTensorMapEncodeIm2col(Arguments... arguments) {
 #include "cutlass/epilogue/collective/collective_builder.hpp"
 #include "cutlass/epilogue/fusion/operations.hpp"
 #include "cutlass/gemm/collective/collective_builder.hpp"
-#include "cutlass/gemm/device/gemm_universal_adapter.h"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
-#include "gelu.h"
 #include "gemm.h"
+#include "gemm_cutlass.h"
 
 namespace hubert_fast::cuda::sm90 {
 
 using namespace cute;
 namespace fusion = cutlass::epilogue::fusion;
-
-// Activations of epilogues, over the fragments of float that CUTLASS hands to them.
-template <class T>
-struct GeluValue;
-template <int N>
-struct GeluValue<cutlass::Array<float, N>> {
-  CUTLASS_DEVICE cutlass::Array<float, N> operator()(const cutlass::Array<float, N>& z) const {
-    cutlass::Array<float, N> result;
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < N; ++i) result[i] = FastGelu::value(z[i]);
-    return result;
-  }
-};
-
-template <class T>
-struct GeluGradient;
-template <int N>
-struct GeluGradient<cutlass::Array<float, N>> {
-  CUTLASS_DEVICE cutlass::Array<float, N> operator()(const cutlass::Array<float, N>& upstream,
-                                                     const cutlass::Array<float, N>& z) const {
-    cutlass::Array<float, N> result;
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < N; ++i) result[i] = upstream[i] * FastGelu::both(z[i]).derivative;
-    return result;
-  }
-};
 
 // Ping-pong: two warpgroups take turns, so the epilogue of one tile (by its instructions, GELU takes a third of the cycles
 // that the products take at depth 1,024) hides behind the products of the other. With 128 x 128 each has registers for it.
@@ -82,9 +55,6 @@ using RowEpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized;
 using RowTile = Shape<_128, _128, _64>;
 // Two blocks along the rows share each tile of the weight.
 using RowCluster = Shape<_2, _1, _1>;
-
-constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
-constexpr int kAlignment = 8;  // elements of 16 bits in 16 bytes
 
 template <class Element, class Source>
 using RowEpilogueShape =
@@ -180,14 +150,6 @@ struct WeightProduct {
   using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, MainloopOp, EpilogueOp>;
 };
 
-inline void require(cutlass::Status status, const char* kernel, const char* step) {
-  if (status == cutlass::Status::kSuccess) return;
-  std::string message = std::string(kernel) + ": " + step + ": " + cutlass::cutlassGetStatusString(status);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) message += std::string(" (") + cudaGetErrorString(error) + ")";
-  throw std::runtime_error(message);
-}
-
 inline cutlass::KernelHardwareInfo hardware() {
   cutlass::KernelHardwareInfo info;
   cudaError_t error = cudaGetDevice(&info.device_id);
@@ -196,18 +158,6 @@ inline cutlass::KernelHardwareInfo hardware() {
   }
   if (error != cudaSuccess) throw std::runtime_error(std::string("no CUDA device: ") + cudaGetErrorString(error));
   return info;
-}
-
-template <class Kernel>
-void run(const typename Kernel::Arguments& arguments, const char* name, cudaStream_t stream) {
-  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
-  require(Gemm::can_implement(arguments), name, "sizes");
-  if (Gemm::get_workspace_size(arguments) != 0) {
-    throw std::runtime_error(std::string(name) + ": this kernel was meant to need no workspace");
-  }
-  Gemm gemm;
-  require(gemm.initialize(arguments, nullptr, stream), name, "set-up");
-  require(gemm.run(stream), name, "launch");
 }
 
 using RowStride = Stride<std::int64_t, _1, std::int64_t>;

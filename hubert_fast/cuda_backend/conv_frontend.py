@@ -7,9 +7,10 @@ finite and their gradients are zero. As ``rows[l] > frames[l]`` there is a dead 
 gradient that looks one row back finds zeros; one more row stands before the first sequence, and one after the last.
 
 - Layer 0, its norm and GELU are one pass over the waveform, forward and backward (``csrc/cuda/first_layer.h``).
-- On Hopper in 16 bits the products are CUTLASS kernels with GELU or its derivative in their epilogues
-  (``csrc/cuda/gemm.h``). Elsewhere, and in float32 (so that torch's TF32 setting holds), they are ``torch.mm`` between passes
-  of ours (``csrc/cuda/activations.h``); there, kernel 3 in 16 bits costs a copy of the windows, 1.5 times the input.
+- In 16 bits the products are CUTLASS kernels with GELU or its derivative in their epilogues (``csrc/cuda/gemm.h``): one set
+  for Hopper, one for every other GPU. In float32 (so that torch's TF32 setting holds), and where a build has none for the
+  GPU, they are ``torch.mm`` between passes of ours (``csrc/cuda/activations.h``); there, kernel 3 in 16 bits costs a copy of
+  the windows, 1.5 times the input.
 
 What is kept for the backward: the waveform, layer 0's statistics (kilobytes), and layers 1.. before norm and GELU in the
 compute dtype. The activations that weight gradients need are made again: those of layer 0 by its backward pass, in place of
@@ -401,7 +402,8 @@ class _Frontend:
     def _weight_part_rows(self, rows: int, depth: int) -> int:
         """Rows of a part of the weight gradient: enough parts that the last wave of tiles is full, few enough that adding
         them up costs little. Rows that do not divide evenly are one short part more, in a launch of its own; so parts are
-        rounded down, never up. The rates are those of an H100; they only need to be roughly right.
+        rounded down, never up. The rates are those of an H100; they only need to be roughly right. A multiprocessor works
+        on 128 x 256 values at a time, in one tile (sm_90a) or two (sm_80).
         """
         processors = 132
         if self.device.type == "cuda":

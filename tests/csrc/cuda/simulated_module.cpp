@@ -3,11 +3,20 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
 
 #include "bindings.h"
 #include "cuda/gelu.h"
+#include "cuda/sm80_kernels.h"
 #include "cuda/sm90_kernels.h"
 #include "simulated_device.h"
+
+namespace {
+struct {
+  int major = 9, minor = 0;
+} capability;
+std::string product_namespace;  // of the last product
+}  // namespace
 
 extern "C" {
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
@@ -16,14 +25,14 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? capability.major : capability.minor;
   return cudaSuccess;
 }
 const char* cudaGetErrorString(cudaError_t) { return "simulated"; }
 }
 
-namespace hubert_fast::cuda::sm90 {
-namespace {
+namespace hubert_fast::cuda {
+namespace loops {
 
 float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 float widen(__half x) { return __half2float(x); }
@@ -86,33 +95,44 @@ void weight_gradient(const void* gradient, const void* input, std::int64_t strid
   }
 }
 
-}  // namespace
+}  // namespace loops
 
-#define DEFINE(suffix, type)                                                                                           \
+// The functions of sm80_kernels.h and sm90_kernels.h: the same loops.
+#define DEFINE(arch, suffix, type)                                                                                     \
+  namespace arch {                                                                                                     \
   void product_##suffix(const Product& operands, const float* bias, void* out, std::int64_t stride, cudaStream_t) {    \
-    product<type>(operands, bias, out, stride);                                                                        \
+    product_namespace = #arch;                                                                                         \
+    loops::product<type>(operands, bias, out, stride);                                                                 \
   }                                                                                                                    \
   void product_gelu_##suffix(const Product& operands, const float* bias, void* z, void* activation, cudaStream_t) {    \
-    product_gelu<type>(operands, bias, z, activation);                                                                 \
+    product_namespace = #arch;                                                                                         \
+    loops::product_gelu<type>(operands, bias, z, activation);                                                          \
   }                                                                                                                    \
   void product_gelu_gradient_##suffix(const Product& operands, const void* z, void* out, void* activation,             \
                                       std::int64_t stride, cudaStream_t) {                                             \
-    product_gelu_gradient<type>(operands, z, out, activation, stride);                                                 \
+    product_namespace = #arch;                                                                                         \
+    loops::product_gelu_gradient<type>(operands, z, out, activation, stride);                                          \
   }                                                                                                                    \
   void weight_gradient_##suffix(const void* gradient, const void* input, std::int64_t stride, float* partial,          \
                                 std::int64_t parts, std::int64_t part_rows, std::int64_t channels, std::int64_t depth, \
                                 cudaStream_t) {                                                                        \
-    weight_gradient<type>(gradient, input, stride, partial, parts, part_rows, channels, depth);                        \
+    product_namespace = #arch;                                                                                         \
+    loops::weight_gradient<type>(gradient, input, stride, partial, parts, part_rows, channels, depth);                 \
+  }                                                                                                                    \
   }
 
-DEFINE(bf16, __nv_bfloat16)
-DEFINE(fp16, __half)
+DEFINE(sm80, bf16, __nv_bfloat16)
+DEFINE(sm80, fp16, __half)
+DEFINE(sm90, bf16, __nv_bfloat16)
+DEFINE(sm90, fp16, __half)
 
-}  // namespace hubert_fast::cuda::sm90
+}  // namespace hubert_fast::cuda
 
 PYBIND11_MODULE(simulated_cuda, m) {
   hubert_fast::bind_cuda(m);
   m.def("set_schedule", [](int order, std::int64_t first_block) { simulated::schedule = {order, first_block}; });
+  m.def("set_compute_capability", [](int major, int minor) { capability = {major, minor}; });
+  m.def("product_namespace", [] { return product_namespace; });
   // The two GELUs: (value, derivative) of z.
   auto both = [](hubert_fast::cuda::Gelu gelu) { return pybind11::make_tuple(gelu.value, gelu.derivative); };
   m.def("fast_gelu", [both](float z) { return both(hubert_fast::cuda::FastGelu::both(z)); });

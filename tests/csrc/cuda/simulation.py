@@ -75,7 +75,7 @@ def build(folder: Path, options: list[str]) -> None:
         "-Werror",
     ]
     command += ["-Wno-unknown-pragmas", "-Wno-clobbered", "-DHUBERT_FAST_SIMULATE_CUDA", "-DHUBERT_FAST_WITH_CUDA"]
-    command += ["-DHUBERT_FAST_WITH_SM90", *options]
+    command += ["-DHUBERT_FAST_WITH_SM80", "-DHUBERT_FAST_WITH_SM90", *options]
     command += [option for include in includes for option in ("-isystem", include)]
     command += ["-Icsrc", "-Icsrc/cuda", "-Itests/csrc/cuda", "-x", "c++", *SOURCES]
     command += ["-o", str(folder / "simulated_cuda.so")]

@@ -71,6 +71,31 @@ def test_a_sequence_has_the_same_features_in_every_place_of_a_batch(simulated):
         assert torch.equal(simulation.run(simulated, alone, tensor_cores=True)[0][0], features[row])
 
 
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((7, 5), None), ((8, 0), "sm80"), ((8, 9), "sm80"), ((9, 0), "sm90"), ((10, 0), "sm80"), ((12, 0), "sm80")],
+)
+@pytest.mark.parametrize("dtype", [1, 2], ids=["bfloat16", "float16"])
+def test_products_are_chosen_by_the_device(simulated, capability, expected, dtype):
+    cuda, memory = simulated.cuda, torch.zeros(64, dtype=torch.bfloat16)
+    operands = cuda.Product(
+        input=memory.data_ptr(), input_stride=8, weight=memory.data_ptr(), rows=1, columns=8, depth=8
+    )
+    simulated.set_compute_capability(*capability)
+    try:
+        assert cuda.tensor_core_products_available(dtype) == (expected is not None)
+        assert not cuda.tensor_core_products_available(0)
+        call = {"bias": 0, "out": memory.data_ptr(), "out_stride": 8, "dtype": dtype, "stream": 0}
+        if expected is None:
+            with pytest.raises(RuntimeError, match="product: this build has no kernel for this GPU"):
+                cuda.product(operands, **call)
+        else:
+            cuda.product(operands, **call)
+            assert simulated.product_namespace() == expected
+    finally:
+        simulated.set_compute_capability(9, 0)
+
+
 def test_gelu_is_exact_to_float_rounding(simulated):
     z = torch.linspace(-12, 12, 20001, dtype=torch.float32)
     value = F.gelu(z.double())
@@ -255,7 +280,7 @@ def test_products_check_their_sizes_on_the_host(simulated):
     cuda = simulated.cuda
     sizes = dict(input=0, input_stride=128, weight=0, rows=10, columns=64, depth=192)
     for message, change in (
-        ("rows must be positive and fit 31 bits", dict(rows=1 << 31)),
+        ("rows must be positive and at most", dict(rows=(1 << 31) - 255)),
         ("columns must be a positive multiple of 8", dict(columns=60)),
         ("depth must be a positive multiple of 8", dict(depth=100)),
         ("input_stride must be a positive multiple of 8", dict(input_stride=4)),

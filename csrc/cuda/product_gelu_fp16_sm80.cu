@@ -1,0 +1,10 @@
+#include "gemm_sm80.h"
+#include "sm80_kernels.h"
+
+namespace hubert_fast::cuda::sm80 {
+
+void product_gelu_fp16(const Product& operands, const float* bias, void* z, void* activation, cudaStream_t stream) {
+  product_gelu<cutlass::half_t>(operands, bias, z, activation, stream);
+}
+
+}  // namespace hubert_fast::cuda::sm80
