@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
@@ -171,6 +171,8 @@ def _setup_requires() -> list[str]:
 
 OPTIONS = _or_exit(build_options.read_options, os.environ)
 setup(
+    packages=[*find_packages(include=["hubert_fast*"]), "hubert_fast.kernels"],
+    package_dir={"hubert_fast.kernels": "kernels"},
     ext_modules=[Extension("hubert_fast._C", sources=[])] if OPTIONS.extension else [],
     cmdclass={"build": CheckedBuild, "build_ext": CMakeBuild},
     setup_requires=_setup_requires(),

@@ -42,7 +42,7 @@ class _Operator:
 
 
 # Every name that some operator has. One that an operator lacks leaves that operator at "auto".
-_NAMES = ("cuda", "cpu", "torch", "reference")
+_NAMES = ("triton", "cuda", "cpu", "torch", "reference")
 
 _operators: dict[str, _Operator] = {}
 _default = os.environ.get("HUBERT_FAST_BACKEND", AUTO)

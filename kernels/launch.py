@@ -1,0 +1,147 @@
+"""How every Triton kernel is started: block sizes from a table, nothing tuned at a user's first step.
+
+A kernel's host function lists the block sizes that suit its inputs, best first; `launch` takes the first. With the environment
+variable ``HUBERT_FAST_AUTOTUNE=1`` it times all of them at the first launch of each shape instead (`triton.autotune`); which one
+wins may then change from run to run, and with it the last bits of a sum.
+
+Kernels run on a GPU, or on CPU tensors in Triton's interpreter (``TRITON_INTERPRET=1`` in the environment before this is
+imported), which is for tests. `recording` runs nothing: it notes what would be started, so that tools/aot can compile it without
+a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any, Optional
+
+import torch
+import triton
+from torch import Tensor
+
+# Architectures that the tables tell apart. 86 stands for all with 100 KB of shared memory (8.6, 8.9, 12.x), 0 for the
+# interpreter, whose blocks are small so that small inputs have several.
+ARCHITECTURES = (80, 86, 90, 100)
+INTERPRETER = 0
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Block sizes of a launch: constants of the kernel by name, warps of a program, stages of its pipelined loops."""
+
+    sizes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One that `recording` saw: all it takes to compile the kernel for its architecture."""
+
+    kernel: Any  # triton.JITFunction
+    arguments: dict[str, Any]  # by name; tensors lie on the meta device
+    blocks: Blocks
+    architecture: int
+
+
+_recorded: Optional[list[Launch]] = None
+_recorded_architecture = 0
+
+
+def architecture(tensor: Tensor) -> int:
+    """The column of the block tables for the device of ``tensor``: one of `ARCHITECTURES`, or `INTERPRETER`."""
+    if _recorded is not None:
+        return _recorded_architecture
+    if tensor.device.type != "cuda":
+        return INTERPRETER
+    return _architecture(tensor.device.index)
+
+
+@lru_cache
+def _architecture(index: int) -> int:
+    capability = torch.cuda.get_device_capability(index)
+    if capability in ((8, 6), (8, 9)) or capability[0] >= 12:
+        return 86
+    return {8: 80, 9: 90}.get(capability[0], 100)
+
+
+def why_not(tensor: Tensor, *, automatic: bool) -> Optional[str]:
+    """Why kernels cannot take ``tensor``, or None. ``automatic``: nobody asked for them by name."""
+    if tensor.device.type == "cuda":
+        if torch.cuda.get_device_capability(tensor.device)[0] < 8:
+            return "its kernels need a GPU of compute capability 8.0 or newer"
+        return None
+    if tensor.device.type == "meta" and _recorded is not None:
+        return None
+    if tensor.device.type != "cpu" or not INTERPRETED:
+        return f"it runs on an NVIDIA GPU, and the inputs are on {tensor.device.type!r}"
+    if automatic:
+        return "on a CPU it runs in Triton's interpreter, which is for tests"
+    return None
+
+
+def launch(
+    kernel: Any,
+    grid: Callable[[Mapping[str, int]], tuple[int, ...]],
+    arguments: Mapping[str, Any],
+    candidates: Sequence[Blocks],
+) -> None:
+    """Start ``kernel`` on the current stream.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        grid: how many programs, from the arguments and block sizes by name.
+        arguments: every argument that is not a block size, constants too, by name. None stands for an absent tensor.
+        candidates: block sizes that suit, best first.
+    """
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, dict(arguments), candidates[0], _recorded_architecture))
+        return
+    blocks = candidates[0]
+    if os.environ.get("HUBERT_FAST_AUTOTUNE") == "1" and len(candidates) > 1 and not INTERPRETED:
+        _tuned(kernel, tuple(candidates), tuple(arguments))[grid](**arguments, enable_fp_fusion=True)
+        return
+    programs = grid({**arguments, **blocks.sizes})
+    if 0 in programs:
+        return  # CUDA refuses an empty grid; there is nothing to do
+    kernel[programs](**arguments, **blocks.sizes, **options(blocks))
+
+
+def options(blocks: Blocks) -> dict[str, Any]:
+    """Triton's compile options. Multiply-adds are fused whatever the default: Triton 3.10 turns it round."""
+    return {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
+
+
+_tuners: dict[Any, Any] = {}
+
+
+def _tuned(kernel: Any, candidates: tuple[Blocks, ...], names: tuple[str, ...]) -> Any:
+    """``kernel`` under ``triton.autotune``, keyed by its integer arguments."""
+    key = (kernel, tuple((tuple(each.sizes.items()), each.warps, each.stages) for each in candidates))
+    if key not in _tuners:
+        configs = [triton.Config(dict(each.sizes), num_warps=each.warps, num_stages=each.stages) for each in candidates]
+        sizes = [name for name in names if name.isupper() or name in ("rows", "max_frames", "classes", "channels")]
+        _tuners[key] = triton.autotune(configs=configs, key=sizes)(kernel)
+    return _tuners[key]
+
+
+@contextmanager
+def recording(arch: int) -> Iterator[list[Launch]]:
+    """Inside it launches are noted, not made, as if tensors were on a GPU of architecture ``arch``. Use meta tensors."""
+    global _recorded, _recorded_architecture
+    if INTERPRETED:
+        raise RuntimeError(
+            "kernels are interpreted in this process (TRITON_INTERPRET is set): there is nothing to compile"
+        )
+    before = _recorded, _recorded_architecture
+    _recorded, _recorded_architecture = [], arch
+    try:
+        yield _recorded
+    finally:
+        _recorded, _recorded_architecture = before
