@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_timing import limits, median, require_gpu
 from benchmarks.machine import describe
 from hubert_fast import extension
 from hubert_fast.cuda_backend import conv_frontend as backend
@@ -34,14 +35,13 @@ _RATE = 16_000
 
 def main() -> None:
     arguments = _arguments()
-    if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs an NVIDIA GPU, and torch finds none")
+    require_gpu()
     if extension.cuda() is None:
         raise SystemExit(f"this benchmark needs the CUDA kernels: {extension.why_not('cuda')}")
     case = _Case(arguments)
-    bandwidth, rate = _bandwidth(), _matmul_rate(case.dtype)
+    bandwidth, rate = limits(case.dtype)
     stages = _stages(case, arguments.repeats, bandwidth, rate)
-    forward, both = (_median(step, arguments.repeats) for step in (case.forward, case.both))
+    forward, both = (median(step, arguments.repeats) for step in (case.forward, case.both))
     flops = case.flops()
     report = {
         "machine": describe() | {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda},
@@ -261,32 +261,6 @@ def _stages(case: _Case, repeats: int, bandwidth: float, rate: float) -> list[di
     ]
 
 
-def _median(step: Callable[[], Any], repeats: int) -> float:
-    seconds = []
-    for repeat in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        _fill_queue()
-        start.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        if repeat >= 2:
-            seconds.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(seconds)
-
-
-def _bandwidth() -> float:
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / _median(lambda: target.copy_(source), 10)
-
-
-def _matmul_rate(dtype: torch.dtype) -> float:
-    size = 8192
-    left, right = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
-    return 2 * size**3 / _median(lambda: left @ right, 10)
-
-
 def _torchaudio(case: _Case, repeats: int) -> float | None:
     """Forward and backward of torchaudio's feature extractor of the same sizes under autocast; None where it has none."""
     if case.norm != "group_norm":
@@ -301,7 +275,7 @@ def _torchaudio(case: _Case, repeats: int) -> float | None:
         features.backward(case.direction.to(features.dtype))
         extractor.zero_grad(set_to_none=True)  # or it would pay for adding gradients up
 
-    return _median(step, repeats)
+    return median(step, repeats)
 
 
 def _print(report: dict[str, Any]) -> None:
