@@ -135,7 +135,7 @@ def _print(report: dict[str, Any]) -> None:
 
 def _seconds(step: Callable[[], Any]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(10_000_000)  # some milliseconds of queue, behind which the host gets ahead of the device
+    torch.cuda._sleep(50_000_000)  # tens of milliseconds of queue, behind which the host gets ahead of the device
     start.record()
     step()
     end.record()

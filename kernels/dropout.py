@@ -1,7 +1,9 @@
 """Dropout masks from a counter-based generator: a function of (seed, row, column), so the backward asks again, in any order.
 
-A row and a column each get 32 random bits from Philox (Salmon et al. 2011); the bits of an element are a hash of the two.
-One Philox round trip an element would cost more than the memory traffic it decorates: 25 integer instructions against 6.
+A row and a column each get 32 bits, a hash of their number and the seed; the bits of an element are a hash of the two. Philox
+(Salmon et al. 2011) would take 25 integer instructions an element and 100 a row, more than the memory traffic takes that
+they decorate; this takes 6 and 12. The multipliers are known to mix well (Wellons 2018, "Prospecting for Hash Functions");
+tests/kernels/test_dropout.py says what was tested of the result.
 """
 
 from __future__ import annotations
@@ -25,13 +27,19 @@ def scale(p: float) -> float:
 @triton.jit
 def row_bits(seed, rows):
     """Random bits of each row: uint32, in the shape of ``rows`` (int32). ``seed`` is a scalar int64."""
-    return tl.randint(seed, rows).to(tl.uint32, bitcast=True)
+    low = seed.to(tl.uint32)
+    # The low half counts twice: else seeds that differ in it alone would give the same masks with rows exchanged.
+    high = (seed >> 32).to(tl.uint32) + low * 0x9E3779B1
+    bits = rows.to(tl.uint32) ^ low
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+    bits = ((bits ^ (bits >> 15)) + high) * 0x846CA68B
+    return bits ^ (bits >> 16)
 
 
 @triton.jit
 def column_bits(seed, columns):
     """Random bits of each column, independent of those of the rows."""
-    return tl.randint(seed ^ 0x5851F42D4C957F2D, columns).to(tl.uint32, bitcast=True)
+    return row_bits(seed ^ 0x5851F42D4C957F2D, columns)
 
 
 @triton.jit

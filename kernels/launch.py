@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, Optional
+from typing import Any, ContextManager, Optional
 
 import torch
 import triton
@@ -105,12 +105,24 @@ def launch(
         return
     blocks = candidates[0]
     if os.environ.get("HUBERT_FAST_AUTOTUNE") == "1" and len(candidates) > 1 and not INTERPRETED:
-        _tuned(kernel, tuple(candidates), tuple(arguments))[grid](**arguments, enable_fp_fusion=True)
+        with _device_of(arguments):
+            _tuned(kernel, tuple(candidates), tuple(arguments))[grid](**arguments, enable_fp_fusion=True)
         return
     programs = grid({**arguments, **blocks.sizes})
     if 0 in programs:
         return  # CUDA refuses an empty grid; there is nothing to do
-    kernel[programs](**arguments, **blocks.sizes, **options(blocks))
+    with _device_of(arguments):
+        kernel[programs](**arguments, **blocks.sizes, **options(blocks))
+
+
+def _device_of(arguments: Mapping[str, Any]) -> ContextManager[Any]:
+    """Triton starts kernels on the current device, whatever that of their arguments."""
+    for each in arguments.values():
+        if isinstance(each, Tensor):
+            if each.is_cuda and each.device.index != torch.cuda.current_device():
+                return torch.cuda.device(each.device)
+            break
+    return nullcontext()
 
 
 def options(blocks: Blocks) -> dict[str, Any]:

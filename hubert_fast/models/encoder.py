@@ -8,9 +8,29 @@ from typing import Iterator, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 
+from hubert_fast.models.masking import MaskGenerator
+from hubert_fast.models.plain import (
+    Update,
+    add,
+    add_and_normalize,
+    add_then_normalize,
+    draw_seeds,
+    is_plain,
+    normalize,
+    product,
+    rate,
+)
+from hubert_fast.models.plan import StepPlan
 from hubert_fast.models.rows import Rows, whole_grid
+from hubert_fast.ops.bias_gelu_dropout import bias_gelu_dropout
+from hubert_fast.ops.mask_fill import mask_fill
 from hubert_fast.ops.masked_attention import masked_attention
+from hubert_fast.ops.positional_conv import positional_conv
+
+# Dropout masks of a layer: on the attention weights, after the attention, inside the feed-forward, after it.
+_MASKS = 4
 
 
 class FeatureProjection(nn.Module):
@@ -37,12 +57,33 @@ class ConvolutionalPositionalEmbedding(nn.Module):
         self.embed_dim = embed_dim
         self.kernel_size = kernel_size
         conv = nn.Conv1d(embed_dim, embed_dim, kernel_size, padding=kernel_size // 2, groups=groups)
-        self.conv = nn.utils.parametrizations.weight_norm(conv, name="weight", dim=2)
+        self.conv = parametrizations.weight_norm(conv, name="weight", dim=2)
 
     def forward(self, x: Tensor) -> Tensor:
         frames = x.shape[1]
         x = self.conv(x.transpose(1, 2))[:, :, :frames]  # an even kernel gives one frame more than it is given
         return F.gelu(x).transpose(1, 2)
+
+    def add_to(self, x: Tensor, layout: Rows) -> Tensor:
+        """Rows plus their positional embedding: ``[rows, channels] -> [rows, channels]``."""
+        if (
+            not is_plain(self, ConvolutionalPositionalEmbedding)
+            or self.conv._forward_hooks
+            or self.conv._forward_pre_hooks
+        ):
+            return x + layout.pack(self(layout.unpack(x)))
+        weight, gain = self.conv.weight, None
+        if parametrize.is_parametrized(self.conv, "weight"):
+            parametrization = self.conv.parametrizations.weight
+            if (
+                len(parametrization) == 1
+                and type(parametrization[0]) is parametrizations._WeightNorm
+                and parametrization[0].dim == 2
+            ):
+                gain, weight = parametrization.original0, parametrization.original1
+        return positional_conv(
+            x, weight, self.conv.bias, layout.offsets, groups=self.conv.groups, max_frames=layout.frames, gain=gain
+        )
 
 
 class SelfAttention(nn.Module):
@@ -63,22 +104,24 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: Rows, keep: Optional[Tensor] = None) -> Tensor:
         """``keep`` ([kept] int64) names the rows whose output is wanted; None wants all."""
+        return self.out_proj(self.heads(x, layout, keep))
+
+    def heads(
+        self, x: Tensor, layout: Rows, keep: Optional[Tensor] = None, seed: Optional[Tensor] = None
+    ) -> Tensor:  # [rows, embed_dim]
+        """What the output projection is given: the heads side by side. ``seed`` is that of the dropout."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        if all(_is_plain_linear(each) for each in projections):
+        if all(is_plain(each, nn.Linear) and each.bias is not None for each in projections):
             weight = torch.cat([each.weight for each in projections])
             qkv = F.linear(x, weight, torch.cat([each.bias for each in projections]))
         else:
             qkv = torch.cat([each(x) for each in projections], dim=1)
         qkv = qkv.unflatten(1, (3, self.num_heads, self.head_dim))
         dropout = self.dropout if self.training else 0.0
-        out = masked_attention(qkv, layout.offsets, layout.key_lengths, max_frames=layout.frames, dropout_p=dropout)
-        out = out.flatten(1)
-        return self.out_proj(out if keep is None else out.index_select(0, keep))
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether calling the module is just its product: not an adapter in its place, not hooked, not sharded by itself."""
-    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+        out = masked_attention(
+            qkv, layout.offsets, layout.key_lengths, max_frames=layout.frames, dropout_p=dropout, seed=seed
+        ).flatten(1)
+        return out if keep is None else out.index_select(0, keep)
 
 
 class FeedForward(nn.Module):
@@ -94,12 +137,19 @@ class FeedForward(nn.Module):
         self.output_dropout = nn.Dropout(output_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.intermediate_dropout(F.gelu(self.intermediate_dense(x)))
-        return self.output_dropout(self.output_dense(x))
+        return self.output_dropout(self.output_dense(self.hidden(x.flatten(0, -2)))).unflatten(0, x.shape[:-1])
+
+    def hidden(self, x: Tensor, seed: Optional[Tensor] = None) -> Tensor:
+        """What the second product is given: ``[rows, io_features] -> [rows, intermediate_features]``."""
+        value, bias = product(self.intermediate_dense, x)
+        return bias_gelu_dropout(value, bias, dropout_p=rate(self.intermediate_dropout), seed=seed)
 
 
 class EncoderLayer(nn.Module):
-    """Attention and feed-forward, each with a residual and a LayerNorm before (``layer_norm_first``) or after it."""
+    """Attention and feed-forward, each with a residual and a LayerNorm before (``layer_norm_first``) or after it.
+
+    Between the products there is one pass over memory each: bias, GELU and dropout; bias, dropout, residual and LayerNorm.
+    """
 
     def __init__(
         self, attention: SelfAttention, dropout: float, layer_norm_first: bool, feed_forward: FeedForward
@@ -112,16 +162,46 @@ class EncoderLayer(nn.Module):
         self.feed_forward = feed_forward
         self.final_layer_norm = nn.LayerNorm(attention.embed_dim)
 
-    def forward(self, x: Tensor, layout: Rows, keep: Optional[Tensor] = None) -> Tensor:
-        """``[rows, dim] -> [rows, dim]``, or ``[kept, dim]`` where ``keep`` ([kept] int64) says which rows are wanted."""
-        residual = x if keep is None else x.index_select(0, keep)
+    def forward(
+        self,
+        x: Tensor,  # [rows, dim]
+        layout: Rows,
+        keep: Optional[Tensor] = None,  # [kept] int64
+        seeds: Optional[list[Tensor]] = None,
+    ) -> Tensor:
+        """``[rows, dim] -> [rows, dim]``, or ``[kept, dim]`` where ``keep`` says which rows are wanted.
+
+        ``seeds``: of this layer's dropout masks; None: each is drawn where it is needed.
+        """
+        attention_seed, attended_seed, hidden_seed, output_seed = seeds or [None] * _MASKS
         if self.layer_norm_first:
-            x = self.layer_norm(x)
-        x = residual + self.dropout(self.attention(x, layout, keep))
-        if self.layer_norm_first:
-            return x + self.feed_forward(self.final_layer_norm(x))
-        x = self.layer_norm(x)
-        return self.final_layer_norm(x + self.feed_forward(x))
+            attended = self._attend(normalize(self.layer_norm, x), layout, keep, attention_seed, attended_seed)
+            normed, x = add_and_normalize(self.final_layer_norm, x, attended, keep)
+            return add(x, self._feed_forward(normed, hidden_seed, output_seed))
+        attended = self._attend(x, layout, keep, attention_seed, attended_seed)
+        x = add_then_normalize(self.layer_norm, x, attended, keep)
+        return add_then_normalize(self.final_layer_norm, x, self._feed_forward(x, hidden_seed, output_seed))
+
+    def _attend(
+        self,
+        x: Tensor,
+        layout: Rows,
+        keep: Optional[Tensor],
+        attention_seed: Optional[Tensor],
+        attended_seed: Optional[Tensor],
+    ) -> Update:
+        attention, dropout_p = self.attention, rate(self.dropout)
+        if not is_plain(attention, SelfAttention):
+            return Update(attention(x, layout, keep), None, dropout_p, attended_seed)
+        value, bias = product(attention.out_proj, attention.heads(x, layout, keep, attention_seed))
+        return Update(value, bias, dropout_p, attended_seed)
+
+    def _feed_forward(self, x: Tensor, hidden_seed: Optional[Tensor], output_seed: Optional[Tensor]) -> Update:
+        feed_forward = self.feed_forward
+        if not is_plain(feed_forward, FeedForward):
+            return Update(feed_forward(x), None, 0.0, None)
+        value, bias = product(feed_forward.output_dense, feed_forward.hidden(x, hidden_seed))
+        return Update(value, bias, rate(feed_forward.output_dropout), output_seed)
 
 
 class Transformer(nn.Module):
@@ -145,22 +225,24 @@ class Transformer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # [batch, frames, dim]
+        x: Tensor,  # [rows, dim], or [batch, frames, dim] without a layout
         layout: Optional[Rows] = None,
         keep: Optional[Tensor] = None,  # [kept] int64, rows of the layout
     ) -> Tensor:
-        """The rows of ``layout`` after the last layer: ``[rows, dim]``, or ``[kept, dim]``.
+        """The rows after the last layer: ``[rows, dim]``, or ``[kept, dim]``.
 
         Without a layout every frame is valid and a row, and the result has the shape of ``x``.
         """
         if layout is None:
-            return self.forward(x, whole_grid(*x.shape[:2], None, x.device)).unflatten(0, x.shape[:2])
+            rows = self.forward(x.flatten(0, 1), whole_grid(*x.shape[:2], None, x.device))
+            return rows.unflatten(0, x.shape[:2])
         x = self._preprocess(x, layout)
+        seeds = self._draw_seeds(x.device)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             wanted = keep if i == last else None
-            x = self._drop_or_run(layer, x, layout, wanted)
-        return x if self.layer_norm_first else self.layer_norm(x)
+            x = self._drop_or_run(layer, x, layout, wanted, seeds[i])
+        return x if self.layer_norm_first else normalize(self.layer_norm, x)
 
     def intermediate_outputs(self, x: Tensor, layout: Rows, num_layers: Optional[int] = None) -> Iterator[Tensor]:
         """The rows after each of the first ``num_layers`` layers; LayerDrop and the last LayerNorm do not take part."""
@@ -172,25 +254,52 @@ class Transformer(nn.Module):
             yield x
 
     def _preprocess(self, x: Tensor, layout: Rows) -> Tensor:
-        x = layout.pack(x + self.pos_conv_embed(x))
+        embedding = self.pos_conv_embed
+        if isinstance(embedding, ConvolutionalPositionalEmbedding):
+            x = embedding.add_to(x, layout)
+        else:
+            x = x + layout.pack(embedding(layout.unpack(x)))
         if self.layer_norm_first:
-            x = self.layer_norm(x)
+            return normalize(self.layer_norm, x, dropout_p=rate(self.dropout))
         return self.dropout(x)
 
-    def _drop_or_run(self, layer: EncoderLayer, x: Tensor, layout: Rows, keep: Optional[Tensor]) -> Tensor:
+    def _draw_seeds(self, device: torch.device) -> list[Optional[list[Tensor]]]:
+        """Seeds of every layer's dropout masks, drawn at once; None where nothing is dropped."""
+        count = len(self.layers)
+        if not self.training or not any(map(_drops, self.layers)):
+            return [None] * count
+        seeds = draw_seeds(count * _MASKS, device)
+        return [seeds[i : i + _MASKS] for i in range(0, len(seeds), _MASKS)]
+
+    def _drop_or_run(
+        self, layer: nn.Module, x: Tensor, layout: Rows, keep: Optional[Tensor], seeds: Optional[list[Tensor]]
+    ) -> Tensor:
         if not self.training:
-            return layer(x, layout, keep)
+            return layer(x, layout, keep, seeds)
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         # Drawn whatever layer_drop is: torchaudio draws too, and the random numbers that follow are to be the same.
-        draw = torch.rand(1)
-        if torch.compiler.is_compiling():
+        draw = torch.rand(1, device=x.device if capturing else None)
+        if self.layer_drop == 0.0:
+            return layer(x, layout, keep, seeds)
+        if torch.compiler.is_compiling() or capturing:
             # A graph cannot skip a layer on a number drawn as it runs, so a dropped layer is computed and not used.
-            if self.layer_drop == 0.0:
-                return layer(x, layout, keep)
             dropped = (draw <= self.layer_drop).to(x.device)
-            return torch.where(dropped, x if keep is None else x.index_select(0, keep), layer(x, layout, keep))
-        if draw.item() <= self.layer_drop:
-            return x if keep is None else x.index_select(0, keep)
-        return layer(x, layout, keep)
+            return torch.where(dropped, _wanted(x, keep), layer(x, layout, keep, seeds))
+        return _wanted(x, keep) if draw.item() <= self.layer_drop else layer(x, layout, keep, seeds)
+
+
+def _wanted(x: Tensor, keep: Optional[Tensor]) -> Tensor:
+    return x if keep is None else x.index_select(0, keep)
+
+
+def _drops(layer: nn.Module) -> bool:
+    """Whether anything in ``layer`` is dropped in training."""
+    if not isinstance(layer, EncoderLayer):
+        return False
+    feed_forward = layer.feed_forward
+    attention_p = getattr(layer.attention, "dropout", 0.0)
+    dropouts = (layer.dropout, feed_forward.intermediate_dropout, feed_forward.output_dropout)
+    return attention_p > 0.0 or any(rate(each) > 0.0 for each in dropouts)
 
 
 class Encoder(nn.Module):
@@ -201,15 +310,32 @@ class Encoder(nn.Module):
         self.feature_projection = feature_projection
         self.transformer = transformer
 
-    def project(self, features: Tensor, layout: Rows) -> Tensor:
-        """Projected features on the grid, with 0 in the padding: ``[batch, frames, dim]``."""
-        if layout.index is not None:
-            return layout.unpack(self.feature_projection(layout.pack(features)))
-        x = self.feature_projection(features)
-        if layout.key_lengths is None:
+    def masked_rows(self, features: Tensor, plan: StepPlan, mask_generator: MaskGenerator) -> Tensor:
+        """The transformer's input for masked prediction: ``[batch, frames, features] -> [rows, dim]``."""
+        layout = plan.layout
+        if not is_plain(mask_generator, MaskGenerator):
+            grid, mask = layout.unpack(self._rows(features, layout)), layout.unpack(plan.mask)
+            return layout.pack(mask_generator(grid, mask=mask, channel_mask=plan.channel_mask)[0])
+        value, bias, dropout_p, _ = self._project(features, layout)
+        x = mask_fill(
+            value, bias, mask_generator.mask_embedding, plan.mask, padding=layout.padding(), dropout_p=dropout_p
+        )
+        if plan.channel_mask is None:
             return x
-        padding = torch.arange(layout.frames, device=x.device) >= layout.key_lengths.to(x.device)[:, None]
-        return x.masked_fill(padding[:, :, None], 0.0)
+        return x.masked_fill(plan.channel_mask[layout.sequence(x.device)], 0.0)
+
+    def _project(self, features: Tensor, layout: Rows) -> Update:
+        projection = self.feature_projection
+        if not is_plain(projection, FeatureProjection):
+            return Update(projection(layout.pack(features)), None, 0.0, None)
+        x = normalize(projection.layer_norm, features.flatten(0, 1), layout.index)
+        return Update(*product(projection.projection, x), rate(projection.dropout), None)
+
+    def _rows(self, features: Tensor, layout: Rows) -> Tensor:
+        """Projected features, with 0 in the padding: ``[rows, dim]``."""
+        x = self.feature_projection(layout.pack(features))
+        padding = layout.padding()
+        return x if padding is None else x.masked_fill(padding[:, None], 0.0)
 
     def forward(
         self,
@@ -217,15 +343,14 @@ class Encoder(nn.Module):
         lengths: Optional[Tensor] = None,  # [batch], frames
     ) -> Tensor:  # [batch, frames, dim]
         layout = whole_grid(*features.shape[:2], lengths, features.device)
-        return self.transformer(self.project(features, layout), layout).unflatten(0, features.shape[:2])
+        return self.transformer(self._rows(features, layout), layout).unflatten(0, features.shape[:2])
 
     def extract_features(
         self, features: Tensor, lengths: Optional[Tensor] = None, num_layers: Optional[int] = None
     ) -> list[Tensor]:
         """The outputs of the first ``num_layers`` transformer layers (None: all), each ``[batch, frames, dim]``."""
         layout = whole_grid(*features.shape[:2], lengths, features.device)
-        x = self.project(features, layout)
-        outputs = self.transformer.intermediate_outputs(x, layout, num_layers)
+        outputs = self.transformer.intermediate_outputs(self._rows(features, layout), layout, num_layers)
         return [each.unflatten(0, features.shape[:2]) for each in outputs]
 
 

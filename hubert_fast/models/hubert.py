@@ -7,10 +7,10 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
-from hubert_fast.models.checks import check_audio, check_labels, check_mask, check_values
+from hubert_fast.models.checks import check_audio, check_labels, check_mask
 from hubert_fast.models.logits import LogitGenerator
 from hubert_fast.models.masking import MaskGenerator
-from hubert_fast.models.rows import Rows, to_device, valid_rows
+from hubert_fast.models.plan import StepPlan, make_plan
 from hubert_fast.models.wav2vec2 import Wav2Vec2Model
 
 
@@ -93,60 +93,95 @@ class HuBERTPretrainModel(nn.Module):
         *,
         mask: Optional[Tensor] = None,
         masked_only: bool = False,
+        plan: Optional[StepPlan] = None,
     ) -> Encoded:
         """The transformer's output, with arguments as in `forward`.
 
-        ``masked_only`` asks for the masked rows alone, and the last layer computes no others; in a compiled graph, whose
-        shapes may not depend on the mask, all rows come all the same, and ``masked`` tells them apart.
+        ``masked_only`` asks for the masked rows alone, and the last layer computes no others. Where the mask lies on a GPU,
+        and in a compiled graph that is given no ``plan``, no shape may depend on it: all rows come all the same, and
+        ``masked`` tells them apart. ``plan`` is one made ahead by `plan`; ``labels`` and ``mask`` are then not read.
         """
         check_audio(waveforms, audio_lengths)
         features, lengths = self.wav2vec2.feature_extractor(waveforms, audio_lengths)
-        batch, frames = features.shape[:2]
-        check_labels(labels, batch, frames)
-        if mask is not None:
-            check_mask(mask, batch, frames)
+        if plan is None:  # made while a GPU is at work on the features
+            plan = self._plan(labels, lengths, features.shape[:2], features.device, mask=mask, masked_only=masked_only)
+        elif features.shape[:2] != plan.layout[:2]:
+            raise ValueError(
+                f"plan must be of the {features.shape[0]} x {features.shape[1]} frames of waveforms; it is of "
+                f"{plan.layout.batch} x {plan.layout.frames}"
+            )
         if self.feature_grad_mult is not None:
             features = _ScaleGradient.apply(features, self.feature_grad_mult)
         penalty = features.to(torch.promote_types(features.dtype, torch.float32)).square().mean()
+        x = self.wav2vec2.encoder.masked_rows(features, plan, self.mask_generator)
+        hidden = self.wav2vec2.encoder.transformer(x, plan.layout, plan.keep)
+        return Encoded(hidden, plan.labels, plan.masked, plan.unmasked, penalty)
 
-        layout = valid_rows(batch, frames, lengths, features.device)
-        x = self.wav2vec2.encoder.project(features, layout)
-        if mask is None:
+    def plan(
+        self,
+        labels: Tensor,
+        audio_lengths: Optional[Tensor] = None,
+        *,
+        samples: int,
+        device: torch.device,
+        mask: Optional[Tensor] = None,
+        masked_only: bool = False,
+        rows: Optional[int] = None,
+        kept: Optional[int] = None,
+    ) -> StepPlan:
+        """Where the rows of a step lie: everything about a batch that decides about shapes, made ahead of the step.
+
+        A step that is given its plan depends on no other number of the batch than ``waveforms``, so it may be captured in
+        a CUDA graph; with fixed capacities the graph serves every batch of the same ``[batch, samples]``.
+
+        Args:
+            labels, audio_lengths, mask, masked_only: as in `encode`.
+            samples: of a row of the waveforms.
+            device: of the waveforms.
+            rows: make this many rows of the valid frames, with dead ones at the end. None: as many as are valid.
+            kept: with ``masked_only``, keep this many rows, with unmasked ones at the end. None: as many as are masked.
+
+        Raises:
+            ValueError: as `forward`, and for a capacity that is too small or too large, or has no ``audio_lengths`` or mask
+                on the CPU to fill it from.
+        """
+        extractor = self.wav2vec2.feature_extractor
+        lengths = None if audio_lengths is None else extractor.output_lengths(audio_lengths)
+        grid = len(labels), int(extractor.output_lengths(torch.tensor(samples)))
+        settings = {"mask": mask, "masked_only": masked_only, "rows": rows, "kept": kept}
+        return self._plan(labels, lengths, grid, device, **settings)
+
+    def _plan(
+        self,
+        labels: Tensor,
+        lengths: Optional[Tensor],  # [batch], frames
+        grid: tuple[int, int],  # (batch, frames)
+        device: torch.device,
+        *,
+        mask: Optional[Tensor],
+        masked_only: bool,
+        rows: Optional[int] = None,
+        kept: Optional[int] = None,
+    ) -> StepPlan:
+        batch, frames = grid
+        check_labels(labels, batch, frames)
+        if mask is not None:
+            check_mask(mask, batch, frames)
+        else:
+            if lengths is not None and not torch.compiler.is_compiling():
+                lengths = lengths.cpu()  # the draw needs them
             mask = self.mask_generator.draw(batch, frames, lengths)
-        elif lengths is not None:
-            # An embedding in the padding would reach valid frames through the positional convolution.
-            mask = mask & (torch.arange(frames, device=mask.device) < lengths.to(mask.device)[:, None])
-        x, _ = self.mask_generator(x, mask=mask)
-        selection = _select(layout, labels, mask, features.device, masked_only, self.logit_generator.num_classes)
-        hidden = self.wav2vec2.encoder.transformer(x, layout, selection.keep)
-        masked, unmasked = selection.masked & selection.valid, ~selection.masked & selection.valid
-        return Encoded(hidden, selection.labels, masked, unmasked, penalty)
-
-
-class _Selection(NamedTuple):
-    keep: Optional[Tensor]  # [kept] int64: which of the layout's rows; None: all
-    labels: Tensor  # [kept]
-    masked: Tensor  # [kept] bool
-    valid: Tensor  # [kept] bool
-
-
-def _select(
-    layout: Rows, labels: Tensor, mask: Tensor, device: torch.device, masked_only: bool, num_classes: int
-) -> _Selection:
-    """The rows that are wanted. With the mask on the host their number is known without a synchronisation."""
-    labels = layout.pack(to_device(labels, device).long())
-    valid = torch.ones_like(labels, dtype=torch.bool)
-    if layout.key_lengths is not None:  # otherwise the padding is not among the rows
-        grid = torch.arange(layout.frames, device=device) < layout.key_lengths.to(device)[:, None]
-        valid = grid.flatten()
-    within = (labels >= 0) & (labels < num_classes)
-    check_values(within | ~valid, f"labels must be in [0, {num_classes})", labels)
-    if not masked_only or torch.compiler.is_compiling():
-        return _Selection(None, labels, layout.pack(to_device(mask, device)), valid)
-    flat = mask.flatten() if layout.host_index is None else mask.flatten()[layout.host_index.to(mask.device)]
-    keep = to_device(flat.nonzero().squeeze(1), device)
-    labels, valid = labels.index_select(0, keep), valid.index_select(0, keep)
-    return _Selection(keep, labels, torch.ones_like(valid), valid)
+        return make_plan(
+            labels,
+            lengths,
+            mask,
+            self.mask_generator.draw_channels(batch),
+            device,
+            num_classes=self.logit_generator.num_classes,
+            masked_only=masked_only,
+            rows=rows,
+            kept=kept,
+        )
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from hubert_fast.models.rows import to_device
+from hubert_fast.ops.host_tensors import to_device
 from hubert_fast.ops.span_mask import span_mask
 
 __all__ = ["MaskGenerator", "span_mask"]
@@ -69,32 +69,40 @@ class MaskGenerator(nn.Module):
             min_space=self.mask_min_space,
         )
 
+    def draw_channels(self, batch: int) -> Optional[Tensor]:
+        """A mask of channels with this generator's settings: bool ``[batch, channels]`` on the CPU, None where there is none."""
+        if self.mask_channel_prob <= 0:
+            return None
+        return span_mask(
+            (batch, len(self.mask_embedding)),
+            mask_prob=self.mask_channel_prob,
+            mask_length=self.mask_channel_length,
+            mask_selection=self.mask_channel_selection,
+            mask_other=self.mask_channel_other,
+            no_overlap=self.no_mask_channel_overlap,
+            min_space=self.mask_channel_min_space,
+        )
+
     def forward(
         self,
         x: Tensor,  # [batch, frames, channels]
         padding_mask: Optional[Tensor] = None,  # [batch, frames] bool, True is padding
         *,
         mask: Optional[Tensor] = None,  # [batch, frames] bool
+        channel_mask: Optional[Tensor] = None,  # [batch, channels] bool
     ) -> tuple[Tensor, Tensor]:
         """``x`` with the masked frames replaced and the masked channels zeroed, and the mask of frames.
 
-        ``mask`` is one made ahead by `draw`; without it one is drawn here. ``x`` is not changed.
+        ``mask`` is one made ahead by `draw`, and ``channel_mask`` by `draw_channels`; without a ``mask`` both are drawn here.
+        ``x`` is not changed.
         """
-        batch, frames, channels = x.shape
+        batch, frames, _ = x.shape
         if mask is None:
             lengths = None if padding_mask is None else (~padding_mask).sum(1)
             mask = self.draw(batch, frames, lengths)
+            channel_mask = self.draw_channels(batch)
         mask = to_device(mask, x.device)
         x = torch.where(mask[:, :, None], self.mask_embedding.to(x.dtype), x)
-        if self.mask_channel_prob > 0:
-            channel_mask = span_mask(
-                (batch, channels),
-                mask_prob=self.mask_channel_prob,
-                mask_length=self.mask_channel_length,
-                mask_selection=self.mask_channel_selection,
-                mask_other=self.mask_channel_other,
-                no_overlap=self.no_mask_channel_overlap,
-                min_space=self.mask_channel_min_space,
-            )
+        if channel_mask is not None:
             x = x.masked_fill(to_device(channel_mask, x.device)[:, None], 0.0)
         return x, mask

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hubert_fast.models.hubert import HuBERTPretrainModel
+from hubert_fast.models.plan import StepPlan
 
 
 class PretrainingLoss(NamedTuple):
@@ -61,13 +62,21 @@ class PretrainingObjective(nn.Module):
     def forward(
         self,
         waveforms: Tensor,
-        labels: Tensor,
+        labels: Optional[Tensor] = None,
         audio_lengths: Optional[Tensor] = None,
         *,
         mask: Optional[Tensor] = None,
+        plan: Optional[StepPlan] = None,
     ) -> PretrainingLoss:
-        """The loss of a batch; arguments and errors as those of `HuBERTPretrainModel.forward`."""
-        encoded = self.model.encode(waveforms, labels, audio_lengths, mask=mask, masked_only=self.unmasked_weight == 0)
+        """The loss of a batch; arguments and errors as those of `HuBERTPretrainModel.forward`.
+
+        ``plan``, made ahead by `plan`, stands for ``labels`` and ``mask``.
+        """
+        if (labels is None) == (plan is None) or (mask is not None and plan is not None):
+            raise ValueError("give either labels, and a mask if you have one, or a plan")
+        encoded = self.model.encode(
+            waveforms, labels, audio_lengths, mask=mask, masked_only=self.unmasked_weight == 0, plan=plan
+        )
         masked_count = encoded.masked.sum()
         loss = self.feature_weight * encoded.feature_penalty * masked_count
         results: list[Optional[Tensor]] = [masked_count]
@@ -88,4 +97,27 @@ class PretrainingObjective(nn.Module):
             unmasked_correct,
             unmasked_loss,
             encoded.feature_penalty,
+        )
+
+    def plan(
+        self,
+        labels: Tensor,
+        audio_lengths: Optional[Tensor] = None,
+        *,
+        samples: int,
+        device: torch.device,
+        mask: Optional[Tensor] = None,
+        rows: Optional[int] = None,
+        kept: Optional[int] = None,
+    ) -> StepPlan:
+        """`HuBERTPretrainModel.plan` for this objective, which decides by its weights which rows are kept."""
+        return self.model.plan(
+            labels,
+            audio_lengths,
+            samples=samples,
+            device=device,
+            mask=mask,
+            masked_only=self.unmasked_weight == 0,
+            rows=rows,
+            kept=kept,
         )

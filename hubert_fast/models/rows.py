@@ -11,6 +11,8 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from hubert_fast.ops.host_tensors import to_device
+
 
 class Rows(NamedTuple):
     """Where the rows lie in the ``[batch, frames]`` grid."""
@@ -18,9 +20,21 @@ class Rows(NamedTuple):
     batch: int
     frames: int
     index: Optional[Tensor]  # [rows] int64: position of each row in the flattened grid; None: the whole grid
-    offsets: Tensor  # [batch + 1] int64: rows offsets[i] : offsets[i + 1] are those of sequence i
+    offsets: Tensor  # [batch + 1] int64: rows offsets[i] : offsets[i + 1] are those of sequence i; rows beyond are dead
     key_lengths: Optional[Tensor]  # [batch] int64: valid rows at the head of each sequence; None: all
     host_index: Optional[Tensor] = None  # index, on the CPU
+
+    def padding(self) -> Optional[Tensor]:
+        """Which rows are padding, ``[rows]`` bool; None where none is."""
+        if self.key_lengths is None:
+            return None
+        frame = torch.arange(self.frames, device=self.key_lengths.device)
+        return (frame >= self.key_lengths[:, None]).flatten()
+
+    def sequence(self, device: torch.device) -> Tensor:
+        """The sequence each row belongs to: ``[rows]`` int64."""
+        positions = torch.arange(self.batch * self.frames, device=device) if self.index is None else self.index
+        return torch.div(positions, self.frames, rounding_mode="floor")
 
     def pack(self, grid: Tensor) -> Tensor:
         """``[batch, frames, ...]`` to ``[rows, ...]``."""
@@ -35,32 +49,47 @@ class Rows(NamedTuple):
         return rows.unflatten(0, (self.batch, self.frames))
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """``x`` on ``device``; the host does not wait for the copy."""
-    if device.type == "cuda" and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
-
-
 def whole_grid(batch: int, frames: int, lengths: Optional[Tensor], device: torch.device) -> Rows:
     """Every frame is a row; padding, where ``lengths`` ([batch], frames) tells of it, is merely no key."""
     offsets = torch.arange(batch + 1, device=device) * frames
-    return Rows(batch, frames, None, offsets, None if lengths is None else lengths.long())
+    return Rows(batch, frames, None, offsets, None if lengths is None else to_device(lengths.long(), device))
 
 
-def valid_rows(batch: int, frames: int, lengths: Optional[Tensor], device: torch.device) -> Rows:
+def valid_rows(
+    batch: int, frames: int, lengths: Optional[Tensor], device: torch.device, capacity: Optional[int] = None
+) -> Rows:
     """Only the valid frames are rows.
 
-    With ``lengths`` on the host their number is known without a synchronisation. In a compiled graph, where it may not
-    depend on data, the whole grid is taken.
+    ``lengths`` ([batch], frames, on the CPU) say how many there are; nothing waits for the device. ``capacity`` makes that
+    many rows of them, the same number whatever the lengths: dead ones, which are frames of the padding, follow the valid
+    ones and belong to no sequence.
+
+    Raises:
+        ValueError: if ``capacity`` is less than the valid frames or more than all frames.
     """
-    if lengths is None or torch.compiler.is_compiling():
-        return whole_grid(batch, frames, lengths, device)
-    lengths = lengths.long().cpu()
-    if bool((lengths == frames).all()):
-        return whole_grid(batch, frames, None, torch.device("cpu"))
-    valid = torch.arange(frames) < lengths[:, None]
-    index = valid.flatten().nonzero().squeeze(1)
+    if lengths is None and capacity is None:
+        return whole_grid(batch, frames, None, device)
+    lengths = torch.full((batch,), frames) if lengths is None else lengths.long()
+    if capacity is None and bool((lengths == frames).all()):
+        return whole_grid(batch, frames, None, device)
+    valid = (torch.arange(frames) < lengths[:, None]).flatten()
+    index = first_true(valid, capacity, "rows")
     offsets = torch.zeros(batch + 1, dtype=torch.int64)
     offsets[1:] = lengths.cumsum(0)
-    return Rows(batch, frames, to_device(index, device), offsets, None, host_index=index)
+    return Rows(batch, frames, to_device(index, device), to_device(offsets, device), None, host_index=index)
+
+
+def first_true(chosen: Tensor, capacity: Optional[int], name: str) -> Tensor:
+    """Positions where ``chosen`` ([n] bool, on the CPU) is True; with a ``capacity``, then of others up to that many.
+
+    Raises:
+        ValueError: if ``capacity``, which the message calls ``name``, is too small, or larger than n.
+    """
+    if capacity is None:
+        return chosen.nonzero().squeeze(1)
+    count = int(chosen.sum())
+    if not count <= capacity <= len(chosen):
+        raise ValueError(
+            f"{name} must be at least {count}, what this batch needs, and at most {len(chosen)}; got {capacity}"
+        )
+    return torch.argsort(~chosen, stable=True)[:capacity]

@@ -12,17 +12,26 @@ import torch
 from torch import Tensor
 
 from hubert_fast import backend
+from hubert_fast.ops import triton_backend
 from hubert_fast.ops.autocast import without_autocast
+from hubert_fast.ops.dropout import dropout_seed
+from hubert_fast.ops.host_tensors import to_device
 from hubert_fast.reference import masked_attention as reference
 from hubert_fast.torch_backend import masked_attention as torch_backend
 
 backend.register(
     "masked_attention",
     {
+        "triton": "flash attention on the packed rows, scores computed again in a deterministic backward",
         "torch": "CPU: PyTorch's flash kernel, with dropout a few heads at a time; GPU: scaled_dot_product_attention",
         "reference": "softmax(q k^T) v, a sequence at a time",
     },
+    unavailable={"triton": triton_backend.why_not()},
+    on_gpu=("triton",),
 )
+
+# A GPU's grid has 65,535 programs along the axis of sequences, one of which stands for rows of no sequence.
+_MAX_SEQUENCES = 65_534
 
 
 def masked_attention(
@@ -32,45 +41,65 @@ def masked_attention(
     *,
     max_frames: int,
     dropout_p: float = 0.0,
+    seed: Optional[Tensor] = None,  # [] int64
 ) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v within each sequence (Vaswani et al. 2017, eq. 1), with dropout on the softmax.
 
     Args:
         qkv: ``[rows, 3, heads, head_dim]``, float: query, key and value of every row.
-        offsets: ``[sequences + 1]`` int64, from 0 to ``rows``; sequence i is rows ``offsets[i]`` up to ``offsets[i + 1]``.
-            May lie on the host whatever the device of ``qkv``.
+        offsets: ``[sequences + 1]`` int64, ascending from 0; sequence i is rows ``offsets[i]`` up to ``offsets[i + 1]``. May
+            lie on the host whatever the device of ``qkv``. Rows from ``offsets[-1]`` on belong to no sequence: their output
+            and their gradient are 0.
         key_lengths: ``[sequences]`` int64: only its first ``key_lengths[i]`` rows are attended to; 0 means all of them,
             so that no softmax is empty. None: all.
-        max_frames: rows of the longest sequence.
-        dropout_p: probability that an attention weight is dropped, in [0, 1). On a CPU the mask follows from a seed that
-            is drawn from torch's default generator, and only where ``dropout_p > 0``; on a GPU PyTorch draws it.
+        max_frames: rows of the longest sequence, or more.
+        dropout_p: probability that an attention weight is dropped, in [0, 1).
+        seed: scalar int64 on the device of ``qkv``, from which the dropout mask follows. None: drawn from torch's default
+            generator, only where ``dropout_p > 0``. PyTorch's attention for GPUs (backend "torch") draws its mask itself.
 
     Returns:
-        ``[rows, heads, head_dim]``, in the dtype of ``qkv``. On a CPU there is no second derivative.
+        ``[rows, heads, head_dim]``, in the dtype of ``qkv``. There is no second derivative, but through "reference".
 
     Raises:
-        ValueError: for a wrong rank, dtype or probability.
+        ValueError: for a wrong rank, shape, dtype, probability or seed.
     """
+    _check(qkv, offsets, key_lengths)
+    seed = dropout_seed(seed, qkv.device, dropout_p=dropout_p)
+    chosen = backend.choose("masked_attention", lambda name: _objection(name, qkv, offsets))
+    if chosen == "reference":
+        return reference.masked_attention(qkv, offsets, key_lengths, dropout_p=dropout_p, seed=seed)
+    if chosen == "torch" and qkv.device.type not in ("cpu", "meta"):
+        return torch_backend.padded_attention(qkv, offsets, key_lengths, max_frames, dropout_p)
+    if chosen == "triton":
+        offsets = to_device(offsets, qkv.device)
+        key_lengths = None if key_lengths is None else to_device(key_lengths, qkv.device)
+    save = torch.is_grad_enabled() and qkv.requires_grad
+    return _masked_attention(qkv, offsets, key_lengths, max_frames, dropout_p, seed, save, chosen)[0]
+
+
+def _check(qkv: Tensor, offsets: Tensor, key_lengths: Optional[Tensor]) -> None:
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must have shape [rows, 3, heads, head_dim]; got {tuple(qkv.shape)}")
     if not qkv.is_floating_point():
         raise ValueError(f"qkv must be floating point; got {qkv.dtype}")
-    if offsets.ndim != 1 or offsets.dtype != torch.int64:
+    if offsets.ndim != 1 or offsets.dtype != torch.int64 or len(offsets) == 0:
         raise ValueError(f"offsets must be int64 of shape [sequences + 1]; got {offsets.dtype} {tuple(offsets.shape)}")
-    if key_lengths is not None and (key_lengths.dtype != torch.int64 or key_lengths.ndim != 1):
+    sequences = len(offsets) - 1
+    if key_lengths is not None and (key_lengths.dtype != torch.int64 or key_lengths.shape != (sequences,)):
         raise ValueError(
-            f"key_lengths must be int64 of shape [sequences]; got {key_lengths.dtype} {tuple(key_lengths.shape)}"
+            f"key_lengths must be int64 of shape [{sequences}], a length a sequence; got {key_lengths.dtype} "
+            f"{tuple(key_lengths.shape)}"
         )
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
-    chosen = backend.choose("masked_attention", lambda name: None)
-    if chosen == "torch" and qkv.device.type not in ("cpu", "meta"):
-        return torch_backend.padded_attention(qkv, offsets, key_lengths, max_frames, dropout_p)
-    seed = torch.randint(1 << 62, ()) if dropout_p > 0.0 else None
-    if chosen == "reference":
-        return reference.masked_attention(qkv, offsets, key_lengths, dropout_p=dropout_p, seed=seed)
-    save = torch.is_grad_enabled() and qkv.requires_grad
-    return _masked_attention(qkv, offsets, key_lengths, dropout_p, seed, save)[0]
+
+
+def _objection(name: str, qkv: Tensor, offsets: Tensor) -> backend.Objection:
+    if name != "triton":
+        return None
+    if not 1 <= qkv.shape[3] <= 128:
+        return f"it takes head dims up to 128; got {qkv.shape[3]}"
+    if len(offsets) - 1 > _MAX_SEQUENCES:
+        return f"it takes up to {_MAX_SEQUENCES} sequences; got {len(offsets) - 1}"
+    return triton_backend.objection("masked_attention", qkv)
 
 
 @torch.library.custom_op("hubert_fast::masked_attention", mutates_args=())
@@ -78,21 +107,31 @@ def _masked_attention(
     qkv: Tensor,
     offsets: Tensor,
     key_lengths: Optional[Tensor],
+    max_frames: int,
     dropout_p: float,
     seed: Optional[Tensor],
     save: bool,
+    chosen: str,
 ) -> Tuple[Tensor, List[Tensor]]:
     with without_autocast(qkv.device):
+        if chosen == "triton":
+            from hubert_fast.kernels import masked_attention as kernels
+
+            return kernels.masked_attention(qkv, offsets, key_lengths, max_frames, dropout_p, seed, save)
         return torch_backend.masked_attention(qkv, offsets, key_lengths, dropout_p, seed, save)
 
 
 @_masked_attention.register_fake
-def _(qkv, offsets, key_lengths, dropout_p, seed, save):
+def _(qkv, offsets, key_lengths, max_frames, dropout_p, seed, save, chosen):
     rows, _, heads, head_dim = qkv.shape
-    saved = []
-    if save and dropout_p == 0.0:
-        saved = [qkv.new_empty(rows, heads, dtype=torch.promote_types(qkv.dtype, torch.float32))]
-    return qkv.new_empty(rows, heads, head_dim), saved
+    sizes = []
+    if save and chosen == "triton":
+        from hubert_fast.kernels import masked_attention as kernels
+
+        sizes = kernels.saved_tensors(rows, heads, max_frames, dropout_p)
+    elif save and dropout_p == 0.0:
+        sizes = [((rows, heads), torch.promote_types(qkv.dtype, torch.float32))]
+    return qkv.new_empty(rows, heads, head_dim), [qkv.new_empty(size, dtype=dtype) for size, dtype in sizes]
 
 
 @torch.library.custom_op("hubert_fast::masked_attention_backward", mutates_args=())
@@ -103,29 +142,41 @@ def _masked_attention_backward(
     saved: List[Tensor],
     offsets: Tensor,
     key_lengths: Optional[Tensor],
+    max_frames: int,
     dropout_p: float,
     seed: Optional[Tensor],
+    chosen: str,
 ) -> Tensor:
     with without_autocast(qkv.device):
+        if chosen == "triton":
+            from hubert_fast.kernels import masked_attention as kernels
+
+            return kernels.masked_attention_backward(
+                grad, qkv, out, saved, offsets, key_lengths, max_frames, dropout_p, seed
+            )
         return torch_backend.masked_attention_backward(grad, qkv, out, saved, offsets, key_lengths, dropout_p, seed)
 
 
 @_masked_attention_backward.register_fake
-def _(grad, qkv, out, saved, offsets, key_lengths, dropout_p, seed):
-    return torch.empty_like(qkv)
+def _(grad, qkv, out, saved, offsets, key_lengths, max_frames, dropout_p, seed, chosen):
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    qkv, offsets, key_lengths, ctx.dropout_p, seed, _ = inputs
+    qkv, offsets, key_lengths, ctx.max_frames, ctx.dropout_p, seed, _, ctx.chosen = inputs
     out, saved = output
     ctx.set_materialize_grads(False)  # no zeros for what is only saved
     ctx.save_for_backward(qkv, offsets, key_lengths, seed, out, *saved)
 
 
 def _backward(ctx, grad, _saved_grads):
+    if grad is None:
+        return (None,) * 8
     qkv, offsets, key_lengths, seed, out, *saved = ctx.saved_tensors
-    qkv_grad = _masked_attention_backward(grad, qkv, out, saved, offsets, key_lengths, ctx.dropout_p, seed)
-    return qkv_grad, None, None, None, None, None
+    qkv_grad = _masked_attention_backward(
+        grad, qkv, out, saved, offsets, key_lengths, ctx.max_frames, ctx.dropout_p, seed, ctx.chosen
+    )
+    return qkv_grad, *(None,) * 7
 
 
 _masked_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -34,4 +34,4 @@ def masked_attention(
             kept = keep_mask(generator, weights.shape[0], weights[0].numel(), dropout_p)
             weights = weights * kept.view(weights.shape).to(qkv.device) * keep_scale(dropout_p)
         outputs.append((weights @ value[:, :keys]).transpose(0, 1))
-    return torch.cat(outputs)
+    return torch.cat([*outputs, torch.zeros_like(qkv[int(offsets[-1]) :, 0])])  # rows of no sequence

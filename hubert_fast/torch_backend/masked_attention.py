@@ -41,6 +41,7 @@ def masked_attention(
     qkv = qkv.contiguous()  # the flash kernel takes a last stride of 1 for granted
     out = qkv.new_empty(rows, heads, head_dim)
     lse = qkv.new_empty(rows if dropout_p == 0.0 else 0, heads, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    out[int(offsets[-1]) :] = 0  # rows of no sequence
     generator = _generator(dropout_p, seed)
     for sequence in _sequences(qkv, offsets, key_lengths):
         if generator is None:
@@ -66,6 +67,7 @@ def masked_attention_backward(
     """The gradient of ``qkv``: [rows, 3, heads, head_dim]."""
     qkv, grad = qkv.contiguous(), grad.contiguous()
     qkv_grad = torch.zeros_like(qkv) if key_lengths is not None else torch.empty_like(qkv)
+    qkv_grad[int(offsets[-1]) :] = 0
     generator = _generator(dropout_p, seed)
     for sequence in _sequences(qkv, offsets, key_lengths):
         grads = qkv_grad[sequence.rows].permute(1, 2, 0, 3)  # [3, heads, frames, head_dim]
@@ -163,27 +165,26 @@ def padded_attention(
 ) -> Tensor:  # [rows, heads, head_dim]
     """scaled_dot_product_attention on padded rows, for devices other than the CPU; autograd differentiates it.
 
-    Nothing here waits for the device: ``max_frames`` and the number of rows are known on the host.
+    Nothing here waits for the device: ``max_frames`` and the number of rows are known on the host. Where the rows lie is not,
+    so they are padded even where they are a grid already.
     """
     rows, _, heads, head_dim = qkv.shape
-    offsets = offsets.to(qkv.device, non_blocking=True)
     sequences = len(offsets) - 1
-    packed = rows != sequences * max_frames
-    keys = None if key_lengths is None else key_lengths.to(qkv.device, non_blocking=True)
-    if packed:
-        lengths = offsets.diff()
-        sequence = torch.repeat_interleave(lengths, output_size=rows)
-        position = sequence * max_frames + torch.arange(rows, device=qkv.device) - offsets[sequence]
-        grid = qkv.new_zeros(sequences * max_frames, 3, heads, head_dim)
-        padded = grid.index_copy(0, position, qkv)
-        keys = lengths if keys is None else keys.where(keys > 0, lengths)
-    else:
-        padded = qkv
-    mask = None
-    if keys is not None:
-        keys = keys.where(keys > 0, max_frames)  # no softmax is empty; rows that are all padding are never read
-        mask = (torch.arange(max_frames, device=qkv.device) < keys[:, None])[:, None, None]
+    offsets = offsets.to(qkv.device, non_blocking=True)
+    row = torch.arange(rows, device=qkv.device)
+    live = row < offsets[-1]
+    sequence = torch.searchsorted(offsets[1:], row, right=True).clamp(max=max(sequences - 1, 0))
+    # Rows of no sequence go where nothing is read: one row behind the grid.
+    position = torch.where(live, sequence * max_frames + row - offsets[sequence], sequences * max_frames)
+    grid = qkv.new_zeros(sequences * max_frames + 1, 3, heads, head_dim)
+    padded = grid.index_copy(0, position, qkv)[:-1]
+    keys = offsets.diff()
+    if key_lengths is not None:
+        key_lengths = key_lengths.to(qkv.device, non_blocking=True)
+        keys = key_lengths.where(key_lengths > 0, keys)
+    keys = keys.where(keys > 0, max_frames)  # no softmax is empty; sequences without rows are never read
+    mask = (torch.arange(max_frames, device=qkv.device) < keys[:, None])[:, None, None]
     query, key, value = padded.view(sequences, max_frames, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p)
-    out = out.transpose(1, 2).reshape(-1, heads, head_dim)
-    return out.index_select(0, position) if packed else out
+    out = F.pad(out.transpose(1, 2).reshape(-1, heads, head_dim), (0, 0, 0, 0, 0, 1))
+    return out.index_select(0, position)

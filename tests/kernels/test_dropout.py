@@ -63,6 +63,9 @@ def test_rows_columns_and_seeds_are_independent():
 
 
 def test_neighbouring_seeds_give_other_masks():
+    """Not those with rows exchanged either: then the rows' shares would be the same numbers."""
+    shares = [_kept(seed, 0.5).double().mean(1).sort().values for seed in (0, 1, 1 << 31, 1 << 32)]
+    assert all(not torch.equal(first, second) for i, first in enumerate(shares) for second in shares[:i])
     masks = [_kept(seed, 0.5) for seed in (10, 11, 10 + (1 << 32))]
     for i in range(3):
         for j in range(i):

@@ -1,25 +1,35 @@
 """Leaving the padding out, and all but the masked frames out of the last layer, changes no number."""
 
+import contextlib
 from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import hubert_fast
-from hubert_fast.models import hubert
+from hubert_fast import backend
+from hubert_fast.models import plan
 from hubert_fast.models.rows import whole_grid
 from tests.models import configurations
 from tests.models.twins import LENGTHS, assert_gradients_match, batch, gradients, relative_error, twins
 
 
-def _run(model, packed, **weights):
+def _every_frame(batch, frames, lengths, device, capacity):
+    return whole_grid(batch, frames, lengths, device)
+
+
+def _run(model, packed, lengths=LENGTHS, name="auto", **weights):
     """The objective with packed rows, or with every frame of the grid a row and padding merely no key."""
-    layout = hubert.valid_rows if packed else whole_grid
     model.zero_grad()
     torch.manual_seed(0)
-    with mock.patch.object(hubert, "valid_rows", layout):
-        result = hubert_fast.PretrainingObjective(model, **weights)(*batch(torch.float64, LENGTHS))
-    result.loss.backward()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(backend.using(name))
+        if not packed:
+            stack.enter_context(mock.patch.object(plan, "valid_rows", _every_frame))
+        result = hubert_fast.PretrainingObjective(model, **weights)(*batch(torch.float64, lengths))
+        result.loss.backward()
     return result, {name: grad.clone() for name, grad in gradients(model).items()}
 
 
@@ -29,8 +39,20 @@ def test_packed_rows_give_what_the_padded_grid_gives(name, unmasked_weight):
     _, model = twins(configurations.ALL[name], torch.float64)
     packed, packed_grads = _run(model, True, unmasked_weight=unmasked_weight)
     padded, padded_grads = _run(model, False, unmasked_weight=unmasked_weight)
-    for given, wanted in zip(packed, padded, strict=True):
-        assert given is wanted is None or relative_error(given, wanted) <= 1e-12
+    for value, wanted in zip(packed, padded, strict=True):
+        assert value is wanted is None or relative_error(value, wanted) <= 1e-12
+    assert_gradients_match(packed_grads, padded_grads, 1e-10)
+
+
+@given(lengths=st.lists(st.sampled_from([0, 399, 400, 401, 1000]) | st.integers(0, 12400), min_size=3, max_size=3))
+def test_packed_rows_give_what_the_plain_padded_formulas_give_for_any_lengths(lengths):
+    """Rows of length 0 too, but not all of them: one row is as long as the batch."""
+    lengths = torch.tensor([*lengths[:2], 12400])
+    _, model = twins(configurations.base(), torch.float64)
+    packed, packed_grads = _run(model, True, lengths, unmasked_weight=0.5)
+    padded, padded_grads = _run(model, False, lengths, "reference", unmasked_weight=0.5)
+    for value, wanted in zip(packed, padded, strict=True):
+        assert relative_error(value, wanted) <= 1e-10
     assert_gradients_match(packed_grads, padded_grads, 1e-10)
 
 

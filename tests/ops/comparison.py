@@ -23,7 +23,7 @@ def run(
         output = function(*leaves)
     direction = torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     finite = output.masked_fill(output.isinf(), 0.0)
-    (finite * direction.to(output.dtype)).sum().backward()
+    (finite * direction.to(output)).sum().backward()
     return [output.detach(), *(each.grad for each in leaves if each.is_floating_point())]
 
 

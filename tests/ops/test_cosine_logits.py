@@ -134,7 +134,7 @@ def test_autocast_leaves_the_dtype_of_the_frames():
 def test_opcheck(dtype):
     x, embeddings, labels = _inputs(dtype=dtype)
     arguments = (x.requires_grad_(), embeddings.float().requires_grad_(), labels)
-    torch.library.opcheck(torch.ops.hubert_fast.cosine_logits.default, arguments)
+    torch.library.opcheck(torch.ops.hubert_fast.cosine_logits.default, (*arguments, "torch"))
 
 
 @pytest.mark.parametrize(

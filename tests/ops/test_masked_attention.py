@@ -36,26 +36,27 @@ def _attend(offsets, key_lengths=None, *, dropout_p=0.0, seed=0):
 
 
 @given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any), heads=st.integers(1, 4),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4), dead=st.integers(0, 9), heads=st.integers(1, 4),
     head_dim=st.integers(1, 24), keys=st.none() | st.lists(st.floats(0, 1), min_size=4, max_size=4),
     dropout_p=st.sampled_from([0.0, 0.1, 0.5, 0.99]), seed=st.integers(0, 1000),
 )  # fmt: skip
-def test_backends_agree_for_any_shape_with_and_without_dropout(lengths, heads, head_dim, keys, dropout_p, seed):
+def test_backends_agree_for_any_shape_with_and_without_dropout(lengths, dead, heads, head_dim, keys, dropout_p, seed):
     key_lengths = None if keys is None else torch.tensor([int(share * length) for share, length in zip(keys, lengths)])
     function = _attend(_offsets(lengths), key_lengths, dropout_p=dropout_p, seed=seed)
-    assert_twins(OPERATOR, function, [_qkv(sum(lengths), heads, head_dim, seed)])
+    assert_twins(OPERATOR, function, [_qkv(sum(lengths) + dead, heads, head_dim, seed)])
 
 
 @pytest.mark.parametrize(
     ("lengths", "keys"),
     [([9, 9, 9], None), ([9, 9, 9], [9, 0, 4]), ([5, 0, 12, 1], None), ([12, 3], [2, 3]), ([5, 12], [0, 7])],
 )
-def test_padded_attention_of_other_devices_equals_the_reference(lengths, keys):
+@pytest.mark.parametrize("dead", [0, 3, 18])
+def test_padded_attention_of_other_devices_equals_the_reference(lengths, keys, dead):
     """What runs on a GPU, run on the CPU: the output and, through autograd, the gradient."""
     key_lengths = None if keys is None else torch.tensor(keys)
     offsets, results = _offsets(lengths), []
     for function in (kernels.padded_attention, None):
-        qkv = _qkv(sum(lengths)).requires_grad_()
+        qkv = _qkv(sum(lengths) + dead).requires_grad_()
         if function is None:
             with backend.using("reference", OPERATOR):
                 out = masked_attention(qkv, offsets, key_lengths, max_frames=max(lengths))
@@ -112,6 +113,27 @@ def test_a_sequence_without_keys_attends_to_all_of_its_rows(name):
         out = _attend(_offsets([10, 10]), torch.tensor([0, 4]))(qkv)
         everywhere = _attend(_offsets([10, 10]))(qkv)
     assert out.isfinite().all() and torch.equal(out[:10], everywhere[:10])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rows_of_no_sequence_are_0_and_have_no_gradient(name, dropout_p):
+    qkv = _qkv(20).requires_grad_()
+    with backend.using(name, OPERATOR):
+        out = _attend(_offsets([9, 4]), dropout_p=dropout_p)(qkv)
+        out.sum().backward()
+    assert (out[:13] != 0).all() and (out[13:] == 0).all()
+    assert (qkv.grad[:13, 2] != 0).any() and (qkv.grad[13:] == 0).all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_seed_says_what_is_dropped(name):
+    qkv, offsets = _qkv(20), _offsets([20])
+    outs = []
+    for seed in (1, 1, 2):
+        with backend.using(name, OPERATOR):
+            outs.append(masked_attention(qkv, offsets, max_frames=20, dropout_p=0.3, seed=torch.tensor(seed)))
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -202,14 +224,8 @@ def test_autocast_keeps_the_dtype_of_qkv():
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_opcheck(dropout_p, key_lengths):
     seed = torch.tensor(5) if dropout_p else None
-    arguments = (
-        _qkv(20, dtype=torch.float32).requires_grad_(),
-        _offsets([10, 10]),
-        key_lengths,
-        dropout_p,
-        seed,
-        True,
-    )
+    qkv = _qkv(23, dtype=torch.float32).requires_grad_()
+    arguments = (qkv, _offsets([10, 10]), key_lengths, 10, dropout_p, seed, True, "torch")
     torch.library.opcheck(torch.ops.hubert_fast.masked_attention.default, arguments)
 
 
@@ -220,7 +236,10 @@ def test_opcheck(dropout_p, key_lengths):
         (r"qkv must be floating point; got torch.int64", dict(qkv=_qkv(10).long())),
         (r"offsets must be int64 .*; got torch.int32", dict(offsets=_offsets([10]).int())),
         (r"offsets must be int64 .*; got torch.int64 \(1, 2\)", dict(offsets=_offsets([10])[None])),
+        (r"offsets must be int64 .*; got torch.int64 \(0,\)", dict(offsets=_offsets([])[:0])),
         (r"key_lengths must be int64 .*; got torch.int32", dict(key_lengths=torch.tensor([4], dtype=torch.int32))),
+        (r"key_lengths must be int64 of shape \[1\].*; got torch.int64 \(2,\)", dict(key_lengths=torch.tensor([4, 4]))),
+        (r"seed must be a scalar int64 tensor", dict(seed=torch.tensor([4]))),
         (r"dropout_p must be in \[0, 1\); got 1.0", dict(dropout_p=1.0)),
         (r"dropout_p must be in \[0, 1\); got -0.1", dict(dropout_p=-0.1)),
     ],

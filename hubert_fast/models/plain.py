@@ -1,0 +1,109 @@
+"""Fused operators in place of modules, as long as a module is nothing but its formula.
+
+What somebody hooked, wrapped, sharded by itself or put in a module's place is called as a module, and only what stands between
+the modules is fused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hubert_fast.ops.bias_dropout_residual import bias_dropout_residual
+from hubert_fast.ops.residual_layer_norm import residual_layer_norm
+
+
+class Update(NamedTuple):
+    """What a sub-layer adds to the residual stream: ``dropout(value + bias)``."""
+
+    value: Tensor  # [rows, dim]
+    bias: Optional[Tensor]  # [dim]
+    dropout_p: float
+    seed: Optional[Tensor]  # [] int64
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling ``module`` is nothing but ``kind``'s own forward."""
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in vars(module)
+    )
+
+
+def rate(dropout: nn.Module) -> float:
+    """The probability that ``dropout`` drops a value, now."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def product(linear: nn.Module, x: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+    """``linear(x)`` less its bias, and the bias, for the pass that follows to add."""
+    if is_plain(linear, nn.Linear):
+        return F.linear(x, linear.weight), linear.bias
+    return linear(x), None
+
+
+def add(residual: Tensor, update: Update, index: Optional[Tensor] = None) -> Tensor:
+    """The stream after ``update``; ``index`` says which rows of ``residual`` go on."""
+    return bias_dropout_residual(
+        update.value, update.bias, residual, index=index, dropout_p=update.dropout_p, seed=update.seed
+    )
+
+
+def normalize(
+    norm: nn.Module,
+    residual: Tensor,
+    index: Optional[Tensor] = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Optional[Tensor] = None,
+) -> Tensor:
+    """``dropout(norm(residual[index]))``."""
+    if _is_layer_norm(norm):
+        return residual_layer_norm(
+            residual, norm.weight, norm.bias, index=index, output_dropout_p=dropout_p, seed=seed, eps=norm.eps
+        )
+    return F.dropout(norm(residual if index is None else residual.index_select(0, index)), dropout_p)
+
+
+def add_then_normalize(norm: nn.Module, residual: Tensor, update: Update, index: Optional[Tensor] = None) -> Tensor:
+    """``norm`` of the stream after ``update`` (post-norm)."""
+    if not _is_layer_norm(norm):
+        return norm(add(residual, update, index))
+    return residual_layer_norm(residual, norm.weight, norm.bias, **_settings(norm, update, index))
+
+
+def add_and_normalize(
+    norm: nn.Module, residual: Tensor, update: Update, index: Optional[Tensor] = None
+) -> tuple[Tensor, Tensor]:
+    """(``norm`` of the stream after ``update``, that stream) (pre-norm)."""
+    if not _is_layer_norm(norm):
+        stream = add(residual, update, index)
+        return norm(stream), stream
+    return residual_layer_norm(residual, norm.weight, norm.bias, **_settings(norm, update, index), with_sum=True)
+
+
+def _settings(norm: nn.LayerNorm, update: Update, index: Optional[Tensor]) -> dict[str, Any]:
+    return {
+        "update": update.value,
+        "update_bias": update.bias,
+        "index": index,
+        "update_dropout_p": update.dropout_p,
+        "seed": update.seed,
+        "eps": norm.eps,
+    }
+
+
+def _is_layer_norm(norm: nn.Module) -> bool:
+    return is_plain(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1 and norm.bias is not None
+
+
+def draw_seeds(count: int, device: torch.device) -> list[Tensor]:
+    """Seeds for ``count`` dropout masks, each ``[]`` int64, from the default generator of ``device``."""
+    return list(torch.randint(-(1 << 63), (1 << 63) - 1, (count,), device=device).unbind())

@@ -1,0 +1,24 @@
+"""dropout(gelu(x + bias)), as the formula says.
+
+Source: Hendrycks and Gimpel 2016 (GELU, the exact one); Srivastava et al. 2014 (dropout).
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hubert_fast.reference.dropped import dropped
+
+
+def bias_gelu_dropout(
+    x: Tensor,  # [rows, channels]
+    bias: Optional[Tensor],  # [channels]
+    *,
+    kept: Optional[Tensor] = None,  # [rows, channels] bool
+    scale: float = 1.0,  # of what is kept
+) -> Tensor:  # [rows, channels], in the dtype of x
+    biased = x if bias is None else x + bias
+    return dropped(F.gelu(biased), kept, scale).to(x.dtype)

@@ -1,0 +1,43 @@
+"""A residual sum and its LayerNorm, as the formula says.
+
+Source: Ba et al. 2016 (LayerNorm); Vaswani et al. 2017, section 5.4 (dropout of what is added); the orders are those of
+post-norm and pre-norm transformers (Xiong et al. 2020, figure 1).
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hubert_fast.reference.bias_dropout_residual import bias_dropout_residual
+from hubert_fast.reference.dropped import dropped
+
+
+def residual_sum(
+    residual: Tensor,  # [positions, channels]
+    update: Optional[Tensor],  # [rows, channels]
+    update_bias: Optional[Tensor],  # [channels]
+    index: Optional[Tensor],  # [rows] int64: the position of each row
+    *,
+    kept: Optional[Tensor] = None,  # [rows, channels] bool, of the update
+    scale: float = 1.0,
+) -> Tensor:  # [rows, channels], in the dtype of the update, or of the residual where there is none
+    if update is None:
+        return residual if index is None else residual.index_select(0, index)
+    return bias_dropout_residual(update, update_bias, residual, index, kept=kept, scale=scale)
+
+
+def layer_norm_dropout(
+    x: Tensor,  # [rows, channels]
+    weight: Tensor,  # [channels]
+    bias: Tensor,  # [channels]
+    *,
+    eps: float,
+    kept: Optional[Tensor] = None,  # [rows, channels] bool
+    scale: float = 1.0,
+) -> Tensor:  # [rows, channels], in the dtype of x
+    wide = x.to(weight.dtype) if weight.dtype.itemsize > x.dtype.itemsize else x
+    normed = F.layer_norm(wide, wide.shape[1:], weight.to(wide.dtype), bias.to(wide.dtype), eps)
+    return dropped(normed, kept, scale).to(x.dtype)

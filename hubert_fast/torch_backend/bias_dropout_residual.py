@@ -1,0 +1,53 @@
+"""residual + dropout(x + bias) with PyTorch's passes, a chunk of rows at a time."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from hubert_fast.reference.dropout import keep_scale
+from hubert_fast.torch_backend.dropout_mask import drop_, kept_chunks, row_chunks
+
+
+def bias_dropout_residual(
+    x: Tensor,
+    bias: Optional[Tensor],
+    residual: Tensor,
+    index: Optional[Tensor],
+    dropout_p: float,
+    seed: Optional[Tensor],
+) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    chunks, scale = row_chunks(x), keep_scale(dropout_p)
+    for rows, kept in zip(chunks, kept_chunks(seed, chunks, x.shape[1], dropout_p)):
+        biased = x[rows].clone() if bias is None else x[rows] + bias.to(x.dtype)
+        added = residual[rows] if index is None else residual.index_select(0, index[rows])
+        torch.add(drop_(biased, kept, scale), added.to(x.dtype), out=out[rows])
+    return out
+
+
+def dropped_gradient(
+    grad: Tensor,  # [rows, channels]: of dropout(x + bias)
+    bias: Optional[Tensor],
+    dropout_p: float,
+    seed: Optional[Tensor],
+) -> tuple[Tensor, Optional[Tensor]]:
+    """Gradients of ``x``, in the dtype of ``grad``, and of ``bias``."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    x_grad = torch.empty_like(grad, memory_format=torch.contiguous_format)
+    bias_grad = None if bias is None else grad.new_zeros(grad.shape[1], dtype=wide)
+    chunks, scale = row_chunks(grad), keep_scale(dropout_p)
+    for rows, kept in zip(chunks, kept_chunks(seed, chunks, grad.shape[1], dropout_p)):
+        drop_(x_grad[rows].copy_(grad[rows]), kept, scale)
+        if bias_grad is not None:
+            bias_grad += x_grad[rows].sum(0, dtype=wide)
+    return x_grad, None if bias is None else bias_grad.to(bias.dtype)
+
+
+def residual_gradient(grad: Tensor, residual: Tensor, index: Tensor) -> Tensor:
+    """The gradient of ``residual`` [positions, channels]: that of each row at its position, 0 elsewhere."""
+    return torch.zeros_like(residual, memory_format=torch.contiguous_format).index_copy_(
+        0, index, grad.to(residual.dtype)
+    )

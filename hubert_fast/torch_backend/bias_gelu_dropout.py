@@ -1,0 +1,46 @@
+"""dropout(gelu(x + bias)) with PyTorch's passes, a chunk of rows at a time so that only the first reads memory on a CPU.
+
+Only ``x`` is saved; the backward adds the bias and draws the mask again.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from hubert_fast.reference.dropout import keep_scale
+from hubert_fast.torch_backend.dropout_mask import drop_, kept_chunks, row_chunks
+
+_gelu_into = torch.ops.aten.gelu.out
+_gelu_backward_into = torch.ops.aten.gelu_backward.grad_input
+
+
+def bias_gelu_dropout(x: Tensor, bias: Optional[Tensor], dropout_p: float, seed: Optional[Tensor]) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    chunks, scale = row_chunks(x), keep_scale(dropout_p)
+    for rows, kept in zip(chunks, kept_chunks(seed, chunks, x.shape[1], dropout_p)):
+        _gelu_into(_biased(x[rows], bias), out=out[rows])
+        drop_(out[rows], kept, scale)
+    return out
+
+
+def bias_gelu_dropout_backward(
+    grad: Tensor, x: Tensor, bias: Optional[Tensor], dropout_p: float, seed: Optional[Tensor]
+) -> tuple[Tensor, Optional[Tensor]]:
+    """Gradients of ``x`` and ``bias``."""
+    x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    bias_grad = None if bias is None else x.new_zeros(x.shape[1], dtype=wide)
+    chunks, scale = row_chunks(x), keep_scale(dropout_p)
+    for rows, kept in zip(chunks, kept_chunks(seed, chunks, x.shape[1], dropout_p)):
+        upstream = grad[rows] if kept is None else (grad[rows] * kept).mul_(scale)
+        _gelu_backward_into(upstream, _biased(x[rows], bias), grad_input=x_grad[rows])
+        if bias_grad is not None:
+            bias_grad += x_grad[rows].sum(0, dtype=wide)
+    return x_grad, None if bias is None else bias_grad.to(bias.dtype)
+
+
+def _biased(x: Tensor, bias: Optional[Tensor]) -> Tensor:
+    return x if bias is None else x + bias.to(x.dtype)

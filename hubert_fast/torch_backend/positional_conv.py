@@ -1,0 +1,144 @@
+"""The convolutional positional embedding with PyTorch's grouped convolution, on a padded grid.
+
+The grid is ``[sequences, channels, frames]`` with zeros around each sequence, so that the convolution itself pads nothing and
+an even kernel gives no frame too many. The backward is written out: it needs the input and the preactivation, nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Gradients(NamedTuple):
+    """Of the input and of the parameters; None where not asked for."""
+
+    x: Optional[Tensor] = None
+    weight: Optional[Tensor] = None
+    bias: Optional[Tensor] = None
+    gain: Optional[Tensor] = None
+
+
+def positional_conv(
+    x: Tensor,  # [rows, channels]
+    weight: Tensor,  # [channels, channels / groups, taps]
+    bias: Tensor,  # [channels]
+    gain: Optional[Tensor],  # [1, 1, taps]
+    offsets: Tensor,  # [sequences + 1] int64
+    groups: int,
+    max_frames: int,
+) -> tuple[Tensor, Tensor]:
+    """The output and the convolution's result before the GELU, both ``[rows, channels]`` in the dtype of ``x``."""
+    grid = _Grid(x, offsets, max_frames)
+    if grid.is_empty:
+        return torch.zeros_like(x), torch.zeros_like(x)
+    dtype = _conv_dtype(x)
+    filters = weight if gain is None else weight * (gain / _norm(weight))
+    z = F.conv1d(grid.spread(x, weight.shape[2]).to(dtype), filters.to(dtype), bias.to(dtype), groups=groups)
+    preactivation = grid.rows_of(z).to(x.dtype)
+    return grid.clear_dead(F.gelu(preactivation).add_(x)), preactivation
+
+
+def positional_conv_backward(
+    grad: Tensor,  # [rows, channels]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gain: Optional[Tensor],
+    offsets: Tensor,
+    preactivation: Tensor,  # [rows, channels]
+    groups: int,
+    max_frames: int,
+    *,
+    x_wanted: bool,
+    parameters_wanted: bool,
+) -> Gradients:
+    """Gradients in the dtypes of what they are gradients of."""
+    grid = _Grid(x, offsets, max_frames)
+    if grid.is_empty:
+        wanted = (x if x_wanted else None, *((weight, bias, gain) if parameters_wanted else ()))
+        return Gradients(*(None if each is None else torch.zeros_like(each) for each in wanted))
+    grad = grid.clear_dead(grad.contiguous())
+    dtype, taps = _conv_dtype(x), weight.shape[2]
+    filters = weight if gain is None else weight * (gain / _norm(weight))
+    z_grad = grid.spread(torch.ops.aten.gelu_backward(grad, preactivation), 1).to(dtype)
+    spread_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
+        z_grad, grid.spread(x, taps).to(dtype), filters.to(dtype), None,
+        [1], [0], [1], False, [0], groups, [x_wanted, parameters_wanted, False],
+    )  # fmt: skip
+    x_grad = bias_grad = gain_grad = None
+    if x_wanted:
+        x_grad = grid.rows_of(spread_grad[:, :, taps // 2 :]).to(x.dtype)
+        x_grad = grid.clear_dead(x_grad.add_(grad))
+    if parameters_wanted:
+        bias_grad = z_grad.sum((0, 2), dtype=torch.promote_types(bias.dtype, torch.float32)).to(bias.dtype)
+        if gain is not None:
+            weight_grad, gain_grad = _weight_norm_backward(weight_grad, weight, gain)
+        weight_grad = weight_grad.to(weight.dtype).contiguous()
+    return Gradients(x_grad, weight_grad, bias_grad, gain_grad)
+
+
+def _norm(weight: Tensor) -> Tensor:
+    """Over all but the taps, in float32 or wider: ``[1, 1, taps]``."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=(0, 1), keepdim=True, dtype=dtype)
+
+
+def _weight_norm_backward(filters_grad: Tensor, weight: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``weight`` and ``gain`` in ``gain * weight / norm`` (Salimans and Kingma 2016, eq. 3)."""
+    norm = _norm(weight)
+    filters_grad = filters_grad.to(norm.dtype)
+    gain_grad = (filters_grad * weight).sum((0, 1), keepdim=True).div_(norm)
+    weight_grad = torch.addcmul(filters_grad, weight.to(norm.dtype), gain_grad / norm, value=-1)
+    return weight_grad.mul_(gain / norm), gain_grad.to(gain.dtype)
+
+
+def _conv_dtype(x: Tensor) -> torch.dtype:
+    """PyTorch's float16 convolution on a CPU is naive: seen 20 times slower than float32."""
+    return torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
+
+
+class _Grid:
+    """Where packed rows lie in the grid ``[sequences, max_frames]``. Nothing here waits for a GPU."""
+
+    def __init__(self, x: Tensor, offsets: Tensor, max_frames: int) -> None:
+        rows, self.channels = x.shape
+        self.sequences, self.frames = len(offsets) - 1, max_frames
+        self.is_empty = rows == 0 or self.sequences * max_frames == 0
+        full = rows == self.sequences * max_frames and offsets.device.type == "cpu" and int(offsets[-1]) == rows
+        self._index: Optional[Tensor] = None  # of every place's row; None: the rows are the places
+        if not full and not self.is_empty:
+            self._locate(rows, offsets.to(x.device, non_blocking=True))
+
+    def _locate(self, rows: int, offsets: Tensor) -> None:
+        device = offsets.device
+        place = offsets[:-1, None] + torch.arange(self.frames, device=device)
+        self._padding = place >= offsets[1:, None]
+        self._index = place.clamp_(max=rows - 1).flatten()
+        row = torch.arange(rows, device=device)
+        sequence = torch.searchsorted(offsets[1:], row, right=True)
+        self._dead = (sequence == self.sequences)[:, None]
+        sequence.clamp_(max=self.sequences - 1)
+        place = sequence * self.frames + row - offsets[sequence]
+        self._place = place.clamp_(max=self.sequences * self.frames - 1)
+
+    def spread(self, rows: Tensor, taps: int) -> Tensor:
+        """``[rows, channels]`` to ``[sequences, channels, frames + taps - 1]``, with 0 where there is no row."""
+        shape = self.sequences, self.frames, self.channels
+        if self._index is not None:
+            rows = rows.index_select(0, self._index).view(shape).masked_fill_(self._padding[:, :, None], 0.0)
+        grid = rows.new_zeros(self.sequences, self.channels, self.frames + taps - 1)
+        grid[:, :, taps // 2 : taps // 2 + self.frames] = rows.view(shape).transpose(1, 2)
+        return grid
+
+    def rows_of(self, grid: Tensor) -> Tensor:
+        """The first ``frames`` of ``[sequences, channels, at least frames]`` as ``[rows, channels]``; dead rows are arbitrary."""
+        places = grid[:, :, : self.frames].transpose(1, 2).reshape(-1, self.channels)
+        return places.contiguous() if self._index is None else places.index_select(0, self._place)
+
+    def clear_dead(self, rows: Tensor) -> Tensor:
+        """0 in the rows beyond the last sequence."""
+        return rows if self._index is None else rows.masked_fill(self._dead, 0.0)

@@ -1,0 +1,117 @@
+"""residual + dropout(x + bias) in one pass, and the gradients of x and bias in another that draws the mask again."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hubert_fast.kernels import dropout
+from hubert_fast.kernels.column_tiles import (
+    blocks,
+    contiguous,
+    load_columns,
+    new_parts,
+    parts_of,
+    store_part,
+    sum_parts,
+    within,
+)
+from hubert_fast.kernels.launch import architecture, launch
+
+
+@triton.jit(do_not_specialize=["rows", "seed"])
+def _forward(x, bias, residual, index, seed, out, rows, threshold, scale, CHANNELS: tl.constexpr, DROPOUT: tl.constexpr,
+             ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    if bias is not None:
+        shift = load_columns(bias, column, CHANNELS)
+    if DROPOUT:
+        key = tl.load(seed)
+        column_bits = dropout.column_bits(key, column)[None]
+    for tile in range(TILES):
+        row = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        inside = within(row, rows, column, CHANNELS, COLUMNS)
+        offsets = row.to(tl.int64)[:, None] * CHANNELS + column[None]
+        position = row.to(tl.int64)
+        if index is not None:
+            position = tl.load(index + row, mask=row < rows, other=0)
+        value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+        added = tl.load(residual + position[:, None] * CHANNELS + column[None], mask=inside, other=0.0)
+        if bias is not None:
+            value += shift
+        if DROPOUT:
+            kept = dropout.keep(dropout.row_bits(key, row)[:, None], column_bits, threshold)
+            value = tl.where(kept, value * scale, 0.0)
+        tl.store(out + offsets, (value + added.to(tl.float32)).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "seed"])
+def _backward(grad, seed, x_grad, parts, rows, threshold, scale, CHANNELS: tl.constexpr, DROPOUT: tl.constexpr,
+              ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if DROPOUT:
+        key = tl.load(seed)
+        column_bits = dropout.column_bits(key, column)[None]
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=3):
+        row = start + tl.arange(0, ROWS)
+        inside = within(row, rows, column, CHANNELS, COLUMNS)
+        offsets = row.to(tl.int64)[:, None] * CHANNELS + column[None]
+        passed = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32)
+        if DROPOUT:
+            kept = dropout.keep(dropout.row_bits(key, row)[:, None], column_bits, threshold)
+            passed = tl.where(kept, passed * scale, 0.0)
+        tl.store(x_grad + offsets, passed.to(x_grad.dtype.element_ty), mask=inside)
+        sums += passed
+    if parts is not None:
+        store_part(parts, 0, tl.sum(sums, 0), column, CHANNELS, 1)
+
+
+def bias_dropout_residual(
+    x: Tensor,  # [rows, channels]
+    bias: Optional[Tensor],  # [channels]
+    residual: Tensor,  # [positions, channels]
+    index: Optional[Tensor],  # [rows] int64
+    dropout_p: float,
+    seed: Optional[Tensor],  # [] int64
+) -> Tensor:
+    x, bias, residual, index = contiguous(x, bias, residual, index)
+    out = torch.empty_like(x)
+    arguments = {"x": x, "bias": bias, "residual": residual, "index": index, "out": out}
+
+    def grid(sizes):
+        return triton.cdiv(len(x), sizes["ROWS"] * sizes["TILES"]), triton.cdiv(x.shape[1], sizes["COLUMNS"])
+
+    launch(_forward, grid, arguments | _settings(x, dropout_p, seed), blocks(architecture(x), x.shape[1]))
+    return out
+
+
+def dropped_gradient(
+    grad: Tensor, bias: Optional[Tensor], dropout_p: float, seed: Optional[Tensor]
+) -> tuple[Tensor, Optional[Tensor]]:
+    """Gradients of ``x``, in the dtype of ``grad`` ([rows, channels]: of the result), and of ``bias``."""
+    grad = grad.contiguous()
+    x_grad = torch.empty_like(grad)
+    parts = new_parts(grad, len(grad), 0 if bias is None else 1)
+    arguments = {"grad": grad, "x_grad": x_grad, "parts": parts}
+
+    def grid(sizes):
+        return parts_of(len(grad)), triton.cdiv(grad.shape[1], sizes["COLUMNS"])
+
+    launch(_backward, grid, arguments | _settings(grad, dropout_p, seed), blocks(architecture(grad), grad.shape[1]))
+    return x_grad, None if bias is None else sum_parts(parts, [bias])[0]
+
+
+def _settings(x: Tensor, dropout_p: float, seed: Optional[Tensor]) -> dict[str, Any]:
+    return {
+        "seed": seed,
+        "rows": len(x),
+        "threshold": dropout.threshold(dropout_p),
+        "scale": dropout.scale(dropout_p),
+        "CHANNELS": x.shape[1],
+        "DROPOUT": dropout_p > 0.0,
+    }

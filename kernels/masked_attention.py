@@ -1,0 +1,457 @@
+"""Attention within each sequence of packed rows, read straight from ``[rows, 3, heads, head_dim]``; no scores in memory.
+
+Forward: online softmax over blocks of keys (Milakov and Gimelshein 2018; FlashAttention-2, Dao 2023, algorithm 1). Backward: one
+kernel over blocks of queries for dQ, one over blocks of keys for dK and dV. Each computes the scores again, so that no program
+adds to what another one writes and results repeat to the bit.
+
+Scores stay in base 2: p = exp2(s log2(e) / sqrt(head_dim) - lse). Dropout multiplies p by keep / (1 - p_drop) after the sum; its
+factor leaves every loop, for with ds = p (keep dp / (1 - p_drop) - delta) the backward uses (1 - p_drop) ds. Column bits come
+from a table: 32 random bits a key would cost each program more than its exponentials.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Optional
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hubert_fast.kernels import dropout
+from hubert_fast.kernels import head_vectors as vectors
+from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
+
+_LOG2_E = math.log2(math.e)
+_COLUMNS_BLOCK = 1024
+_VARYING = ["rows", "threshold", "max_frames"]  # from batch to batch: nothing is compiled anew for them
+
+
+@triton.jit
+def _keys_of(sequence, key_lengths, frames):
+    keys = frames
+    if key_lengths is not None:
+        length = tl.load(key_lengths + sequence)
+        keys = tl.where(length > 0, tl.minimum(length, frames), frames).to(tl.int32)
+    return keys
+
+
+@triton.jit
+def _draw_columns(columns, seed, max_frames, BLOCK: tl.constexpr):
+    """The dropout bits of every key position."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    bits = dropout.column_bits(tl.load(seed), column).to(tl.int32, bitcast=True)
+    tl.store(columns + column, bits, mask=column < max_frames)
+
+
+@triton.jit
+def _kept(row_bits, columns, key, keys, threshold, MASKED: tl.constexpr):
+    """Which weights of rows x columns dropout keeps: ``row_bits`` and ``key`` broadcast with each other."""
+    if MASKED:
+        bits = tl.load(columns + key, mask=key < keys, other=0)
+    else:
+        bits = tl.load(columns + key)
+    return dropout.keep(row_bits, bits.to(tl.uint32, bitcast=True), threshold)
+
+
+@triton.jit
+def _attend(state, query, row_bits, key, value, columns, first, keys, scale, threshold, STRIDE: tl.constexpr,
+            HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, DROPOUT: tl.constexpr,
+            PRECISION: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """``state`` (sums, total, largest) after the BLOCK keys from ``first``; MASKED: ``keys`` may end in them."""
+    sums, total, largest = state
+    away = tl.cast(first, tl.int64) * STRIDE
+    block_key = vectors.load(key + away, keys - first, STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, MASKED)
+    block_value = vectors.load(value + away, keys - first, STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, MASKED)
+    index = first + tl.arange(0, BLOCK)[None]
+    scores = vectors.products(query, block_key, REST, PRECISION)
+    if MASKED:
+        scores = tl.where(index < keys, scores, float("-inf"))
+    new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - new_largest[:, None])
+    shrink = tl.exp2(largest - new_largest)
+    total = total * shrink + tl.sum(weights, 1)
+    if DROPOUT:
+        # A zero that the compiler cannot see: it would move the choice behind the conversion to 16 bits, where it takes longer.
+        weights = tl.where(_kept(row_bits[:, None], columns, index, keys, threshold, MASKED), weights, 0.0 * scale)
+    sums = vectors.add_weighted(vectors.scaled(sums, shrink[:, None]), weights, block_value, REST, PRECISION)
+    return sums, total, new_largest
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _forward(
+    qkv,  # [rows, 3, HEADS, HEAD_DIM]
+    offsets,  # [sequences + 1] int64
+    key_lengths,  # [sequences] int64, or None
+    out,  # [rows, HEADS, HEAD_DIM]
+    lse,  # [HEADS, rows] float32: log2 of the sum of 2^score, or None
+    columns,  # [max_frames] int32, or None
+    seed,  # [] int64, or None
+    rows,
+    scale,
+    threshold,
+    keep_scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REST: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """A program: BLOCK_QUERIES queries of a head of a sequence; the programs after the last sequence clear dead rows."""
+    HEAD_STRIDE: tl.constexpr = HEADS * HEAD_DIM
+    STRIDE: tl.constexpr = 3 * HEAD_STRIDE
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    start = tl.load(offsets + sequence)
+    out += start * HEAD_STRIDE + head * HEAD_DIM
+    if sequence == tl.num_programs(2) - 1:
+        vectors.clear(out, rows - start, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
+        if lse is not None:
+            vectors.clear(lse + head.to(tl.int64) * rows + start, rows - start, 1, BLOCK_QUERIES, 1, 0, 1)
+        return
+    frames = (tl.load(offsets + sequence + 1) - start).to(tl.int32)
+    first = tl.program_id(0) * BLOCK_QUERIES
+    if first >= frames:
+        return
+    keys = _keys_of(sequence, key_lengths, frames)
+    qkv += start * STRIDE + head * HEAD_DIM
+    away = first.to(tl.int64)
+    query = vectors.load(qkv + away * STRIDE, frames - first, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, True)
+    row = start + first + tl.arange(0, BLOCK_QUERIES)
+    row_bits = tl.zeros([BLOCK_QUERIES], tl.uint32)
+    if DROPOUT:
+        row_bits = dropout.row_bits(tl.load(seed), (row * HEADS + head).to(tl.int32))
+    largest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
+    state = vectors.zeros(BLOCK_QUERIES, WIDTH, REST), tl.zeros([BLOCK_QUERIES], tl.float32), largest
+    key, value = qkv + HEAD_STRIDE, qkv + 2 * HEAD_STRIDE
+    # The last block, which alone needs masks, comes first. The loop stands behind a condition of its own: with one that may
+    # run no times, ptxas makes every tensor-core instruction wait for the one before.
+    last = (keys - 1) // BLOCK_KEYS * BLOCK_KEYS
+    state = _attend(state, query, row_bits, key, value, columns, last, keys, scale, threshold,
+                    STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_KEYS, True)  # fmt: skip
+    if last > 0:
+        for first_key in range(0, last, BLOCK_KEYS):
+            state = _attend(state, query, row_bits, key, value, columns, first_key, keys, scale, threshold,
+                            STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_KEYS, False)  # fmt: skip
+    sums, total, largest = state
+    sums = vectors.scaled(sums, (keep_scale / total)[:, None])
+    vectors.store(out + away * HEAD_STRIDE, sums, frames - first, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
+    if lse is not None:
+        tl.store(lse + head.to(tl.int64) * rows + row, largest + tl.log2(total), mask=row < start + frames)
+
+
+@triton.jit
+def _add_query_gradient(sums, query, grad, lse, delta, row_bits, key, value, columns, first, keys, scale, threshold,
+                        STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr,
+                        DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """``sums`` + ds k over the BLOCK keys from ``first``; MASKED: ``keys`` may end in them."""
+    away = tl.cast(first, tl.int64) * STRIDE
+    block_key = vectors.load(key + away, keys - first, STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, MASKED)
+    block_value = vectors.load(value + away, keys - first, STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, MASKED)
+    index = first + tl.arange(0, BLOCK)[None]
+    weights = tl.exp2(vectors.products(query, block_key, REST, PRECISION) * scale - lse[:, None])
+    if MASKED:
+        weights = tl.where(index < keys, weights, 0.0)
+    weights_grad = vectors.products(grad, block_value, REST, PRECISION)
+    if DROPOUT:
+        weights_grad = tl.where(_kept(row_bits[:, None], columns, index, keys, threshold, MASKED), weights_grad, 0.0)
+    return vectors.add_weighted(sums, weights * (weights_grad - delta[:, None]), block_key, REST, PRECISION)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _query_backward(
+    qkv,  # [rows, 3, HEADS, HEAD_DIM]
+    qkv_grad,  # [rows, 3, HEADS, HEAD_DIM]: the queries' part is written
+    out,  # [rows, HEADS, HEAD_DIM]
+    out_grad,  # [rows, HEADS, HEAD_DIM]
+    offsets,  # [sequences + 1] int64
+    key_lengths,  # [sequences] int64, or None
+    lse,  # [HEADS, rows] float32
+    delta,  # [HEADS, rows] float32, written: (1 - p_drop) sum of out out_grad
+    row_bits,  # [HEADS, rows] int32, written: dropout bits of each query; or None
+    columns,  # [max_frames] int32, or None
+    seed,  # [] int64, or None
+    rows,
+    scale,
+    threshold,
+    grad_scale,
+    inverse_keep_scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REST: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """dQ of BLOCK_QUERIES queries of a head of a sequence, and what `_key_backward` needs to know of each query."""
+    HEAD_STRIDE: tl.constexpr = HEADS * HEAD_DIM
+    STRIDE: tl.constexpr = 3 * HEAD_STRIDE
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    start = tl.load(offsets + sequence)
+    qkv_grad += start * STRIDE + head * HEAD_DIM
+    if sequence == tl.num_programs(2) - 1:
+        vectors.clear(qkv_grad, rows - start, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
+        return
+    frames = (tl.load(offsets + sequence + 1) - start).to(tl.int32)
+    first = tl.program_id(0) * BLOCK_QUERIES
+    if first >= frames:
+        return
+    keys = _keys_of(sequence, key_lengths, frames)
+    qkv += start * STRIDE + head * HEAD_DIM
+    away, left = first.to(tl.int64), frames - first
+    query = vectors.load(qkv + away * STRIDE, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, True)
+    block = (start + away) * HEAD_STRIDE + head * HEAD_DIM
+    grad = vectors.load(out_grad + block, left, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, True)
+    result = vectors.load(out + block, left, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, True)
+    block_delta = vectors.row_sums(grad, result, REST) * inverse_keep_scale
+    row = start + away + tl.arange(0, BLOCK_QUERIES)
+    of_row = head.to(tl.int64) * rows + row
+    valid = row < start + frames
+    block_lse = tl.load(lse + of_row, mask=valid, other=float("inf"))
+    tl.store(delta + of_row, block_delta, mask=valid)
+    block_bits = tl.zeros([BLOCK_QUERIES], tl.uint32)
+    if DROPOUT:
+        block_bits = dropout.row_bits(tl.load(seed), (row * HEADS + head).to(tl.int32))
+        tl.store(row_bits + of_row, block_bits.to(tl.int32, bitcast=True), mask=valid)
+    key, value = qkv + HEAD_STRIDE, qkv + 2 * HEAD_STRIDE
+    sums = vectors.zeros(BLOCK_QUERIES, WIDTH, REST)
+    last = (keys - 1) // BLOCK_KEYS * BLOCK_KEYS
+    sums = _add_query_gradient(sums, query, grad, block_lse, block_delta, block_bits, key, value, columns, last, keys, scale,
+                               threshold, STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_KEYS, True)  # fmt: skip
+    if last > 0:  # as in `_forward`
+        for first_key in range(0, last, BLOCK_KEYS):
+            sums = _add_query_gradient(sums, query, grad, block_lse, block_delta, block_bits, key, value, columns, first_key,
+                                       keys, scale, threshold, STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_KEYS,
+                                       False)  # fmt: skip
+    sums = vectors.scaled(sums, grad_scale)
+    vectors.store(qkv_grad + away * STRIDE, sums, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
+
+
+@triton.jit
+def _add_key_gradients(key_sums, value_sums, key, value, column_bits, qkv, out_grad, lse, delta, row_bits, first_row, first,
+                       frames, scale, threshold, HEAD_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+                       REST: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Both sums after the BLOCK queries from ``first`` of a sequence of ``frames``: + ds^T q, + (keep p)^T dout."""
+    away, left = tl.cast(first, tl.int64), frames - first
+    query = vectors.load(qkv + away * 3 * HEAD_STRIDE, left, 3 * HEAD_STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, True)
+    grad = vectors.load(out_grad + away * HEAD_STRIDE, left, HEAD_STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, True)
+    row = first + tl.arange(0, BLOCK)
+    valid = row < frames
+    # Past the end it is enough that weights are finite: there grad and delta are 0.
+    block_lse = tl.load(lse + row, mask=valid, other=0.0)
+    weights = tl.exp2(vectors.products(key, query, REST, PRECISION) * scale - block_lse[None])
+    weights_grad = vectors.products(value, grad, REST, PRECISION)
+    dropped = weights
+    if DROPOUT:
+        bits = tl.load(row_bits + first_row + row, mask=valid, other=0).to(tl.uint32, bitcast=True)
+        kept = dropout.keep(bits[None], column_bits[:, None], threshold)
+        dropped = tl.where(kept, weights, 0.0 * scale)  # as in `_attend`
+        weights_grad = tl.where(kept, weights_grad, 0.0)
+    value_sums = vectors.add_weighted(value_sums, dropped, grad, REST, PRECISION)
+    scores_grad = weights * (weights_grad - tl.load(delta + row, mask=valid, other=0.0)[None])
+    return vectors.add_weighted(key_sums, scores_grad, query, REST, PRECISION), value_sums
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _key_backward(
+    qkv,  # [rows, 3, HEADS, HEAD_DIM]
+    qkv_grad,  # [rows, 3, HEADS, HEAD_DIM]: the keys' and the values' parts are written
+    out_grad,  # [rows, HEADS, HEAD_DIM]
+    offsets,  # [sequences + 1] int64
+    key_lengths,  # [sequences] int64, or None
+    lse,  # [HEADS, rows] float32
+    delta,  # [HEADS, rows] float32, of `_query_backward`
+    row_bits,  # [HEADS, rows] int32, of `_query_backward`; or None
+    columns,  # [max_frames] int32, or None
+    rows,
+    scale,
+    threshold,
+    grad_scale,
+    keep_scale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REST: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """dK and dV of BLOCK_KEYS keys of a head of a sequence: 0 where they are not attended to. Scores are [keys, queries]."""
+    HEAD_STRIDE: tl.constexpr = HEADS * HEAD_DIM
+    STRIDE: tl.constexpr = 3 * HEAD_STRIDE
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    start = tl.load(offsets + sequence)
+    key_grad = qkv_grad + start * STRIDE + head * HEAD_DIM + HEAD_STRIDE
+    if sequence == tl.num_programs(2) - 1:
+        vectors.clear(key_grad, rows - start, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
+        vectors.clear(key_grad + HEAD_STRIDE, rows - start, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
+        return
+    frames = (tl.load(offsets + sequence + 1) - start).to(tl.int32)
+    first_key = tl.program_id(0) * BLOCK_KEYS
+    if first_key >= frames:
+        return
+    keys = _keys_of(sequence, key_lengths, frames)
+    away = first_key.to(tl.int64) * STRIDE
+    qkv += start * STRIDE + head * HEAD_DIM
+    key = vectors.load(qkv + HEAD_STRIDE + away, keys - first_key, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM, True)
+    value = vectors.load(
+        qkv + 2 * HEAD_STRIDE + away, keys - first_key, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM, True
+    )
+    index = first_key + tl.arange(0, BLOCK_KEYS)
+    column_bits = tl.zeros([BLOCK_KEYS], tl.uint32)
+    if DROPOUT:
+        column_bits = tl.load(columns + index, mask=index < keys, other=0).to(tl.uint32, bitcast=True)
+    out_grad += start * HEAD_STRIDE + head * HEAD_DIM
+    of_row = head.to(tl.int64) * rows + start
+    key_sums = vectors.zeros(BLOCK_KEYS, WIDTH, REST)
+    value_sums = vectors.zeros(BLOCK_KEYS, WIDTH, REST)
+    stop = tl.where(first_key < keys, frames, 0)  # nothing to add up where no key is attended to
+    for first in range(0, stop, BLOCK_QUERIES):
+        key_sums, value_sums = _add_key_gradients(
+            key_sums, value_sums, key, value, column_bits, qkv, out_grad, lse + of_row, delta + of_row, row_bits, of_row, first,
+            frames, scale, threshold, HEAD_STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_QUERIES,
+        )  # fmt: skip
+    attended = (index < keys)[:, None]
+    key_sums = vectors.where(attended, vectors.scaled(key_sums, grad_scale))
+    value_sums = vectors.where(attended, vectors.scaled(value_sums, keep_scale))
+    key_grad += away
+    vectors.store(key_grad, key_sums, frames - first_key, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
+    vectors.store(key_grad + HEAD_STRIDE, value_sums, frames - first_key, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
+
+
+def masked_attention(
+    qkv: Tensor,  # [rows, 3, heads, head_dim] float32, bfloat16 or float16
+    offsets: Tensor,  # [sequences + 1] int64, on the device of qkv, as are the following
+    key_lengths: Optional[Tensor],  # [sequences] int64
+    max_frames: int,
+    dropout_p: float,
+    seed: Optional[Tensor],  # [] int64, where dropout_p > 0
+    save: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The output ``[rows, heads, head_dim]`` and, where ``save``, what the backward takes: see `saved_tensors`."""
+    rows, _, heads, head_dim = qkv.shape
+    qkv = qkv.contiguous()
+    out = qkv.new_empty(rows, heads, head_dim)
+    saved = [qkv.new_empty(size, dtype=dtype) for size, dtype in saved_tensors(rows, heads, max_frames, dropout_p)]
+    lse, columns = saved if dropout_p > 0.0 else (*saved, None)
+    if columns is not None:
+        arguments = {"columns": columns, "seed": seed, "max_frames": max_frames, "BLOCK": _COLUMNS_BLOCK}
+        launch(_draw_columns, lambda _: (triton.cdiv(max_frames, _COLUMNS_BLOCK),), arguments, [Blocks()])
+    arguments = {
+        "qkv": qkv, "offsets": offsets, "key_lengths": key_lengths, "out": out, "lse": lse if save else None,
+        "columns": columns, "seed": seed, "keep_scale": dropout.scale(dropout_p), **_constants(qkv, dropout_p),
+    }  # fmt: skip
+    launch(_forward, _grid("BLOCK_QUERIES", qkv, offsets, max_frames), arguments, _forward_blocks(qkv, dropout_p))
+    return out, saved if save else []
+
+
+def saved_tensors(
+    rows: int, heads: int, max_frames: int, dropout_p: float
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of what the forward keeps for the backward: log-sum-exp of each row, random bits of each key position."""
+    lse = ((heads, rows), torch.float32)
+    return [lse, ((max_frames,), torch.int32)] if dropout_p > 0.0 else [lse]
+
+
+def masked_attention_backward(
+    grad: Tensor,  # [rows, heads, head_dim]
+    qkv: Tensor,
+    out: Tensor,
+    saved: list[Tensor],
+    offsets: Tensor,
+    key_lengths: Optional[Tensor],
+    max_frames: int,
+    dropout_p: float,
+    seed: Optional[Tensor],
+) -> Tensor:
+    """The gradient of ``qkv``: [rows, 3, heads, head_dim], contiguous."""
+    qkv, grad = qkv.contiguous(), grad.contiguous()
+    lse, columns = saved if dropout_p > 0.0 else (*saved, None)
+    constants, keep_scale = _constants(qkv, dropout_p), dropout.scale(dropout_p)
+    qkv_grad = torch.empty_like(qkv)
+    shared = {
+        "qkv": qkv, "qkv_grad": qkv_grad, "out_grad": grad, "offsets": offsets, "key_lengths": key_lengths, "lse": lse,
+        "delta": torch.empty_like(lse), "columns": columns, "grad_scale": keep_scale * qkv.shape[3] ** -0.5,
+        "row_bits": None if columns is None else torch.empty_like(lse, dtype=torch.int32), **constants,
+    }  # fmt: skip
+    of_queries = {"out": out, "seed": seed, "inverse_keep_scale": 1 / keep_scale}
+    launch(
+        _query_backward,
+        _grid("BLOCK_QUERIES", qkv, offsets, max_frames),
+        shared | of_queries,
+        _query_backward_blocks(qkv),
+    )
+    of_keys = {"keep_scale": keep_scale}
+    launch(_key_backward, _grid("BLOCK_KEYS", qkv, offsets, max_frames), shared | of_keys, _key_backward_blocks(qkv))
+    return qkv_grad
+
+
+def _constants(qkv: Tensor, dropout_p: float) -> dict[str, object]:
+    rows, _, heads, head_dim = qkv.shape
+    width, rest = vectors.tiles(head_dim)
+    tf32 = qkv.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return {
+        "rows": rows, "scale": _LOG2_E * head_dim**-0.5, "threshold": dropout.threshold(dropout_p), "HEADS": heads,
+        "HEAD_DIM": head_dim, "WIDTH": width, "REST": rest, "DROPOUT": dropout_p > 0.0,
+        "PRECISION": "tf32" if tf32 else "ieee",
+    }  # fmt: skip
+
+
+def _grid(block: str, qkv: Tensor, offsets: Tensor, max_frames: int) -> Callable[[Mapping[str, int]], tuple[int, ...]]:
+    """Blocks of the longest sequence x heads x sequences; one more sequence stands for dead rows."""
+    return lambda sizes: (triton.cdiv(max(max_frames, 1), sizes[block]), qkv.shape[2], len(offsets))
+
+
+def _forward_blocks(qkv: Tensor, dropout_p: float) -> list[Blocks]:
+    arch, wide = architecture(qkv), qkv.shape[3] > 64
+    if arch == INTERPRETER:
+        return [_blocks(32, 32, 4, 1)]
+    if qkv.dtype == torch.float32:
+        return [_blocks(32, 32, 8 if wide else 4, 2)]
+    if arch == 90:  # two or three programs a multiprocessor: while one is at its exponentials, another multiplies
+        if wide:
+            return [_blocks(64, 64, 4, 2), _blocks(128, 64, 8, 2)]
+        four, eight = _blocks(128, 64, 4, 3), _blocks(128, 64, 8, 3)
+        return [eight, four] if dropout_p > 0.0 else [four, eight]  # with random bits four warps run out of registers
+    if arch == 100:
+        return [_blocks(128, 64, 8, 2), _blocks(128, 64, 8, 3)]
+    return [_blocks(128, 64, 8, 2)] if wide else [_blocks(128, 64, 8, 3), _blocks(64, 64, 4, 3)]
+
+
+def _query_backward_blocks(qkv: Tensor) -> list[Blocks]:
+    arch, wide = architecture(qkv), qkv.shape[3] > 64
+    if arch == INTERPRETER:
+        return [_blocks(32, 32, 4, 1)]
+    if qkv.dtype == torch.float32:
+        return [_blocks(32, 32, 8 if wide else 4, 2)]
+    small, large = _blocks(64, 64, 4, 2), _blocks(128, 64, 8, 2)
+    if arch == 90:
+        return [small, large] if wide else [large, small]
+    if arch == 100:
+        return [large, small]
+    return [_blocks(128, 32, 8, 2)] if wide else [_blocks(128, 32, 8, 3), _blocks(64, 32, 4, 3)]
+
+
+def _key_backward_blocks(qkv: Tensor) -> list[Blocks]:
+    arch, wide = architecture(qkv), qkv.shape[3] > 64
+    if arch == INTERPRETER:
+        return [_blocks(32, 32, 4, 1)]
+    if qkv.dtype == torch.float32:
+        return [_blocks(16 if wide else 32, 32, 4, 2)]
+    if arch == 90:
+        wider = qkv.shape[3] > 80
+        return [_blocks(32, 128, 8, 2)] if wider else [_blocks(64, 64, 4, 2), _blocks(32, 64, 4, 2)]
+    if arch == 100:
+        return [_blocks(64, 128, 8, 2), _blocks(64, 64, 4, 2)]
+    return [_blocks(32, 64, 8, 2)] if wide else [_blocks(32, 128, 8, 2), _blocks(32, 64, 4, 2)]
+
+
+def _blocks(queries: int, keys: int, warps: int, stages: int) -> Blocks:
+    return Blocks({"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys}, warps, stages)

@@ -1,0 +1,374 @@
+"""The convolutional positional embedding on packed rows: gelu(conv(x) + bias) + x and its gradients as implicit GEMMs.
+
+A group of a grouped convolution is a product of depth taps * width (width: channels of the group), narrow for tensor cores: 48
+columns. So FOLD neighbouring frames of a sequence, a run, are computed as one row of FOLD * width columns. Run q of frames t to
+t + FOLD - 1 sees frames t - before to t - before + TAPS + FOLD - 2, and column (s, o) of its filters is filter o delayed by s:
+
+    z[t + s, o] = sum over j and c of x[t - before + j, c] W[j - s, c, o]        (W is 0 where it has no tap j - s)
+
+Depth grows to (taps + FOLD - 1) * width, by 3% for 5 frames of 128 taps, while 240 of 256 columns are used instead of 48 of 64,
+and every value of x that is brought to the tensor cores serves 5 frames. `_runs` says which frames a run has and where its
+sequence lies, so a tile of runs spans sequences. Loads of x and of the filters repeat themselves from j to j + 1: L1 keeps them.
+
+The gradient of x is the same product of the preactivation's gradient with the taps reversed and the filters transposed. The
+gradient of the filters is, a group, the product of x, shifted by each tap, with the preactivation's gradient over all rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Optional
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hubert_fast.kernels import weight_norm
+from hubert_fast.kernels.gelu import gelu, gelu_slope
+from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
+
+# Programs that share the sum over rows for the gradient of the bias, whatever the GPU: their order decides the last bits.
+PARTS = 64
+
+_VARYING = ["rows", "sequences", "runs"]  # from batch to batch: nothing is compiled anew for them
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _runs(offsets, table, rows, sequences, runs, FOLD: tl.constexpr, BLOCK: tl.constexpr):
+    """For each run its first row, where its sequence starts and where its frames end: ``table`` [3, runs] int32.
+
+    Runs of dead rows have a sequence that starts where they end, so they see nothing; runs too many start and end at ``rows``.
+    """
+    run = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.zeros([BLOCK], tl.int32) + rows
+    start, end = first, first
+    before = 0
+    for sequence in range(sequences):
+        low, high = tl.load(offsets + sequence).to(tl.int32), tl.load(offsets + sequence + 1).to(tl.int32)
+        count = (high - low + FOLD - 1) // FOLD
+        inside = (run >= before) & (run < before + count)
+        first = tl.where(inside, low + (run - before) * FOLD, first)
+        start, end = tl.where(inside, low, start), tl.where(inside, high, end)
+        before += count
+    dead = tl.load(offsets + sequences).to(tl.int32) + (run - before) * FOLD
+    first = tl.where((run >= before) & (dead < rows), dead, first)
+    tl.store(table + run, first, mask=run < runs)
+    tl.store(table + runs + run, start, mask=run < runs)
+    tl.store(table + 2 * runs + run, end, mask=run < runs)
+
+
+@triton.jit
+def _halves(tile):
+    """[rows, columns] to the left and right [rows, columns / 2]."""
+    pairs = tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2])
+    return tl.split(tl.permute(pairs, [0, 2, 1]))
+
+
+@triton.jit
+def _finish(sums, column, group, first, start, end, bias, residual, out, preactivation, CHANNELS: tl.constexpr,
+            WIDTH: tl.constexpr, FOLD: tl.constexpr):  # fmt: skip
+    """Bias, GELU and residual on the columns from ``column`` of a tile of runs, or without a bias the residual alone."""
+    column += tl.arange(0, sums.shape[1])
+    delay, target = column // WIDTH, column % WIDTH
+    live = (start <= first)[:, None]
+    inside = (first[:, None] + delay[None] < end[:, None]) & (delay < FOLD)[None]
+    place = first.to(tl.int64)[:, None] * CHANNELS + (group * WIDTH + delay * CHANNELS + target)[None]
+    result = tl.load(residual + place, mask=inside & live, other=0.0).to(tl.float32)
+    if bias is None:
+        result += sums
+    else:
+        z = sums + tl.load(bias + group * WIDTH + target, mask=delay < FOLD, other=0.0).to(tl.float32)[None]
+        if preactivation is not None:
+            tl.store(preactivation + place, z, mask=inside)
+        LOW_PRECISION: tl.constexpr = out.dtype.element_ty != tl.float32
+        result = tl.where(live, gelu(z, LOW_PRECISION) + result, 0.0)
+    tl.store(out + place, result, mask=inside)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _convolve(x, filters, bias, residual, table, out, preactivation, runs, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+              TAPS: tl.constexpr, BEFORE: tl.constexpr, FOLD: tl.constexpr, BACKWARD: tl.constexpr,
+              PRECISION: tl.constexpr, BLOCK_RUNS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+              BLOCK_DEPTH: tl.constexpr):  # fmt: skip
+    """gelu(conv(x) + bias) + residual, its preactivation too where that is given; BACKWARD: conv(x) + residual, taps reversed.
+
+    A tile is BLOCK_RUNS runs by BLOCK_COLUMNS columns of one group. ``filters`` is [groups, TAPS, WIDTH (in), WIDTH (out)];
+    BACKWARD exchanges in and out.
+    """
+    BLOCKS: tl.constexpr = (FOLD * WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS  # more than 1 only where FOLD is 1
+    DEPTH: tl.constexpr = (TAPS + FOLD - 1) * WIDTH
+    group = tl.program_id(1) // BLOCKS
+    run = tl.program_id(0) * BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)
+    first = tl.load(table + run, mask=run < runs, other=0)
+    start = tl.load(table + runs + run, mask=run < runs, other=0)
+    end = tl.load(table + 2 * runs + run, mask=run < runs, other=0)
+    column = (tl.program_id(1) % BLOCKS) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    delay, target = column // WIDTH, column % WIDTH
+
+    low, high = (start - first + BEFORE)[:, None], (end - first + BEFORE)[:, None]
+    frames = x + group * WIDTH + first.to(tl.int64)[:, None] * CHANNELS
+    if BACKWARD:
+        columns = filters + group * TAPS * WIDTH * WIDTH + (delay * WIDTH * WIDTH + target * WIDTH)[None]
+    else:
+        columns = filters + group * TAPS * WIDTH * WIDTH + (target - delay * WIDTH * WIDTH)[None]
+    nearest, farthest = delay[None], tl.where(delay < FOLD, delay + TAPS, 0)[None]
+
+    sums = tl.zeros([BLOCK_RUNS, BLOCK_COLUMNS], tl.float32)
+    for depth in range(0, DEPTH, BLOCK_DEPTH):
+        place = depth + tl.arange(0, BLOCK_DEPTH)
+        tap, source = place // WIDTH, place % WIDTH
+        shift = ((tap - BEFORE) * CHANNELS + source)[None]
+        seen = (tap[None] >= low) & (tap[None] < high)
+        values = tl.load(frames + shift, mask=seen, other=0.0, cache_modifier=".ca")
+        if BACKWARD:
+            offset = (TAPS - 1 - tap) * WIDTH * WIDTH + source
+        else:
+            offset = place * WIDTH
+        has_tap = (tap[:, None] >= nearest) & (tap[:, None] < farthest)
+        weights = tl.load(columns + offset[:, None], mask=has_tap, other=0.0, cache_modifier=".ca")
+        sums = tl.dot(values, weights, sums, input_precision=PRECISION)
+
+    column = (tl.program_id(1) % BLOCKS) * BLOCK_COLUMNS
+    if BLOCK_COLUMNS == 256:
+        left, right = _halves(sums)
+        a, b = _halves(left)
+        c, d = _halves(right)
+        _finish(a, column, group, first, start, end, bias, residual, out, preactivation, CHANNELS, WIDTH, FOLD)
+        _finish(b, column + 64, group, first, start, end, bias, residual, out, preactivation, CHANNELS, WIDTH, FOLD)
+        _finish(c, column + 128, group, first, start, end, bias, residual, out, preactivation, CHANNELS, WIDTH, FOLD)
+        _finish(d, column + 192, group, first, start, end, bias, residual, out, preactivation, CHANNELS, WIDTH, FOLD)
+    else:
+        _finish(sums, column, group, first, start, end, bias, residual, out, preactivation, CHANNELS, WIDTH, FOLD)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _activation_gradient(grad, preactivation, offsets, z_grad, parts, rows, sequences, CHANNELS: tl.constexpr,
+                         PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):  # fmt: skip
+    """Gradient of the preactivation, 0 in dead rows, and parts of its sum over rows: ``parts`` [PARTS, CHANNELS]."""
+    LOW_PRECISION: tl.constexpr = z_grad.dtype.element_ty != tl.float32
+    live = tl.load(offsets + sequences).to(tl.int32)
+    channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None]
+    total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
+    for first in range(tl.program_id(0) * BLOCK_ROWS, rows, PARTS * BLOCK_ROWS):
+        row = first + tl.arange(0, BLOCK_ROWS)[:, None]
+        place = row.to(tl.int64) * CHANNELS + channels
+        mask = (row < live) & (channels < CHANNELS)
+        z = tl.load(preactivation + place, mask=mask, other=0.0).to(tl.float32)
+        upstream = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
+        result = upstream * gelu_slope(z, LOW_PRECISION)
+        total += result
+        tl.store(z_grad + place, result, mask=(row < rows) & (channels < CHANNELS))
+    channels = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    tl.store(parts + tl.program_id(0) * CHANNELS + channels, tl.sum(total, 0), mask=channels < CHANNELS)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _filters_gradient(x, z_grad, table, filters_grad, rows, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+                      TAPS: tl.constexpr, BEFORE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_OUT: tl.constexpr,
+                      BLOCK_FILTER: tl.constexpr, BLOCK_ROWS: tl.constexpr):  # fmt: skip
+    """``filters_grad`` [groups, WIDTH (out), TAPS, WIDTH (in)] float32: for one group, z_grad^T times x shifted by each tap.
+
+    ``table`` is that of runs of one frame. A tile is BLOCK_OUT output channels by BLOCK_FILTER (tap, input channel) of one group.
+    """
+    BLOCKS: tl.constexpr = (WIDTH + BLOCK_OUT - 1) // BLOCK_OUT
+    group = tl.program_id(1) // BLOCKS
+    out = (tl.program_id(1) % BLOCKS) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    place = tl.program_id(0) * BLOCK_FILTER + tl.arange(0, BLOCK_FILTER)
+    tap, source = (place // WIDTH)[None], (place % WIDTH)[None]
+    shift = (tap - BEFORE) * CHANNELS + source
+
+    sums = tl.zeros([BLOCK_OUT, BLOCK_FILTER], tl.float32)
+    if rows > 0:  # said although it is so: else ptxas serialises the products of a loop that might not run
+        row = tl.arange(0, BLOCK_ROWS)
+        start = tl.load(table + rows + row, mask=row < rows, other=0)
+        end = tl.load(table + 2 * rows + row, mask=row < rows, other=0)
+        for first in range(0, rows, BLOCK_ROWS):
+            row = first + tl.arange(0, BLOCK_ROWS)
+            frames = x + group * WIDTH + row.to(tl.int64)[:, None] * CHANNELS
+            low, high = (start - row + BEFORE)[:, None], (end - row + BEFORE)[:, None]
+            values = tl.load(frames + shift, mask=(tap >= low) & (tap < high), other=0.0, cache_modifier=".ca")
+            grads = z_grad + group * WIDTH + row.to(tl.int64)[:, None] * CHANNELS + out[None]
+            upstream = tl.load(grads, mask=(row < rows)[:, None] & (out < WIDTH)[None], other=0.0)
+            sums = tl.dot(tl.trans(upstream), values, sums, input_precision=PRECISION)
+            # A block ahead, so that the loads of x do not wait for them.
+            start = tl.load(table + rows + row + BLOCK_ROWS, mask=row + BLOCK_ROWS < rows, other=0)
+            end = tl.load(table + 2 * rows + row + BLOCK_ROWS, mask=row + BLOCK_ROWS < rows, other=0)
+    filters = filters_grad + (group * WIDTH + out[:, None]) * TAPS * WIDTH + place[None]
+    tl.store(filters, sums, mask=(out[:, None] < WIDTH) & (place[None] < TAPS * WIDTH))
+
+
+def new_saved(x: Tensor, weight: Tensor, gain: Optional[Tensor]) -> list[Tensor]:
+    """What the backward needs besides the inputs: preactivation, packed filters, and with a gain parts of the squared norms."""
+    channels, width, taps = weight.shape
+    saved = [x.new_empty(x.shape), x.new_empty(channels // width, taps, width, width)]
+    return saved if gain is None else [*saved, weight_norm.new_parts(weight)]
+
+
+def positional_conv(
+    x: Tensor,  # [rows, channels]
+    weight: Tensor,  # [channels, channels / groups, taps]
+    bias: Tensor,  # [channels]
+    gain: Optional[Tensor],  # [1, 1, taps]
+    offsets: Tensor,  # [sequences + 1] int64, on the device of x
+    save: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The output ``[rows, channels]`` and, where ``save``, `new_saved`. All tensors are contiguous."""
+    preactivation, packed, *squares = new_saved(x, weight, gain)
+    weight_norm.pack(weight, gain, squares[0] if squares else None, packed)
+    out = torch.empty_like(x)
+    _launch_convolve(x, packed, bias, x, offsets, out, preactivation if save else None)
+    return out, [preactivation, packed, *squares] if save else []
+
+
+def positional_conv_backward(
+    grad: Tensor,  # [rows, channels]
+    x: Tensor,  # [rows, channels]
+    weight: Tensor,  # [channels, channels / groups, taps]
+    bias: Tensor,  # [channels]
+    gain: Optional[Tensor],  # [1, 1, taps]
+    offsets: Tensor,  # [sequences + 1] int64, on the device of x
+    saved: list[Tensor],
+    *,
+    x_wanted: bool,
+    parameters_wanted: bool,
+) -> list[Tensor]:
+    """The gradients wanted: of x; of weight, bias and, if there is one, gain; each in the dtype of what it belongs to."""
+    preactivation, packed, *squares = saved
+    z_grad, bias_parts = _activation_backward(grad, preactivation, offsets)
+    gradients = []
+    if x_wanted:
+        gradients.append(torch.empty_like(x))
+        _launch_convolve(z_grad, packed, None, grad, offsets, gradients[0], None)
+    if parameters_wanted:
+        filters_grad = _filters_backward(x, z_grad, offsets, packed)
+        weight_grad, gain_grad = weight_norm.pack_backward(filters_grad, weight, gain, squares[0] if squares else None)
+        gradients += [weight_grad, bias_parts.sum(0).to(bias.dtype)]
+        gradients += [] if gain_grad is None else [gain_grad]
+    return gradients
+
+
+def _run_table(offsets: Tensor, rows: int, fold: int) -> Tensor:
+    """``[3, runs]`` int32; see `_runs`. Every sequence but the last may end in a run that is not full, dead rows too."""
+    sequences = offsets.shape[0] - 1
+    runs = rows if fold == 1 else triton.cdiv(rows, fold) + sequences + 1
+    table = offsets.new_empty(3, runs, dtype=torch.int32)
+    arguments = {"offsets": offsets, "table": table, "rows": rows, "sequences": sequences, "runs": runs, "FOLD": fold}
+    launch(_runs, lambda a: (triton.cdiv(runs, a["BLOCK"]),), arguments, [Blocks({"BLOCK": 128})])
+    return table
+
+
+def _launch_convolve(
+    x: Tensor,
+    filters: Tensor,  # [groups, taps, width, width]
+    bias: Optional[Tensor],  # None: the gradient of x is wanted, and x is that of the preactivation
+    residual: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+    preactivation: Optional[Tensor],
+) -> None:
+    groups, taps, width, _ = filters.shape
+    columns, fold = _tile_columns(architecture(x), width, taps, x.element_size())
+    table = _run_table(offsets, x.shape[0], fold)
+    runs, backward = table.shape[1], bias is None
+    arguments = {
+        "x": x, "filters": filters, "bias": bias, "residual": residual, "table": table, "out": out,
+        "preactivation": preactivation, "runs": runs, "CHANNELS": x.shape[1], "WIDTH": width, "TAPS": taps,
+        "BEFORE": taps - 1 - taps // 2 if backward else taps // 2, "FOLD": fold, "BACKWARD": backward,
+        "PRECISION": _precision(x),
+    }  # fmt: skip
+    blocks = groups * triton.cdiv(fold * width, columns)
+    launch(
+        _convolve,
+        lambda a: (triton.cdiv(runs, a["BLOCK_RUNS"]), blocks),
+        arguments,
+        _convolve_blocks(architecture(x), columns, x.element_size(), _precision(x)),
+    )
+
+
+def _activation_backward(grad: Tensor, preactivation: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of the preactivation ``[rows, channels]``, and parts of that of the bias ``[PARTS, channels]`` float32."""
+    rows, channels = grad.shape
+    z_grad, parts = torch.empty_like(grad), grad.new_empty(PARTS, channels, dtype=torch.float32)
+    arguments = {
+        "grad": grad, "preactivation": preactivation, "offsets": offsets, "z_grad": z_grad, "parts": parts, "rows": rows,
+        "sequences": offsets.shape[0] - 1, "CHANNELS": channels, "PARTS": PARTS,
+    }  # fmt: skip
+    blocks = Blocks({"BLOCK_ROWS": 16, "BLOCK_CHANNELS": 16 if architecture(grad) == INTERPRETER else 128})
+    launch(_activation_gradient, lambda a: (PARTS, triton.cdiv(channels, a["BLOCK_CHANNELS"])), arguments, [blocks])
+    return z_grad, parts
+
+
+def _filters_backward(x: Tensor, z_grad: Tensor, offsets: Tensor, packed: Tensor) -> Tensor:
+    """``[channels (out), taps, channels / groups (in)]`` float32."""
+    groups, taps, width, _ = packed.shape
+    rows, channels = x.shape
+    filters_grad = x.new_empty(channels, taps, width, dtype=torch.float32)
+    arguments = {
+        "x": x, "z_grad": z_grad, "table": _run_table(offsets, rows, 1), "filters_grad": filters_grad, "rows": rows,
+        "CHANNELS": channels, "WIDTH": width, "TAPS": taps, "BEFORE": taps // 2, "PRECISION": _precision(x),
+    }  # fmt: skip
+    launch(
+        _filters_gradient,
+        lambda a: (triton.cdiv(taps * width, a["BLOCK_FILTER"]), groups * triton.cdiv(width, a["BLOCK_OUT"])),
+        arguments,
+        _filters_blocks(architecture(x), width, x.element_size()),
+    )
+    return filters_grad
+
+
+def _precision(x: Tensor) -> str:
+    """As PyTorch's own convolutions, which use TF32 unless told otherwise."""
+    return "tf32" if x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def _tile_columns(arch: int, width: int, taps: int, itemsize: int) -> tuple[int, int]:
+    """(columns of a tile, frames of a run): the pair with the least to compute and to bring to the tensor cores.
+
+    A run of ``fold`` frames computes taps + fold - 1 taps of ``columns`` columns; values of x count as 64 columns more.
+    """
+    if arch == INTERPRETER:
+        choices = (16, 32)
+    else:
+        choices = (64, 128) if arch == 86 or itemsize == 4 else (64, 128, 256)
+
+    def cost(columns: int) -> float:
+        fold = max(1, columns // width)
+        return (taps + fold - 1) * (columns + 64) * math.ceil(fold * width / columns) / fold
+
+    columns = min(choices, key=cost)
+    return columns, max(1, columns // width)
+
+
+def _convolve_blocks(arch: int, columns: int, itemsize: int, precision: str) -> list[Blocks]:
+    """Shared memory beyond the tiles is L1, which is to hold what a tile of runs sees of x: three stages rather than four."""
+
+    def blocks(runs: int, depth: int, warps: int, stages: int) -> Blocks:
+        sizes = {"BLOCK_RUNS": runs, "BLOCK_COLUMNS": columns, "BLOCK_DEPTH": depth}
+        return Blocks(sizes, warps, stages)
+
+    if arch == INTERPRETER:
+        return [blocks(16, 32, 4, 1)]
+    if itemsize == 4:
+        # Multiply-adds of "ieee" leave no registers to load ahead; tensor cores do.
+        return [blocks(64, 16, 8, 3)] if precision == "tf32" else [blocks(64, 16, 8, 1), blocks(32, 16, 8, 2)]
+    if arch in (80, 86):
+        return [blocks(128, 32, 8, 4), blocks(64, 32, 4, 4), blocks(128, 64, 8, 3)]
+    return [blocks(128, 64, 8, 3), blocks(128, 64, 8, 4), blocks(64, 64, 4, 3), blocks(128, 32, 8, 4)]
+
+
+def _filters_blocks(arch: int, width: int, itemsize: int) -> list[Blocks]:
+    """Tensor cores take 64 rows at least: groups of 48 and 64 channels fill one tile of output channels, 80 need two."""
+
+    def blocks(out: int, filters: int, rows: int, warps: int, stages: int) -> Blocks:
+        sizes = {"BLOCK_OUT": out, "BLOCK_FILTER": filters, "BLOCK_ROWS": rows}
+        return Blocks(sizes, warps, stages)
+
+    if arch == INTERPRETER:
+        return [blocks(16, 32, 16, 4, 1)]
+    out = 64 if width <= 64 or itemsize == 4 else 128
+    if itemsize == 4:
+        return [blocks(out, 64, 16, 8, 3), blocks(out, 64, 32, 8, 3)]
+    if arch in (80, 86):
+        return [blocks(out, 128, 32, 4 if out == 64 else 8, 4), blocks(out, 128, 64, 8, 3)]
+    return [blocks(out, 256, 64, 8, 3), blocks(out, 256, 32, 8, 4), blocks(out, 128, 64, 4 if out == 64 else 8, 4)]

@@ -1,0 +1,248 @@
+"""A residual sum and its LayerNorm in one pass over whole rows, and all gradients in another that draws the masks again.
+
+Statistics are two-pass in registers: the mean, then the variance of what is centred. What the backward needs of an update is the
+sum, in its dtype, and each row's mean and reciprocal deviation: a pre-norm transformer wants the sum anyway, and in post-norm
+order writing and reading it moves the bytes that reading residual and update again would.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hubert_fast.kernels import dropout
+from hubert_fast.kernels.column_tiles import (
+    contiguous,
+    load_columns,
+    new_parts,
+    parts_of,
+    store_part,
+    sum_parts,
+    within,
+)
+from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
+
+# A program needs whole rows, so that programs are not also dealt over columns: twice as many share the rows.
+_PARTS = 256
+
+
+@triton.jit
+def _second_key(seed):
+    """The seed of the normed sum's mask (torch_backend/dropout_mask.py, SECOND_MASK)."""
+    return tl.load(seed) ^ 0x2545F4914F6CDD1D
+
+
+@triton.jit
+def _load_rows(matrix, position, column, inside, CHANNELS: tl.constexpr):
+    """[ROWS, COLUMNS] float32: rows ``position`` (int64) of a [..., CHANNELS] matrix."""
+    return tl.load(matrix + position[:, None] * CHANNELS + column[None], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_rows(matrix, values, position, column, inside, CHANNELS: tl.constexpr):
+    tl.store(matrix + position[:, None] * CHANNELS + column[None], values.to(matrix.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _position(index, row, rows):
+    """Of each row, int64."""
+    position = row.to(tl.int64)
+    if index is not None:
+        position = tl.load(index + row, mask=row < rows, other=0)
+    return position
+
+
+@triton.jit
+def _dropped(value, key, row, column_bits, threshold, scale):
+    kept = dropout.keep(dropout.row_bits(key, row)[:, None], column_bits, threshold)
+    return tl.where(kept, value * scale, 0.0)
+
+
+@triton.jit(do_not_specialize=["rows", "seed"])
+def _forward(residual, update, update_bias, index, weight, bias, seed, normed, summed, mean, rstd, rows, eps,
+             update_threshold, update_scale, output_threshold, output_scale, CHANNELS: tl.constexpr,
+             UPDATE_DROPOUT: tl.constexpr, OUTPUT_DROPOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+             TILES: tl.constexpr):  # fmt: skip
+    column = tl.arange(0, COLUMNS)
+    gain, offset = load_columns(weight, column, CHANNELS), load_columns(bias, column, CHANNELS)
+    if update_bias is not None:
+        shift = load_columns(update_bias, column, CHANNELS)
+    if UPDATE_DROPOUT:
+        update_key = tl.load(seed)
+        update_bits = dropout.column_bits(update_key, column)[None]
+    if OUTPUT_DROPOUT:
+        output_key = _second_key(seed)
+        output_bits = dropout.column_bits(output_key, column)[None]
+    for tile in range(TILES):
+        row = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        inside = within(row, rows, column, CHANNELS, COLUMNS)
+        own = row.to(tl.int64)
+        x = _load_rows(residual, _position(index, row, rows), column, inside, CHANNELS)
+        if update is not None:
+            added = _load_rows(update, own, column, inside, CHANNELS)
+            if update_bias is not None:
+                added += shift
+            if UPDATE_DROPOUT:
+                added = _dropped(added, update_key, row, update_bits, update_threshold, update_scale)
+            x += added
+            if summed is not None:
+                _store_rows(summed, x, own, column, inside, CHANNELS)
+        means = tl.sum(x, 1) / CHANNELS
+        centred = tl.where((column < CHANNELS)[None], x - means[:, None], 0.0)
+        rstds = tl.rsqrt(tl.sum(centred * centred, 1) / CHANNELS + eps)
+        value = centred * rstds[:, None] * gain + offset
+        if OUTPUT_DROPOUT:
+            value = _dropped(value, output_key, row, output_bits, output_threshold, output_scale)
+        _store_rows(normed, value, own, column, inside, CHANNELS)
+        tl.store(mean + row, means, mask=row < rows)
+        tl.store(rstd + row, rstds, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows", "seed"])
+def _backward(grad, sum_grad, x, x_index, index, mean, rstd, weight, seed, residual_grad, update_grad, parts, rows,
+              update_threshold, update_scale, output_threshold, output_scale, CHANNELS: tl.constexpr,
+              UPDATE_DROPOUT: tl.constexpr, OUTPUT_DROPOUT: tl.constexpr, VECTORS: tl.constexpr, ROWS: tl.constexpr,
+              COLUMNS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
+    column = tl.arange(0, COLUMNS)
+    gain = load_columns(weight, column, CHANNELS)
+    weight_sums = tl.zeros([COLUMNS], tl.float32)
+    bias_sums = tl.zeros([COLUMNS], tl.float32)
+    update_sums = tl.zeros([COLUMNS], tl.float32)
+    if UPDATE_DROPOUT:
+        update_key = tl.load(seed)
+        update_bits = dropout.column_bits(update_key, column)[None]
+    if OUTPUT_DROPOUT:
+        output_key = _second_key(seed)
+        output_bits = dropout.column_bits(output_key, column)[None]
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=2):
+        row = start + tl.arange(0, ROWS)
+        inside = within(row, rows, column, CHANNELS, COLUMNS)
+        own = row.to(tl.int64)
+        upstream = _load_rows(grad, own, column, inside, CHANNELS)
+        value = _load_rows(x, _position(x_index, row, rows), column, inside, CHANNELS)
+        means = tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
+        rstds = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
+        if OUTPUT_DROPOUT:
+            upstream = _dropped(upstream, output_key, row, output_bits, output_threshold, output_scale)
+        normal = (value - means) * rstds  # what lies outside meets an upstream of 0 wherever it is summed
+        weight_sums += tl.sum(upstream * normal, 0)
+        bias_sums += tl.sum(upstream, 0)
+        upstream = upstream * gain
+        along = tl.sum(upstream * normal, 1) / CHANNELS
+        passed = (upstream - (tl.sum(upstream, 1) / CHANNELS)[:, None] - normal * along[:, None]) * rstds
+        if sum_grad is not None:
+            passed += _load_rows(sum_grad, own, column, inside, CHANNELS)
+        _store_rows(residual_grad, passed, _position(index, row, rows), column, inside, CHANNELS)
+        if UPDATE_DROPOUT:
+            passed = _dropped(passed, update_key, row, update_bits, update_threshold, update_scale)
+        if update_grad is not None:
+            _store_rows(update_grad, passed, own, column, inside, CHANNELS)
+        if VECTORS > 2:
+            update_sums += tl.sum(passed, 0)
+    store_part(parts, 0, weight_sums, column, CHANNELS, VECTORS)
+    store_part(parts, 1, bias_sums, column, CHANNELS, VECTORS)
+    if VECTORS > 2:
+        store_part(parts, 2, update_sums, column, CHANNELS, VECTORS)
+
+
+def residual_layer_norm(
+    residual: Tensor,  # [positions, channels]
+    weight: Tensor,  # [channels]
+    bias: Tensor,  # [channels]
+    update: Optional[Tensor],  # [rows, channels]
+    update_bias: Optional[Tensor],  # [channels]
+    index: Optional[Tensor],  # [rows] int64
+    update_dropout_p: float,
+    output_dropout_p: float,
+    seed: Optional[Tensor],  # [] int64
+    eps: float,
+    dtype: torch.dtype,
+    keep_sum: bool,
+) -> tuple[Tensor, Optional[Tensor], Tensor, Tensor]:
+    """The normed sum in ``dtype``, the sum (None without an update, and unless ``keep_sum``), and each row's mean and
+    reciprocal deviation, float32."""
+    residual, weight, bias, update, update_bias, index = contiguous(residual, weight, bias, update, update_bias, index)
+    rows, channels = len(residual) if index is None else len(index), residual.shape[1]
+    normed = residual.new_empty(rows, channels, dtype=dtype)
+    summed = torch.empty_like(update) if update is not None and keep_sum else None
+    mean, rstd = (residual.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    arguments = {
+        "residual": residual, "update": update, "update_bias": update_bias, "index": index, "weight": weight, "bias": bias,
+        "seed": seed, "normed": normed, "summed": summed, "mean": mean, "rstd": rstd, "rows": rows, "eps": eps,
+        "CHANNELS": channels,
+    }  # fmt: skip
+    launch(
+        _forward,
+        lambda sizes: (triton.cdiv(rows, sizes["ROWS"] * sizes["TILES"]),),
+        arguments | _dropout_settings(update_dropout_p, output_dropout_p),
+        _blocks(architecture(residual), channels),
+    )
+    return normed, summed, mean, rstd
+
+
+def residual_layer_norm_backward(
+    grad: Tensor,  # [rows, channels]: of the normed sum
+    sum_grad: Optional[Tensor],  # [rows, channels]: of the sum
+    residual: Tensor,
+    summed: Optional[Tensor],
+    index: Optional[Tensor],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    update_bias: Optional[Tensor],
+    update_dropout_p: float,
+    output_dropout_p: float,
+    seed: Optional[Tensor],
+    one_gradient: bool,
+) -> tuple[Tensor, Optional[Tensor], Optional[Tensor], Tensor, Tensor]:
+    """Gradients of ``residual``, of the update (None without one, and where it is that of ``residual``: ``one_gradient``),
+    of ``update_bias``, ``weight`` and ``bias``."""
+    grad, sum_grad, weight, index = contiguous(grad, sum_grad, weight, index)
+    rows, channels = grad.shape
+    fresh = torch.empty_like if index is None else torch.zeros_like
+    residual_grad = fresh(residual, memory_format=torch.contiguous_format)
+    update_grad = None if summed is None or one_gradient else torch.empty_like(summed)
+    vectors = [weight, bias] if update_bias is None else [weight, bias, update_bias]
+    parts = new_parts(grad, rows, len(vectors), _PARTS)
+    x, x_index = (residual.contiguous(), index) if summed is None else (summed, None)
+    arguments = {
+        "grad": grad, "sum_grad": sum_grad, "x": x, "x_index": x_index, "index": index, "mean": mean, "rstd": rstd,
+        "weight": weight, "seed": seed, "residual_grad": residual_grad, "update_grad": update_grad, "parts": parts,
+        "rows": rows, "CHANNELS": channels, "VECTORS": len(vectors),
+    }  # fmt: skip
+    launch(
+        _backward,
+        lambda _: (parts_of(rows, _PARTS),),
+        arguments | _dropout_settings(0.0 if summed is None else update_dropout_p, output_dropout_p),
+        _blocks(architecture(grad), channels),
+    )
+    weight_grad, bias_grad, update_bias_grad = [*sum_parts(parts, vectors), None][:3]
+    return residual_grad, update_grad, update_bias_grad, weight_grad, bias_grad
+
+
+def _dropout_settings(update_p: float, output_p: float) -> dict[str, float]:
+    return {
+        "update_threshold": dropout.threshold(update_p),
+        "update_scale": dropout.scale(update_p),
+        "UPDATE_DROPOUT": update_p > 0.0,
+        "output_threshold": dropout.threshold(output_p),
+        "output_scale": dropout.scale(output_p),
+        "OUTPUT_DROPOUT": output_p > 0.0,
+    }
+
+
+def _blocks(arch: int, channels: int) -> list[Blocks]:
+    """A row is as wide as a program, a warp 256 channels of it: sums over rows then stay within a thread."""
+    columns = triton.next_power_of_2(channels)
+    if arch == INTERPRETER:
+        return [Blocks({"ROWS": 16, "COLUMNS": columns, "TILES": 2}, warps=1)]
+    warps, most = min(16, max(1, columns // 256)), max(1, 8192 // columns)
+    return [
+        Blocks({"ROWS": min(rows, most), "COLUMNS": columns, "TILES": tiles}, warps=warps)
+        for rows, tiles in ((4, 2), (2, 4), (4, 4), (1, 8))
+    ]

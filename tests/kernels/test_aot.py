@@ -1,0 +1,100 @@
+"""Every kernel compiles for every architecture at the published models' shapes, without spills, in the shared memory there is."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+OPERATORS = sorted(
+    path.stem for path in (ROOT / "tools" / "aot").glob("*.py") if path.stem not in ("__main__", "compiling", "sizes")
+)
+
+
+def _python(*arguments):
+    """Compiling takes kernels that are not interpreted, so a process of its own."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
+    )
+
+
+def _compile(*arguments):
+    done = _python("-m", "tools.aot", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_kernels_compile_at_every_models_shapes_in_bfloat16(operator):
+    lines = _compile("--operator", operator).splitlines()
+    assert re.fullmatch(r"\d+ kernels compiled with Triton [\d.]+, 0 with spills or too much shared memory", lines[-1])
+    launched = {re.match(r"sm_(\d+) (\w+) \w+ (\w+)", line).groups() for line in lines[:-1]}
+    assert {(arch, size) for arch, size, _ in launched} == {
+        (arch, size) for arch in ("80", "90", "100") for size in ("base", "large", "xlarge")
+    }
+
+
+def test_kernels_compile_in_float32_and_for_gpus_with_little_shared_memory():
+    _compile("--size", "base", "--arch", "90", "--dtype", "float32")
+    _compile("--size", "base", "--arch", "86", "--dtype", "bfloat16")
+
+
+def test_no_kernel_is_left_out():
+    compiled = set(re.findall(r"^sm_\d+ \w+ \w+ (\w+)", _compile("--size", "base", "--arch", "90"), re.MULTILINE))
+    launched = {
+        name
+        for path in (ROOT / "kernels").glob("*.py")
+        for name in re.findall(r"\blaunch\(\s*(\w+),", path.read_text())
+        if path.name != "launch.py"
+    }
+    assert launched and launched - compiled == set()
+
+
+_SPILLING = """
+import torch, triton, triton.language as tl
+from hubert_fast.kernels.launch import Blocks, launch, recording
+from tools.aot.compiling import Job, compile_all
+
+@triton.jit
+def spilling(x, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    a, b, c = tl.load(x + at), tl.load(x + SIZE + at), tl.load(x + 2 * SIZE + at)  # 128 registers a thread each
+    tl.store(x + at, a * tl.sum(b, 0) + b * tl.sum(c, 0) + c * tl.sum(a, 0))
+
+@triton.jit
+def greedy(x, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    total = tl.zeros((SIZE, SIZE), tl.float32)
+    for part in range(0, 64):
+        total += tl.dot(tl.load(x + part * SIZE * SIZE + at), tl.load(x + (part + 64) * SIZE * SIZE + at))
+    tl.store(x + at, total.to(x.dtype.element_ty))
+
+with recording(80) as launches:
+    launch(spilling, None, {"x": torch.empty(1, device="meta")}, [Blocks({"SIZE": 4096}, 1)])
+    launch(greedy, None, {"x": torch.empty(1, dtype=torch.bfloat16, device="meta")}, [Blocks({"SIZE": 128}, 8, 4)])
+for each in compile_all(Job("none", "none", "float32", 80), launches):
+    print(each.kernel, each.problem)
+"""
+
+
+def test_a_kernel_that_spills_or_wants_too_much_shared_memory_is_found():
+    done = _python("-c", _SPILLING_RUNNER)
+    assert re.search(r"^spilling \d+ bytes a thread spilled$", done.stdout, re.MULTILINE), done.stdout + done.stderr
+    assert re.search(r"^greedy \d+ bytes of shared memory; sm_80 has 166912$", done.stdout, re.MULTILINE), done.stdout
+
+
+# Triton reads a kernel's source from its file.
+_SPILLING_RUNNER = f"""
+import importlib.util, pathlib, tempfile
+with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder, "spilling_kernels.py")
+    path.write_text({_SPILLING!r})
+    spec = importlib.util.spec_from_file_location("spilling_kernels", path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+"""

@@ -1,0 +1,227 @@
+"""The kernels of ``positional_conv``: implicit GEMMs over runs of frames, and the filters packed with weight normalisation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from hubert_fast import backend
+from hubert_fast.kernels import positional_conv as kernels
+from hubert_fast.kernels import weight_norm
+from hubert_fast.ops.positional_conv import positional_conv
+from tests.kernels.device import DEVICE
+from tests.ops.comparison import assert_as_precise, error, run
+from tests.ops.test_positional_conv import embed, inputs, offsets_of
+
+OPERATOR = "positional_conv"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def on_device(tensors, dtype=torch.float32):
+    return [each.to(DEVICE, dtype) for each in tensors]
+
+
+def assert_close_to_truth(function, leaves, allowance=0.0):
+    """No more than 1.5 times PyTorch's error plus ``allowance``: where a result has few numbers, a small error is luck."""
+    ours, pytorchs = (run(OPERATOR, name, function, leaves) for name in ("triton", "reference"))
+    truth = run(OPERATOR, "reference", function, [each.double() for each in leaves])
+    assert [each.dtype for each in ours] == [each.dtype for each in pytorchs]
+    errors = [(error(a, wanted), error(b, wanted)) for a, b, wanted in zip(ours, pytorchs, truth, strict=True)]
+    assert all(a <= 1.5 * b + allowance for a, b in errors), errors
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_parts():
+    """64 programs a sum are most of what Triton's interpreter would do here."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE.type == "cpu":
+            patch.setattr(kernels, "PARTS", 4)
+            patch.setattr(weight_norm, "PARTS", 4)
+        yield
+
+
+@pytest.fixture
+def tiles_of_a_gpu(monkeypatch):
+    """Block sizes of sm_90 wherever the test runs."""
+    for module in (kernels, weight_norm):
+        monkeypatch.setattr(module, "architecture", lambda tensor: 90)
+
+
+@settings(max_examples=8)
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=4).filter(any), dead=st.integers(0, 4),
+    groups=st.integers(1, 2), group_channels=st.integers(1, 12), taps=st.integers(1, 9), normalised=st.booleans(),
+    dtype=st.sampled_from(DTYPES), seed=st.integers(0, 1000),
+)  # fmt: skip
+@example(lengths=[7, 5], dead=1, groups=1, group_channels=40, taps=3, normalised=True, dtype=torch.bfloat16, seed=0)
+def test_as_precise_as_pytorch_for_any_shape(lengths, dead, groups, group_channels, taps, normalised, dtype, seed):
+    arguments = inputs(sum(lengths) + dead, groups, group_channels, taps, normalised=normalised, seed=seed)
+    allowance = max(1e-6, torch.finfo(dtype).eps / 2)
+    assert_close_to_truth(embed(lengths, groups), on_device(arguments, dtype), allowance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalised", [True, False])
+def test_as_precise_as_pytorch(normalised, dtype):
+    def draw(seed):
+        return on_device(inputs(92, 2, 8, 16, normalised=normalised, seed=seed), torch.float64)
+
+    assert_as_precise(OPERATOR, embed([50, 31, 9]), draw, dtype, name="triton", seeds=3)
+
+
+@pytest.mark.parametrize("width", [48, 64, 80])
+def test_tiles_of_a_gpu_are_as_precise_as_pytorch(width, tiles_of_a_gpu):
+    lengths = [70, 0, 3, 61]
+
+    def draw(seed):
+        return on_device(inputs(137, 1, width, 6, seed=seed), torch.float64)
+
+    assert_as_precise(OPERATOR, embed(lengths, 1), draw, torch.bfloat16, name="triton", seeds=1)
+
+
+def test_wider_parameters_keep_their_precision():
+    """bfloat16 rows and float32 parameters, as under autocast: the gradients of the parameters are rounded nowhere."""
+    lengths = [20, 13]
+    x, *parameters = on_device(inputs(33), torch.float32)
+    assert_close_to_truth(embed(lengths), [x.bfloat16(), *parameters])
+
+
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=0, max_size=5), dead=st.integers(0, 6), fold=st.integers(1, 6)
+)  # fmt: skip
+@settings(max_examples=30)
+def test_runs_cover_each_row_once_and_stay_within_a_sequence(lengths, dead, fold):
+    rows, live = sum(lengths) + dead, sum(lengths)
+    table = kernels._run_table(offsets_of(lengths).to(DEVICE), rows, fold).cpu()
+    frames = [range(int(first), min(int(first) + fold, int(end))) for first, end in zip(table[0], table[2])]
+    assert sorted(frame for each in frames for frame in each) == list(range(rows))
+    sequence = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)).tolist()
+    offsets = offsets_of(lengths).tolist()
+    for run_, start, end in zip(frames, table[1].tolist(), table[2].tolist()):
+        if run_ and run_.start < live:
+            assert {sequence[frame] for frame in run_} == {sequence[run_.start]}
+            assert (start, end) == tuple(offsets[sequence[run_.start]:][:2])  # fmt: skip
+        else:
+            assert start == end == rows  # sees nothing
+
+
+def test_groups_of_the_published_models_fill_a_tile():
+    assert [kernels._tile_columns(90, width, 128, 2) for width in (48, 64, 80)] == [(256, 5), (256, 4), (256, 3)]
+    assert kernels._tile_columns(90, 48, 1, 2) == (64, 1)  # folding a kernel of one tap only adds work
+
+
+def test_sequences_do_not_see_each_other_and_dead_rows_count_for_nothing():
+    lengths = [9, 14]
+    x, *parameters = on_device(inputs(30))
+    with backend.using("triton", OPERATOR):
+        leaf = x.clone().requires_grad_()
+        out = embed(lengths)(leaf, *parameters)
+        (grad,) = torch.autograd.grad(out.square().sum(), leaf)
+        x[9:] = float("nan")
+        again = embed(lengths)(x, *parameters)
+    assert torch.equal(again[:9], out[:9])
+    assert not again[23:].any() and not out[23:].any() and not grad[23:].any()
+
+
+@pytest.mark.parametrize(("lengths", "rows"), [([0], 0), ([0, 0], 0), ([0], 5), ([], 3)])
+def test_nothing_in_gives_zeros_out(lengths, rows):
+    leaves = [each.requires_grad_() for each in on_device(inputs(rows))]
+    with backend.using("triton", OPERATOR):
+        out = positional_conv(*leaves[:3], offsets_of(lengths), groups=2, max_frames=0, gain=leaves[3])
+        grads = torch.autograd.grad(out.sum(), leaves)
+    assert out.shape == (rows, 8) and not out.any() and not any(each.any() for each in grads)
+
+
+def test_results_repeat_to_the_bit_and_a_gradient_is_the_same_alone():
+    leaves = [each.requires_grad_() for each in on_device(inputs(20))]
+    with backend.using("triton", OPERATOR):
+        first, second = (torch.autograd.grad(embed([12, 8])(*leaves).square().sum(), leaves) for _ in range(2))
+        assert all(torch.equal(*pair) for pair in zip(first, second))
+        for kept in ([0], [1, 2, 3]):
+            chosen = [each.detach().requires_grad_(i in kept) for i, each in enumerate(leaves)]
+            grads = torch.autograd.grad(embed([12, 8])(*chosen).square().sum(), [chosen[i] for i in kept])
+            assert all(torch.equal(grad, first[i]) for i, grad in zip(kept, grads))
+
+
+def test_a_gain_of_zero_still_has_a_gradient():
+    x, weight, bias, gain = on_device(inputs(20))
+    gain[:, :, 2] = 0.0
+    truth = run(OPERATOR, "reference", embed([12, 8]), [each.double() for each in (x, weight, bias, gain)])
+    ours = run(OPERATOR, "triton", embed([12, 8]), [x, weight, bias, gain])
+    assert all(error(*pair) < 1e-6 for pair in zip(ours, truth))
+
+
+def test_non_contiguous_tensors_work():
+    plain = on_device(inputs(20))
+    spread = [each.transpose(0, -1).contiguous().transpose(0, -1) for each in plain]
+    results = []
+    with backend.using("triton", OPERATOR):
+        for arguments in (plain, spread):
+            leaves = [each.detach().requires_grad_() for each in arguments]
+            out = embed([12, 8])(*leaves)
+            direction = torch.ones((), device=DEVICE).expand_as(out)  # a gradient of stride 0
+            results.append([out, *torch.autograd.grad(out, leaves, direction)])
+    assert all(torch.equal(*pair) for pair in zip(*results))
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_opcheck(normalised):
+    leaves = [each.requires_grad_() for each in on_device(inputs(9, taps=3, normalised=normalised))]
+    gain = leaves[3] if normalised else None
+    arguments = (*leaves[:3], gain, offsets_of([4, 5]).to(DEVICE), 2, 5, True, "triton")
+    torch.library.opcheck(torch.ops.hubert_fast.positional_conv.default, arguments)
+
+
+def test_compiles_without_a_graph_break():
+    leaves = [each.requires_grad_() for each in on_device(inputs(20))]
+    function = embed([12, 8])
+    with backend.using("triton", OPERATOR):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        grads = [torch.autograd.grad(each(*leaves).square().sum(), leaves) for each in (compiled, function)]
+    assert all(torch.equal(*pair) for pair in zip(*grads))
+
+
+def test_float64_is_refused_by_name():
+    with backend.using("triton", OPERATOR), pytest.raises(backend.BackendError, match="got torch.float64"):
+        embed([12, 8])(*on_device(inputs(20), torch.float64))
+
+
+@pytest.fixture
+def _full_float32():
+    allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [48, 64, 80])
+def test_shapes_of_the_published_models_are_as_precise_as_pytorch(width, dtype, _full_float32):
+    lengths = [700, 1, 779, 64]
+
+    def draw(seed):
+        x, weight, bias, gain = inputs(1550, 16, width, 128, seed=seed)
+        return on_device([x, weight, bias, gain / gain.numel() ** 0.5], torch.float64)
+
+    assert_as_precise(OPERATOR, embed(lengths, 16), draw, dtype, name="triton", seeds=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs an NVIDIA GPU")
+def test_the_host_does_not_wait_for_the_device():
+    x, weight, bias, gain = (each.requires_grad_() for each in on_device(inputs(700, 4, 48, 128)))
+    offsets = offsets_of([300, 400]).to(DEVICE)
+
+    def step():
+        out = positional_conv(x, weight, bias, offsets, groups=4, max_frames=400, gain=gain)
+        F.mse_loss(out, torch.zeros_like(out)).backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,190 @@
+"""A step whose shapes were decided ahead: the same numbers, no shape that depends on data, one graph for every batch."""
+
+import pytest
+import torch
+
+import hubert_fast
+from tests.models import configurations
+from tests.models.test_dropout import DROPOUTS
+from tests.models.twins import LENGTHS, assert_gradients_match, batch, gradients, num_frames, relative_error, twins
+
+FRAMES = num_frames(12400)
+
+
+def _objective(name="base", **settings):
+    _, model = twins(configurations.ALL[name] | settings, torch.float64)
+    return hubert_fast.PretrainingObjective(model)
+
+
+def _plan(objective, data, **capacities):
+    return objective.plan(
+        data.labels, data.lengths, samples=data.waveforms.shape[1], device=data.waveforms.device, **capacities
+    )
+
+
+def _step(objective, data, plan=None, compiled=None):
+    objective.zero_grad()
+    run = objective if compiled is None else compiled
+    result = run(*data) if plan is None else run(data.waveforms, audio_lengths=data.lengths, plan=plan)
+    result.loss.backward()
+    return result, {name: grad.clone() for name, grad in gradients(objective).items()}
+
+
+def _assert_same(given, wanted, tolerance):
+    for value, expected in zip(given[0], wanted[0], strict=True):
+        assert value is expected is None or relative_error(value, expected) <= tolerance
+    assert_gradients_match(given[1], wanted[1], tolerance)
+
+
+@pytest.mark.parametrize(
+    "lengths", [None, LENGTHS, torch.tensor([12400, 5000, 5100])], ids=["full", "lengths", "short"]
+)
+@pytest.mark.parametrize("capacities", [{}, {"rows": 3 * FRAMES, "kept": 3 * FRAMES}, "tight"], ids=str)
+@pytest.mark.parametrize("name", ["base", "xlarge-bias", "base-channel-masks"])
+def test_a_planned_step_is_the_step_with_and_without_dead_rows(name, capacities, lengths):
+    objective, data = _objective(name), batch(torch.float64, lengths)
+    torch.manual_seed(0)
+    wanted = _step(objective, data)
+    torch.manual_seed(0)
+    plan = _plan(objective, data)
+    if capacities:
+        rows, kept = len(plan.mask), len(plan.labels)
+        capacities = {"rows": min(rows + 5, 3 * FRAMES), "kept": kept + 1} if capacities == "tight" else capacities
+        torch.manual_seed(0)
+        plan = _plan(objective, data, **capacities)
+        assert (len(plan.mask), len(plan.labels)) == tuple(capacities.values())
+    _assert_same(_step(objective, data, plan), wanted, 1e-10)
+
+
+def test_a_compiled_step_that_is_given_its_plan_leaves_out_padding_and_unmasked_rows():
+    torch._dynamo.reset()
+    objective, data = _objective(), batch(torch.float64, LENGTHS)
+    plan = _plan(objective, data)
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager", dynamic=True)
+    sizes = []
+    layer = objective.model.wav2vec2.encoder.transformer.layers[-1]
+    with layer.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[0])):
+        _step(objective, data, plan)
+    assert sizes == [int(plan.masked.sum())]
+    _assert_same(_step(objective, data, plan, compiled), _step(objective, data, plan), 1e-10)
+    other = batch(torch.float64, LENGTHS - 900)
+    plan = _plan(objective, other)
+    _assert_same(_step(objective, other, plan, compiled), _step(objective, other, plan), 1e-10)
+
+
+def test_one_plan_takes_the_tensors_of_another_of_its_capacity():
+    objective = _objective("base-channel-masks")
+    capacities = {"rows": 3 * FRAMES, "kept": 2 * FRAMES}
+    first, second = (batch(torch.float64, lengths) for lengths in (LENGTHS, torch.tensor([12400, 8000, 5000])))
+    held = _plan(objective, first, **capacities)
+    addresses = [
+        each.data_ptr() for each in (held.mask, held.labels, held.keep, held.layout.index, held.layout.offsets)
+    ]
+    plan = _plan(objective, second, **capacities)
+    wanted = _step(objective, second, plan)
+    assert held.copy_(plan) is held
+    _assert_same(_step(objective, second, held), wanted, 1e-12)
+    assert addresses == [
+        each.data_ptr() for each in (held.mask, held.labels, held.keep, held.layout.index, held.layout.offsets)
+    ]
+    with pytest.raises(ValueError, match=r"index of the plans must have one shape; got \(114,\) and \(113,\)"):
+        held.copy_(_plan(objective, second, rows=3 * FRAMES - 1, kept=2 * FRAMES))
+
+
+@pytest.mark.parametrize(
+    ("message", "capacities"),
+    [
+        (r"rows must be at least \d+, what this batch needs, and at most 114; got 3", {"rows": 3}),
+        (r"rows must be at least \d+, what this batch needs, and at most 114; got 115", {"rows": 115}),
+        (r"kept must be at least \d+, what this batch needs, and at most \d+; got 1", {"kept": 1}),
+    ],
+)
+def test_a_capacity_that_does_not_fit_is_refused(message, capacities):
+    with pytest.raises(ValueError, match=message):
+        _plan(_objective(), batch(torch.float64, LENGTHS), **capacities)
+
+
+def test_a_plan_of_another_batch_is_refused():
+    objective, data = _objective(), batch(torch.float64, LENGTHS)
+    plan = _plan(objective, data)
+    with pytest.raises(ValueError, match=r"plan must be of the 2 x 38 frames of waveforms; it is of 3 x 38"):
+        objective(data.waveforms[:2], audio_lengths=data.lengths[:2], plan=plan)
+    for arguments in ({}, {"labels": data.labels, "plan": plan}, {"mask": data.labels > 0, "plan": plan}):
+        with pytest.raises(ValueError, match="give either labels, and a mask if you have one, or a plan"):
+            objective(data.waveforms, **arguments)
+
+
+@pytest.mark.parametrize("name", ["base", "xlarge-bias"])
+def test_no_shape_and_no_branch_of_a_planned_step_depends_on_data(name):
+    """Fake tensors have no data: whatever asked for some would raise."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    objective, data = _objective(name, **DROPOUTS | {"encoder_layer_drop": 0.0}), batch(torch.float64, LENGTHS)
+    plan = _plan(objective, data, rows=3 * FRAMES, kept=3 * FRAMES)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, plan)
+        result = objective(mode.from_tensor(data.waveforms), plan=fake)
+        result.loss.backward()
+    assert all(p.grad is not None for p in objective.model.wav2vec2.encoder.parameters())
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["base", "large"])
+def test_a_step_on_a_gpu_never_waits_for_it(name):
+    objective = _objective(name, **DROPOUTS).float().cuda()
+    optimizer = torch.optim.AdamW(objective.parameters(), fused=True)
+    data = batch(torch.float32, LENGTHS)
+    waveforms = data.waveforms.cuda()
+    for step in range(3):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first compiles the kernels
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                result = objective(waveforms, data.labels, data.lengths)
+            result.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert result.loss.isfinite()
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_captured_step_replays_on_other_batches():
+    objective = _objective("base").float().cuda()
+    capacities = {"rows": 3 * FRAMES, "kept": 3 * FRAMES}
+    batches = [batch(torch.float32, lengths) for lengths in (LENGTHS, torch.tensor([12400, 6000, 0]))]
+
+    def plan_of(data):
+        return objective.plan(data.labels, data.lengths, samples=12400, device=torch.device("cuda"), **capacities)
+
+    plans = [plan_of(data) for data in batches]
+    wanted = []
+    for data, plan in zip(batches, plans):
+        objective.zero_grad()
+        result = objective(data.waveforms.cuda(), plan=plan)
+        result.loss.backward()
+        wanted.append((result.loss.detach().clone(), {k: g.clone() for k, g in gradients(objective).items()}))
+    held, waveforms = plan_of(batches[0]), batches[0].waveforms.cuda()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            objective.zero_grad(set_to_none=True)
+            objective(waveforms, plan=held).loss.backward()
+    torch.cuda.current_stream().wait_stream(side)
+    objective.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = objective(waveforms, plan=held).loss
+        loss.backward()
+    for data, plan, (expected, grads) in zip(batches, plans, wanted):
+        held.copy_(plan)
+        waveforms.copy_(data.waveforms)
+        graph.replay()
+        assert torch.equal(loss, expected)
+        assert all(torch.equal(gradients(objective)[key], each) for key, each in grads.items())

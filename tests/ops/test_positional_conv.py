@@ -1,0 +1,180 @@
+"""``positional_conv``: grouped convolution within packed sequences, GELU and residual, with PyTorch or as the formula says."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from hubert_fast import backend
+from hubert_fast.ops.positional_conv import positional_conv
+from tests.ops.comparison import assert_as_precise, assert_twins, error
+
+OPERATOR = "positional_conv"
+BACKENDS = ["torch", "reference"]
+
+
+def inputs(rows, groups=2, group_channels=4, taps=6, *, normalised=True, seed=0, dtype=torch.float64):
+    """x, weight, bias and, where ``normalised``, gain."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = groups * group_channels
+    shapes = [(rows, channels), (channels, group_channels, taps), (channels,), (1, 1, taps)][: 4 if normalised else 3]
+    return [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for shape in shapes]
+
+
+def offsets_of(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def embed(lengths, groups=2, *, spare_frames=0):
+    """The operator as a function of its floating inputs."""
+    offsets, longest = offsets_of(lengths), max(lengths) + spare_frames
+
+    def function(x, weight, bias, gain=None):
+        return positional_conv(x, weight, bias, offsets, groups=groups, max_frames=longest, gain=gain)
+
+    return function
+
+
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(any), dead=st.integers(0, 5),
+    groups=st.integers(1, 3), group_channels=st.integers(1, 5), taps=st.integers(1, 24), normalised=st.booleans(),
+    spare_frames=st.integers(0, 2), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_backends_agree_for_any_shape(
+    lengths, dead, groups, group_channels, taps, normalised, spare_frames, seed
+):  # fmt: skip
+    arguments = inputs(sum(lengths) + dead, groups, group_channels, taps, normalised=normalised, seed=seed)
+    assert_twins(OPERATOR, embed(lengths, groups, spare_frames=spare_frames), arguments)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("taps", [7, 8])
+def test_equals_a_weight_normalised_convolution_of_each_sequence(name, taps):
+    lengths = [11, 4, 30]
+    conv = nn.Conv1d(8, 8, taps, padding=taps // 2, groups=2).double()
+    conv = nn.utils.parametrizations.weight_norm(conv, name="weight", dim=2)
+    gain, weight = conv.parametrizations.weight.original0, conv.parametrizations.weight.original1
+    results = []
+    for ours in (True, False):
+        x = inputs(45)[0].requires_grad_()
+        with backend.using(name, OPERATOR):
+            if ours:
+                out = embed(lengths)(x, weight, conv.bias, gain)
+            else:
+                sequences = [(F.gelu(conv(each.T[None])[0].T[: len(each)]) + each) for each in x.split(lengths)]
+                out = torch.cat(sequences)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [x, weight, conv.bias, gain])))
+    for given_, truth in zip(*results):
+        assert error(given_, truth) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("normalised", [True, False])
+def test_as_precise_as_pytorch(normalised, dtype):
+    function = embed([50, 31, 9])
+    assert_as_precise(OPERATOR, function, lambda seed: inputs(92, 2, 8, 16, normalised=normalised, seed=seed), dtype)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_sequences_do_not_see_each_other_and_dead_rows_count_for_nothing(name):
+    lengths = [9, 14]
+    x, *parameters = inputs(30)
+    with backend.using(name, OPERATOR):
+        leaf = x.clone().requires_grad_()
+        out = embed(lengths)(leaf, *parameters)
+        (grad,) = torch.autograd.grad(out.square().sum(), leaf)
+        x[23:] = float("nan")
+        x[9:23] += 1.0
+        assert torch.equal(embed(lengths)(x, *parameters)[:9], out[:9])
+        again = embed(lengths)(x, *parameters)
+    assert (out[23:] == 0).all() and (grad[23:] == 0).all() and (again[23:] == 0).all()
+
+
+@pytest.mark.parametrize(("lengths", "rows"), [([0], 0), ([0, 0], 0), ([0], 5)])
+def test_nothing_in_gives_zeros_out(lengths, rows):
+    leaves = [each.requires_grad_() for each in inputs(rows)]
+    with backend.using("torch", OPERATOR):
+        out = embed(lengths)(*leaves)
+        grads = torch.autograd.grad(out.sum(), leaves)
+    assert out.shape == (rows, 8) and not out.any() and not any(each.any() for each in grads)
+
+
+def test_only_the_gradients_that_are_wanted_are_computed():
+    function = embed([12, 8])
+    with backend.using("torch", OPERATOR):
+        leaves = [each.requires_grad_() for each in inputs(20)]
+        wanted = torch.autograd.grad(function(*leaves).square().sum(), leaves)
+        for kept in ([0], [1, 2, 3], [2]):
+            chosen = [each.detach().requires_grad_(i in kept) for i, each in enumerate(leaves)]
+            grads = torch.autograd.grad(function(*chosen).square().sum(), [chosen[i] for i in kept])
+            for i, grad in zip(kept, grads):
+                assert torch.equal(grad, wanted[i])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_autocast_decides_the_dtype_and_parameters_keep_theirs(name):
+    leaves = [each.requires_grad_() for each in inputs(20, dtype=torch.float32)]
+    with backend.using(name, OPERATOR), torch.autocast("cpu", torch.bfloat16):
+        out = embed([12, 8])(*leaves)
+    out.sum().backward()
+    assert out.dtype == torch.bfloat16 and all(each.grad.dtype == torch.float32 for each in leaves)
+    truth = embed([12, 8])(*(each.detach().double() for each in leaves))
+    assert error(out, truth) < 0.01
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_non_contiguous_tensors_work(name):
+    plain = inputs(20)
+    spread = [each.transpose(0, -1).contiguous().transpose(0, -1) for each in plain]
+    with backend.using(name, OPERATOR):
+        results = []
+        for arguments in (plain, spread):
+            leaves = [each.detach().requires_grad_() for each in arguments]
+            out = embed([12, 8])(*leaves)
+            direction = torch.ones((), dtype=torch.float64).expand_as(out)  # a gradient of stride 0
+            results.append([out, *torch.autograd.grad(out, leaves, direction)])
+    for ours, truth in zip(*results):
+        assert error(ours, truth) < 1e-12
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_opcheck(normalised):
+    leaves = [each.requires_grad_() for each in inputs(21, dtype=torch.float32, normalised=normalised)]
+    gain = leaves[3] if normalised else None
+    arguments = (*leaves[:3], gain, offsets_of([12, 8]), 2, 12, True, "torch")
+    torch.library.opcheck(torch.ops.hubert_fast.positional_conv.default, arguments)
+
+
+def test_compiles_without_a_graph_break():
+    leaves = [each.requires_grad_() for each in inputs(20, dtype=torch.float32)]
+    function = embed([12, 8])
+    with backend.using("torch", OPERATOR):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        grads = [torch.autograd.grad(each(*leaves).square().sum(), leaves) for each in (compiled, function)]
+    assert all(torch.equal(*pair) for pair in zip(*grads))
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        (r"x must have shape \[rows, channels\]; got \(2, 10, 8\)", dict(x=torch.zeros(2, 10, 8))),
+        (r"x must be floating point; got torch.int64", dict(x=torch.zeros(10, 8, dtype=torch.int64))),
+        (r"groups must divide the 8 channels of x; got 3", dict(groups=3)),
+        (r"groups must divide the 8 channels of x; got 0", dict(groups=0)),
+        (r"weight must have shape \[8, 4, taps\].*; got \(8, 8, 6\)", dict(weight=torch.zeros(8, 8, 6))),
+        (r"weight must have shape .*; got \(8, 4, 0\)", dict(weight=torch.zeros(8, 4, 0))),
+        (r"bias must have shape \[8\]; got \(4,\)", dict(bias=torch.zeros(4))),
+        (r"gain must have shape \[1, 1, 6\]; got \(6,\)", dict(gain=torch.zeros(6))),
+        (r"gain must be on the device of x, cpu; got meta", dict(gain=torch.zeros(1, 1, 6, device="meta"))),
+        (r"offsets must be int64 .*; got torch.int32", dict(offsets=offsets_of([10]).int())),
+        (r"offsets must be int64 .*; got torch.int64 \(0,\)", dict(offsets=offsets_of([])[:0])),
+        (r"max_frames must be at least 0; got -1", dict(max_frames=-1)),
+    ],
+)
+def test_bad_arguments_are_named(message, change):
+    arguments = dict(zip(("x", "weight", "bias"), inputs(10, normalised=False)))
+    arguments |= {"offsets": offsets_of([10]), "groups": 2, "max_frames": 10, **change}
+    with pytest.raises(ValueError, match=message):
+        positional_conv(**arguments)

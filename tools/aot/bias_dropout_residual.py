@@ -1,0 +1,21 @@
+"""Launches of ``bias_dropout_residual``: forward and backward, with and without dropout, in a model's shapes."""
+
+from __future__ import annotations
+
+import torch
+
+from hubert_fast.kernels import bias_dropout_residual as kernels
+from tools.aot.sizes import Size
+
+
+def launches(size: Size, dtype: torch.dtype) -> None:
+    x = torch.empty(size.kept, size.dim, dtype=dtype, device="meta")
+    residual = torch.empty(size.rows, size.dim, dtype=dtype, device="meta")
+    index = torch.empty(size.kept, dtype=torch.int64, device="meta")
+    bias = torch.empty(size.dim, device="meta")  # parameters stay in float32 under autocast
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    for dropout_p in (0.1, 0.0):
+        settings = dropout_p, seed if dropout_p else None
+        kernels.bias_dropout_residual(x, bias, residual, index, *settings)
+        kernels.bias_dropout_residual(x, bias, torch.empty_like(x), None, *settings)
+        kernels.dropped_gradient(torch.empty_like(x), bias, *settings)

@@ -1,0 +1,18 @@
+"""Launches of ``bias_gelu_dropout``: forward and backward, with and without dropout, in a model's shapes."""
+
+from __future__ import annotations
+
+import torch
+
+from hubert_fast.kernels import bias_gelu_dropout as kernels
+from tools.aot.sizes import Size
+
+
+def launches(size: Size, dtype: torch.dtype) -> None:
+    x = torch.empty(size.rows, size.ffn, dtype=dtype, device="meta")
+    bias = torch.empty(size.ffn, device="meta")  # parameters stay in float32 under autocast
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    for dropout_p in (0.1, 0.0):
+        settings = x, bias, dropout_p, seed if dropout_p else None
+        kernels.bias_gelu_dropout(*settings)
+        kernels.bias_gelu_dropout_backward(torch.empty_like(x), *settings)

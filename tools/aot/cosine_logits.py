@@ -1,0 +1,16 @@
+"""Launches of ``cosine_logits``: forward and backward of the masked frames in a model's shapes."""
+
+from __future__ import annotations
+
+import torch
+
+from hubert_fast.kernels import cosine_logits as kernels
+from tools.aot.sizes import Size
+
+
+def launches(size: Size, dtype: torch.dtype) -> None:
+    frames = torch.empty(size.kept, size.final_dim, dtype=dtype, device="meta")
+    label_embeddings = torch.empty(size.classes, size.final_dim, device="meta")
+    labels = torch.empty(size.kept, dtype=torch.int64, device="meta")
+    logits, saved = kernels.cosine_logits(frames, label_embeddings, labels)
+    kernels.cosine_logits_backward(torch.empty_like(logits), frames, label_embeddings, labels, *saved)

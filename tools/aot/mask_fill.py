@@ -1,0 +1,20 @@
+"""Launches of ``mask_fill``: forward and backward, with and without dropout and padding, in a model's shapes."""
+
+from __future__ import annotations
+
+import torch
+
+from hubert_fast.kernels import mask_fill as kernels
+from tools.aot.sizes import Size
+
+
+def launches(size: Size, dtype: torch.dtype) -> None:
+    rows = size.batch * size.frames
+    x = torch.empty(rows, size.dim, dtype=dtype, device="meta")
+    bias, embedding = (torch.empty(size.dim, device="meta") for _ in range(2))  # float32 under autocast
+    mask, padding = (torch.empty(rows, dtype=torch.bool, device="meta") for _ in range(2))
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    for dropout_p, fill in ((0.1, padding), (0.0, padding), (0.1, None)):
+        settings = embedding, mask, fill, dropout_p, seed if dropout_p else None
+        kernels.mask_fill(x, bias, *settings)
+        kernels.mask_fill_backward(torch.empty_like(x), bias, *settings)
