@@ -106,7 +106,9 @@ def launch(
     blocks = candidates[0]
     if os.environ.get("HUBERT_FAST_AUTOTUNE") == "1" and len(candidates) > 1 and not INTERPRETED:
         with _device_of(arguments):
-            _tuned(kernel, tuple(candidates), tuple(arguments))[grid](**arguments, enable_fp_fusion=True)
+            _tuned(kernel, tuple(candidates), [name for name in arguments if name.isupper()])[grid](
+                **arguments, enable_fp_fusion=True
+            )
         return
     programs = grid({**arguments, **blocks.sizes})
     if 0 in programs:
@@ -133,13 +135,12 @@ def options(blocks: Blocks) -> dict[str, Any]:
 _tuners: dict[Any, Any] = {}
 
 
-def _tuned(kernel: Any, candidates: tuple[Blocks, ...], names: tuple[str, ...]) -> Any:
-    """``kernel`` under ``triton.autotune``, keyed by its integer arguments."""
+def _tuned(kernel: Any, candidates: tuple[Blocks, ...], constants: list[str]) -> Any:
+    """``kernel`` under ``triton.autotune``, keyed by dtypes and constants: numbers of rows change from batch to batch."""
     key = (kernel, tuple((tuple(each.sizes.items()), each.warps, each.stages) for each in candidates))
     if key not in _tuners:
         configs = [triton.Config(dict(each.sizes), num_warps=each.warps, num_stages=each.stages) for each in candidates]
-        sizes = [name for name in names if name.isupper() or name in ("rows", "max_frames", "classes", "channels")]
-        _tuners[key] = triton.autotune(configs=configs, key=sizes)(kernel)
+        _tuners[key] = triton.autotune(configs=configs, key=constants)(kernel)
     return _tuners[key]
 
 

@@ -72,7 +72,7 @@ def _backward(grad, mask, padding, seed, x_grad, parts, rows, threshold, scale, 
     if DROPOUT:
         key = tl.load(seed)
         column_bits = dropout.column_bits(key, column)[None]
-    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=3):
+    for start in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=2):
         row = start + tl.arange(0, ROWS)
         inside = within(row, rows, column, CHANNELS, COLUMNS)
         offsets = row.to(tl.int64)[:, None] * CHANNELS + column[None]
@@ -109,7 +109,7 @@ def mask_fill(
     def grid(sizes):
         return triton.cdiv(len(x), sizes["ROWS"] * sizes["TILES"]), triton.cdiv(x.shape[1], sizes["COLUMNS"])
 
-    launch(_forward, grid, arguments, blocks(architecture(x), x.shape[1]))
+    launch(_forward, grid, arguments, blocks(architecture(x), x.shape[1], elements=2048))
     return out
 
 

@@ -168,7 +168,7 @@ def residual_layer_norm(
     residual, weight, bias, update, update_bias, index = contiguous(residual, weight, bias, update, update_bias, index)
     rows, channels = len(residual) if index is None else len(index), residual.shape[1]
     normed = residual.new_empty(rows, channels, dtype=dtype)
-    summed = torch.empty_like(update) if update is not None and keep_sum else None
+    summed = torch.empty_like(normed) if update is not None and keep_sum else None
     mean, rstd = (residual.new_empty(rows, dtype=torch.float32) for _ in range(2))
     arguments = {
         "residual": residual, "update": update, "update_bias": update_bias, "index": index, "weight": weight, "bias": bias,
@@ -198,6 +198,7 @@ def residual_layer_norm_backward(
     update_dropout_p: float,
     output_dropout_p: float,
     seed: Optional[Tensor],
+    update_dtype: torch.dtype,
     one_gradient: bool,
 ) -> tuple[Tensor, Optional[Tensor], Optional[Tensor], Tensor, Tensor]:
     """Gradients of ``residual``, of the update (None without one, and where it is that of ``residual``: ``one_gradient``),
@@ -206,7 +207,7 @@ def residual_layer_norm_backward(
     rows, channels = grad.shape
     fresh = torch.empty_like if index is None else torch.zeros_like
     residual_grad = fresh(residual, memory_format=torch.contiguous_format)
-    update_grad = None if summed is None or one_gradient else torch.empty_like(summed)
+    update_grad = None if summed is None or one_gradient else torch.empty_like(summed, dtype=update_dtype)
     vectors = [weight, bias] if update_bias is None else [weight, bias, update_bias]
     parts = new_parts(grad, rows, len(vectors), _PARTS)
     x, x_index = (residual.contiguous(), index) if summed is None else (summed, None)

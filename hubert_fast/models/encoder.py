@@ -16,11 +16,13 @@ from hubert_fast.models.plain import (
     add,
     add_and_normalize,
     add_then_normalize,
+    before_dropout,
     draw_seeds,
     is_plain,
     normalize,
     product,
     rate,
+    stream_dtype,
 )
 from hubert_fast.models.plan import StepPlan
 from hubert_fast.models.rows import Rows, whole_grid
@@ -66,11 +68,7 @@ class ConvolutionalPositionalEmbedding(nn.Module):
 
     def add_to(self, x: Tensor, layout: Rows) -> Tensor:
         """Rows plus their positional embedding: ``[rows, channels] -> [rows, channels]``."""
-        if (
-            not is_plain(self, ConvolutionalPositionalEmbedding)
-            or self.conv._forward_hooks
-            or self.conv._forward_pre_hooks
-        ):
+        if not (is_plain(self, ConvolutionalPositionalEmbedding) and _is_plain_conv(self.conv)):
             return x + layout.pack(self(layout.unpack(x)))
         weight, gain = self.conv.weight, None
         if parametrize.is_parametrized(self.conv, "weight"):
@@ -84,6 +82,16 @@ class ConvolutionalPositionalEmbedding(nn.Module):
         return positional_conv(
             x, weight, self.conv.bias, layout.offsets, groups=self.conv.groups, max_frames=layout.frames, gain=gain
         )
+
+
+def _is_plain_conv(conv: nn.Module) -> bool:
+    """Whether ``conv`` is a convolution as `ConvolutionalPositionalEmbedding` makes it, parametrized or not."""
+    kind = nn.Conv1d if type(conv) is nn.Conv1d else type(conv)
+    if parametrize.is_parametrized(conv) and kind.__bases__ != (nn.Conv1d,):
+        return False
+    if not parametrize.is_parametrized(conv) and kind is not nn.Conv1d:
+        return False
+    return is_plain(conv, kind) and conv.bias is not None
 
 
 class SelfAttention(nn.Module):
@@ -142,7 +150,10 @@ class FeedForward(nn.Module):
     def hidden(self, x: Tensor, seed: Optional[Tensor] = None) -> Tensor:
         """What the second product is given: ``[rows, io_features] -> [rows, intermediate_features]``."""
         value, bias = product(self.intermediate_dense, x)
-        return bias_gelu_dropout(value, bias, dropout_p=rate(self.intermediate_dropout), seed=seed)
+        dropout = self.intermediate_dropout
+        if is_plain(dropout, nn.Dropout) and dropout.p < 1.0:
+            return bias_gelu_dropout(value, bias, dropout_p=rate(dropout), seed=seed)
+        return dropout(bias_gelu_dropout(value, bias))
 
 
 class EncoderLayer(nn.Module):
@@ -190,18 +201,19 @@ class EncoderLayer(nn.Module):
         attention_seed: Optional[Tensor],
         attended_seed: Optional[Tensor],
     ) -> Update:
-        attention, dropout_p = self.attention, rate(self.dropout)
-        if not is_plain(attention, SelfAttention):
-            return Update(attention(x, layout, keep), None, dropout_p, attended_seed)
-        value, bias = product(attention.out_proj, attention.heads(x, layout, keep, attention_seed))
-        return Update(value, bias, dropout_p, attended_seed)
+        attention = self.attention
+        if is_plain(attention, SelfAttention):
+            value, bias = product(attention.out_proj, attention.heads(x, layout, keep, attention_seed))
+        else:
+            value, bias = attention(x, layout, keep), None
+        return Update(*before_dropout(self.dropout, value, bias), attended_seed)
 
     def _feed_forward(self, x: Tensor, hidden_seed: Optional[Tensor], output_seed: Optional[Tensor]) -> Update:
         feed_forward = self.feed_forward
         if not is_plain(feed_forward, FeedForward):
             return Update(feed_forward(x), None, 0.0, None)
         value, bias = product(feed_forward.output_dense, feed_forward.hidden(x, hidden_seed))
-        return Update(value, bias, rate(feed_forward.output_dropout), output_seed)
+        return Update(*before_dropout(feed_forward.output_dropout, value, bias), output_seed)
 
 
 class Transformer(nn.Module):
@@ -242,7 +254,7 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             wanted = keep if i == last else None
             x = self._drop_or_run(layer, x, layout, wanted, seeds[i])
-        return x if self.layer_norm_first else normalize(self.layer_norm, x)
+        return x if self.layer_norm_first else normalize(self.layer_norm, x, dtype=stream_dtype(x))
 
     def intermediate_outputs(self, x: Tensor, layout: Rows, num_layers: Optional[int] = None) -> Iterator[Tensor]:
         """The rows after each of the first ``num_layers`` layers; LayerDrop and the last LayerNorm do not take part."""
@@ -260,7 +272,7 @@ class Transformer(nn.Module):
         else:
             x = x + layout.pack(embedding(layout.unpack(x)))
         if self.layer_norm_first:
-            return normalize(self.layer_norm, x, dropout_p=rate(self.dropout))
+            return normalize(self.layer_norm, x, dropout=self.dropout, dtype=stream_dtype(x))
         return self.dropout(x)
 
     def _draw_seeds(self, device: torch.device) -> list[Optional[list[Tensor]]]:
@@ -274,32 +286,40 @@ class Transformer(nn.Module):
     def _drop_or_run(
         self, layer: nn.Module, x: Tensor, layout: Rows, keep: Optional[Tensor], seeds: Optional[list[Tensor]]
     ) -> Tensor:
+        arguments = (x, layout, keep) if seeds is None else (x, layout, keep, seeds)
         if not self.training:
-            return layer(x, layout, keep, seeds)
-        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+            return layer(*arguments)
+        compiling = torch.compiler.is_compiling()
+        capturing = not compiling and _is_capturing(x)
         # Drawn whatever layer_drop is: torchaudio draws too, and the random numbers that follow are to be the same.
         draw = torch.rand(1, device=x.device if capturing else None)
         if self.layer_drop == 0.0:
-            return layer(x, layout, keep, seeds)
-        if torch.compiler.is_compiling() or capturing:
+            return layer(*arguments)
+        if compiling or capturing:
             # A graph cannot skip a layer on a number drawn as it runs, so a dropped layer is computed and not used.
-            dropped = (draw <= self.layer_drop).to(x.device)
-            return torch.where(dropped, _wanted(x, keep), layer(x, layout, keep, seeds))
-        return _wanted(x, keep) if draw.item() <= self.layer_drop else layer(x, layout, keep, seeds)
+            dropped = (draw <= self.layer_drop).to(x.device, non_blocking=True)
+            return torch.where(dropped, _wanted(x, keep), layer(*arguments))
+        return _wanted(x, keep) if draw.item() <= self.layer_drop else layer(*arguments)
 
 
 def _wanted(x: Tensor, keep: Optional[Tensor]) -> Tensor:
     return x if keep is None else x.index_select(0, keep)
 
 
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _drops(layer: nn.Module) -> bool:
-    """Whether anything in ``layer`` is dropped in training."""
-    if not isinstance(layer, EncoderLayer):
-        return False
-    feed_forward = layer.feed_forward
-    attention_p = getattr(layer.attention, "dropout", 0.0)
-    dropouts = (layer.dropout, feed_forward.intermediate_dropout, feed_forward.output_dropout)
-    return attention_p > 0.0 or any(rate(each) > 0.0 for each in dropouts)
+    """Whether a layer that takes seeds has a use for them."""
+    if type(layer) is not EncoderLayer:
+        return False  # what stands in a layer's place draws for itself
+    feed_forward, attention = layer.feed_forward, layer.attention
+    dropouts = [layer.dropout]
+    if type(feed_forward) is FeedForward:
+        dropouts += [feed_forward.intermediate_dropout, feed_forward.output_dropout]
+    attends = type(attention) is SelfAttention and attention.dropout > 0.0
+    return attends or any(type(each) is nn.Dropout and rate(each) > 0.0 for each in dropouts)
 
 
 class Encoder(nn.Module):
@@ -315,7 +335,7 @@ class Encoder(nn.Module):
         layout = plan.layout
         if not is_plain(mask_generator, MaskGenerator):
             grid, mask = layout.unpack(self._rows(features, layout)), layout.unpack(plan.mask)
-            return layout.pack(mask_generator(grid, mask=mask, channel_mask=plan.channel_mask)[0])
+            return layout.pack(mask_generator(grid, mask=mask)[0])
         value, bias, dropout_p, _ = self._project(features, layout)
         x = mask_fill(
             value, bias, mask_generator.mask_embedding, plan.mask, padding=layout.padding(), dropout_p=dropout_p
@@ -329,7 +349,7 @@ class Encoder(nn.Module):
         if not is_plain(projection, FeatureProjection):
             return Update(projection(layout.pack(features)), None, 0.0, None)
         x = normalize(projection.layer_norm, features.flatten(0, 1), layout.index)
-        return Update(*product(projection.projection, x), rate(projection.dropout), None)
+        return Update(*before_dropout(projection.dropout, *product(projection.projection, x)), None)
 
     def _rows(self, features: Tensor, layout: Rows) -> Tensor:
         """Projected features, with 0 in the padding: ``[rows, dim]``."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hubert_fast.models.checks import check_audio, check_labels, check_mask
 from hubert_fast.models.logits import LogitGenerator
 from hubert_fast.models.masking import MaskGenerator
+from hubert_fast.models.plain import is_plain
 from hubert_fast.models.plan import StepPlan, make_plan
 from hubert_fast.models.wav2vec2 import Wav2Vec2Model
 
@@ -102,9 +103,12 @@ class HuBERTPretrainModel(nn.Module):
         ``masked`` tells them apart. ``plan`` is one made ahead by `plan`; ``labels`` and ``mask`` are then not read.
         """
         check_audio(waveforms, audio_lengths)
+        if plan is not None and plan.valid_samples is not None:
+            audio_lengths = plan.valid_samples
         features, lengths = self.wav2vec2.feature_extractor(waveforms, audio_lengths)
         if plan is None:  # made while a GPU is at work on the features
-            plan = self._plan(labels, lengths, features.shape[:2], features.device, mask=mask, masked_only=masked_only)
+            settings = {"valid_samples": None, "mask": mask, "masked_only": masked_only}
+            plan = self._plan(labels, lengths, features.shape[:2], features.device, **settings)
         elif features.shape[:2] != plan.layout[:2]:
             raise ValueError(
                 f"plan must be of the {features.shape[0]} x {features.shape[1]} frames of waveforms; it is of "
@@ -148,7 +152,14 @@ class HuBERTPretrainModel(nn.Module):
         extractor = self.wav2vec2.feature_extractor
         lengths = None if audio_lengths is None else extractor.output_lengths(audio_lengths)
         grid = len(labels), int(extractor.output_lengths(torch.tensor(samples)))
-        settings = {"mask": mask, "masked_only": masked_only, "rows": rows, "kept": kept}
+        valid_samples = audio_lengths if extractor.padding_invariant else None
+        settings = {
+            "valid_samples": valid_samples,
+            "mask": mask,
+            "masked_only": masked_only,
+            "rows": rows,
+            "kept": kept,
+        }
         return self._plan(labels, lengths, grid, device, **settings)
 
     def _plan(
@@ -158,6 +169,7 @@ class HuBERTPretrainModel(nn.Module):
         grid: tuple[int, int],  # (batch, frames)
         device: torch.device,
         *,
+        valid_samples: Optional[Tensor],
         mask: Optional[Tensor],
         masked_only: bool,
         rows: Optional[int] = None,
@@ -175,8 +187,10 @@ class HuBERTPretrainModel(nn.Module):
             labels,
             lengths,
             mask,
-            self.mask_generator.draw_channels(batch),
+            # One that is called as a module draws them there.
+            self.mask_generator.draw_channels(batch) if is_plain(self.mask_generator, MaskGenerator) else None,
             device,
+            valid_samples=valid_samples,
             num_classes=self.logit_generator.num_classes,
             masked_only=masked_only,
             rows=rows,

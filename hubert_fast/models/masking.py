@@ -89,20 +89,18 @@ class MaskGenerator(nn.Module):
         padding_mask: Optional[Tensor] = None,  # [batch, frames] bool, True is padding
         *,
         mask: Optional[Tensor] = None,  # [batch, frames] bool
-        channel_mask: Optional[Tensor] = None,  # [batch, channels] bool
     ) -> tuple[Tensor, Tensor]:
         """``x`` with the masked frames replaced and the masked channels zeroed, and the mask of frames.
 
-        ``mask`` is one made ahead by `draw`, and ``channel_mask`` by `draw_channels`; without a ``mask`` both are drawn here.
-        ``x`` is not changed.
+        ``mask`` is one made ahead by `draw`; without it one is drawn here. ``x`` is not changed.
         """
         batch, frames, _ = x.shape
         if mask is None:
             lengths = None if padding_mask is None else (~padding_mask).sum(1)
             mask = self.draw(batch, frames, lengths)
-            channel_mask = self.draw_channels(batch)
         mask = to_device(mask, x.device)
         x = torch.where(mask[:, :, None], self.mask_embedding.to(x.dtype), x)
+        channel_mask = self.draw_channels(batch)
         if channel_mask is not None:
             x = x.masked_fill(to_device(channel_mask, x.device)[:, None], 0.0)
         return x, mask

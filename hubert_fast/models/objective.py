@@ -74,6 +74,10 @@ class PretrainingObjective(nn.Module):
         """
         if (labels is None) == (plan is None) or (mask is not None and plan is not None):
             raise ValueError("give either labels, and a mask if you have one, or a plan")
+        if plan is not None and plan.keep is not None and self.unmasked_weight > 0:
+            raise ValueError(
+                "plan keeps the masked rows alone, and unmasked_weight is not 0; make it with this objective"
+            )
         encoded = self.model.encode(
             waveforms, labels, audio_lengths, mask=mask, masked_only=self.unmasked_weight == 0, plan=plan
         )

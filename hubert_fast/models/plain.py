@@ -37,9 +37,32 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def rate(dropout: nn.Module) -> float:
+class Biased(NamedTuple):
+    """``dropout(value + bias)``, not yet made."""
+
+    value: Tensor  # [rows, channels]
+    bias: Optional[Tensor]  # [channels]
+    dropout_p: float
+
+
+def before_dropout(dropout: nn.Module, value: Tensor, bias: Optional[Tensor]) -> Biased:
+    """What a pass that drops values is to be given for ``dropout(value + bias)``."""
+    if is_plain(dropout, nn.Dropout) and dropout.p < 1.0:
+        return Biased(value, bias, rate(dropout))
+    return Biased(dropout(value if bias is None else value + bias), None, 0.0)
+
+
+def rate(dropout: nn.Dropout) -> float:
     """The probability that ``dropout`` drops a value, now."""
-    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    return dropout.p if dropout.training else 0.0
+
+
+def stream_dtype(x: Tensor) -> Optional[torch.dtype]:
+    """What the residual stream is kept in: CUDA's autocast has LayerNorm give float32, and a post-norm stream is made of those.
+
+    None is the dtype at hand.
+    """
+    return torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else None
 
 
 def product(linear: nn.Module, x: Tensor) -> tuple[Tensor, Optional[Tensor]]:
@@ -61,15 +84,24 @@ def normalize(
     residual: Tensor,
     index: Optional[Tensor] = None,
     *,
-    dropout_p: float = 0.0,
-    seed: Optional[Tensor] = None,
+    dropout: Optional[nn.Module] = None,
+    dtype: Optional[torch.dtype] = None,
 ) -> Tensor:
-    """``dropout(norm(residual[index]))``."""
-    if _is_layer_norm(norm):
-        return residual_layer_norm(
-            residual, norm.weight, norm.bias, index=index, output_dropout_p=dropout_p, seed=seed, eps=norm.eps
-        )
-    return F.dropout(norm(residual if index is None else residual.index_select(0, index)), dropout_p)
+    """``dropout(norm(residual[index]))``; ``dtype`` as in `residual_layer_norm`."""
+    if not _is_layer_norm(norm):
+        x = norm(residual if index is None else residual.index_select(0, index))
+        return x if dropout is None else dropout(x)
+    fused = dropout is not None and is_plain(dropout, nn.Dropout) and dropout.p < 1.0
+    x = residual_layer_norm(
+        residual,
+        norm.weight,
+        norm.bias,
+        index=index,
+        output_dropout_p=rate(dropout) if fused else 0.0,
+        eps=norm.eps,
+        dtype=dtype,
+    )
+    return x if fused or dropout is None else dropout(x)
 
 
 def add_then_normalize(norm: nn.Module, residual: Tensor, update: Update, index: Optional[Tensor] = None) -> Tensor:

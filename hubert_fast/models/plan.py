@@ -26,6 +26,7 @@ class StepPlan(NamedTuple):
     labels: Tensor  # [kept] int64: of the rows that are wanted; -1 where there is none
     masked: Tensor  # [kept] bool: valid and masked
     unmasked: Tensor  # [kept] bool: valid and not masked
+    valid_samples: Optional[Tensor]  # [batch] int64, where the feature extractor asks for them
 
     def copy_(self, other: StepPlan) -> StepPlan:
         """Overwrite the tensors of this plan, which a captured graph reads, with those of another of the same capacity.
@@ -57,6 +58,7 @@ def make_plan(
     channel_mask: Optional[Tensor],  # [batch, dim] bool
     device: torch.device,
     *,
+    valid_samples: Optional[Tensor],
     num_classes: int,
     masked_only: bool,
     rows: Optional[int] = None,
@@ -92,7 +94,11 @@ def make_plan(
         labels, masked, unmasked = (each.index_select(0, keep) for each in (labels, masked, unmasked))
     if channel_mask is not None:
         channel_mask = to_device(channel_mask, device)
-    return StepPlan(layout, mask, channel_mask, keep, labels, masked, unmasked)
+    if valid_samples is not None:
+        valid_samples = to_device(valid_samples, device)
+    # Wrappers such as FSDP bring whatever lies on the host to the device, and the host would wait for it.
+    layout = layout._replace(host_index=None)
+    return StepPlan(layout, mask, channel_mask, keep, labels, masked, unmasked, valid_samples)
 
 
 def _on_host(x: Optional[Tensor]) -> bool:

@@ -45,6 +45,8 @@ class Rows(NamedTuple):
         """``[rows, ...]`` to ``[batch, frames, ...]``, with 0 where there is no row."""
         if self.index is not None:
             grid = rows.new_zeros(self.batch * self.frames, *rows.shape[1:])
+            live = torch.arange(len(rows), device=rows.device) < self.offsets[-1].to(rows.device)
+            rows = rows.where(live.view(-1, *[1] * (rows.ndim - 1)), rows.new_zeros(()))
             rows = grid.index_copy(0, self.index, rows)
         return rows.unflatten(0, (self.batch, self.frames))
 

@@ -45,6 +45,7 @@ def residual_layer_norm(
     seed: Optional[Tensor] = None,  # [] int64
     eps: float = 1e-5,
     with_sum: bool = False,
+    dtype: Optional[torch.dtype] = None,
 ) -> Union[Tensor, Tuple[Tensor, Tensor]]:
     """sum = residual[index] + dropout(update + update_bias); normed = dropout(layer_norm(sum) * weight + bias).
 
@@ -63,15 +64,17 @@ def residual_layer_norm(
             generator.
         eps: added to the variance.
         with_sum: whether the sum is wanted too.
+        dtype: of the results. None: the wider of those of ``update`` and ``residual``; without an update, autocast's where it
+            is on, else that of ``residual``.
 
     Returns:
-        The normed sum, or (normed, sum): ``[rows, channels]`` each, in the dtype of ``update``; without one, in autocast's
-        where it is on, else in that of ``residual``.
+        The normed sum, or (normed, sum): ``[rows, channels]`` each.
 
     Raises:
         ValueError: for a wrong rank, shape, dtype, probability or seed.
     """
-    dtype = _check(residual, weight, bias, update, update_bias, index)
+    dtype = dtype or _result_dtype(residual, update)
+    _check(residual, weight, bias, update, update_bias, index)
     seed = dropout_seed(seed, residual.device, update_dropout_p=update_dropout_p, output_dropout_p=output_dropout_p)
     chosen = backend.choose(
         "residual_layer_norm", lambda name: _objection(name, residual, weight, bias, update, update_bias)
@@ -99,18 +102,22 @@ def _check(
     update: Optional[Tensor],
     update_bias: Optional[Tensor],
     index: Optional[Tensor],
-) -> torch.dtype:
-    """The dtype of the results, once the arguments are known to be good."""
+) -> None:
     check_rows("residual", residual)
     check_channels(residual.shape[1], weight=weight, bias=bias, update_bias=update_bias)
     if update is None:
         if update_bias is not None:
             raise ValueError("update_bias was given without an update to add it to")
         check_index(index)
-        return autocast_dtype(residual.device) or residual.dtype
+        return
     check_rows("update", update)
     check_residual(residual, *update.shape, index)
-    return update.dtype
+
+
+def _result_dtype(residual: Tensor, update: Optional[Tensor]) -> torch.dtype:
+    if update is None:
+        return autocast_dtype(residual.device) or residual.dtype
+    return torch.promote_types(update.dtype, residual.dtype)
 
 
 def _objection(name: str, residual: Tensor, *parameters: Optional[Tensor]) -> backend.Objection:
@@ -138,6 +145,7 @@ def _reference(
     rows, channels = len(residual) if index is None else len(index), residual.shape[1]
     kept = kept_values(seed, rows, channels, update_dropout_p)
     scale = keep_scale(update_dropout_p)
+    update = None if update is None else update.to(dtype)
     summed = reference.residual_sum(residual, update, update_bias, index, kept=kept, scale=scale)
     kept = kept_values(None if seed is None else seed ^ SECOND_MASK, rows, channels, output_dropout_p)
     scale = keep_scale(output_dropout_p)
@@ -196,30 +204,38 @@ def _residual_layer_norm_backward(
     update_dropout_p: float,
     output_dropout_p: float,
     seed: Optional[Tensor],
+    update_dtype: torch.dtype,
     chosen: str,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of residual, update (empty without one, and where `_one_gradient`), update_bias (or empty), weight, bias."""
     with without_autocast(grad.device):
         gradients = _implementation(chosen).residual_layer_norm_backward(
             grad, sum_grad, residual, summed, index, mean, rstd, weight, bias, update_bias,
-            update_dropout_p, output_dropout_p, seed, _one_gradient(residual, summed, index, update_dropout_p),
+            update_dropout_p, output_dropout_p, seed, update_dtype,
+            _one_gradient(residual, summed, index, update_dropout_p, update_dtype),
         )  # fmt: skip
     return tuple(grad.new_empty(0) if each is None else each for each in gradients)
 
 
 @_residual_layer_norm_backward.register_fake
 def _(grad, sum_grad, residual, summed, index, mean, rstd, weight, bias, update_bias, update_dropout_p, output_dropout_p,
-      seed, chosen):  # fmt: skip
-    none = summed is None or _one_gradient(residual, summed, index, update_dropout_p)
-    update_grad = grad.new_empty(0) if none else summed.new_empty(summed.shape)
+      seed, update_dtype, chosen):  # fmt: skip
+    none = summed is None or _one_gradient(residual, summed, index, update_dropout_p, update_dtype)
+    update_grad = grad.new_empty(0) if none else summed.new_empty(summed.shape, dtype=update_dtype)
     update_bias_grad = grad.new_empty(0) if update_bias is None else update_bias.new_empty(update_bias.shape)
     others = (weight.new_empty(weight.shape), bias.new_empty(bias.shape))
     return residual.new_empty(residual.shape), update_grad, update_bias_grad, *others
 
 
-def _one_gradient(residual: Tensor, summed: Optional[Tensor], index: Optional[Tensor], update_dropout_p: float) -> bool:
+def _one_gradient(
+    residual: Tensor,
+    summed: Optional[Tensor],
+    index: Optional[Tensor],
+    update_dropout_p: float,
+    update_dtype: torch.dtype,
+) -> bool:
     """Whether residual and update have one and the same gradient, which is then written once."""
-    return summed is not None and index is None and update_dropout_p == 0.0 and residual.dtype == summed.dtype
+    return summed is not None and index is None and update_dropout_p == 0.0 and residual.dtype == update_dtype
 
 
 def _implementation(chosen: str):
@@ -236,6 +252,7 @@ def _setup_context(ctx, inputs, output) -> None:
     normed, summed, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.dtype = normed.dtype
+    ctx.update_dtype = normed.dtype if update is None else update.dtype
     if update is None:
         summed = None
     ctx.save_for_backward(residual, summed, index, mean, rstd, weight, bias, update_bias, seed)
@@ -249,11 +266,11 @@ def _backward(ctx, grad, sum_grad, _mean_grad, _rstd_grad):
         sum_grad = None  # of an empty tensor
     residual_grad, update_grad, update_bias_grad, weight_grad, bias_grad = _residual_layer_norm_backward(
         grad, sum_grad, residual, summed, index, mean, rstd, weight, bias, update_bias,
-        ctx.update_dropout_p, ctx.output_dropout_p, seed, ctx.chosen,
+        ctx.update_dropout_p, ctx.output_dropout_p, seed, ctx.update_dtype, ctx.chosen,
     )  # fmt: skip
     if summed is None:
         update_grad = None
-    elif _one_gradient(residual, summed, index, ctx.update_dropout_p):
+    elif _one_gradient(residual, summed, index, ctx.update_dropout_p, ctx.update_dtype):
         update_grad = residual_grad
     update_bias_grad = None if update_bias is None else update_bias_grad
     return residual_grad, weight_grad, bias_grad, update_grad, update_bias_grad, *(None,) * 8

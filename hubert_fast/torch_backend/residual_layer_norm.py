@@ -40,7 +40,7 @@ def residual_layer_norm(
     reciprocal deviation."""
     summed = None
     if update is not None:
-        summed = bias_dropout_residual(update, update_bias, residual, index, update_dropout_p, seed)
+        summed = bias_dropout_residual(update.to(dtype), update_bias, residual, index, update_dropout_p, seed)
     x = _summed(residual, summed, index)
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.new_empty(x.shape, dtype=dtype)
@@ -71,6 +71,7 @@ def residual_layer_norm_backward(
     update_dropout_p: float,
     output_dropout_p: float,
     seed: Optional[Tensor],
+    update_dtype: torch.dtype,
     one_gradient: bool,
 ) -> tuple[Tensor, Optional[Tensor], Optional[Tensor], Tensor, Tensor]:
     """Gradients of ``residual``, of the update (None without one, and where it is that of ``residual``: ``one_gradient``),
@@ -85,6 +86,7 @@ def residual_layer_norm_backward(
             update_bias_grad = x_grad.sum(0, dtype=mean.dtype).to(update_bias.dtype)
     elif summed is not None:
         update_grad, update_bias_grad = dropped_gradient(x_grad, update_bias, update_dropout_p, seed)
+        update_grad = update_grad.to(update_dtype)
     return residual_grad, update_grad, update_bias_grad, weight_grad.to(weight.dtype), bias_grad.to(bias.dtype)
 
 

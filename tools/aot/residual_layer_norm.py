@@ -14,19 +14,22 @@ def launches(size: Size, dtype: torch.dtype) -> None:
         _block(size, dtype, dropout_p, keep_sum=True)  # pre-norm
         _packing(size, dtype, dropout_p)
     _packing(size, torch.float32, 0.1, out=dtype)  # where autocast meets float32 rows
+    _packing(size, dtype, 0.1, out=torch.float32)  # where its post-norm stream begins
 
 
 def _block(size: Size, dtype: torch.dtype, dropout_p: float, *, keep_sum: bool) -> None:
     update = torch.empty(size.rows, size.dim, dtype=dtype, device="meta")
-    residual = torch.empty_like(update)
+    # Autocast's post-norm stream is float32.
+    stream = dtype if keep_sum else torch.float32
+    residual = torch.empty_like(update, dtype=stream)
     weight, bias, update_bias, seed = _vectors(size)
     seed = seed if dropout_p else None
     normed, summed, mean, rstd = kernels.residual_layer_norm(
-        residual, weight, bias, update, update_bias, None, dropout_p, 0.0, seed, 1e-5, dtype, True
+        residual, weight, bias, update, update_bias, None, dropout_p, 0.0, seed, 1e-5, stream, True
     )
     kernels.residual_layer_norm_backward(
         torch.empty_like(normed), torch.empty_like(summed) if keep_sum else None, residual, summed, None, mean, rstd,
-        weight, bias, update_bias, dropout_p, 0.0, seed, dropout_p == 0.0,
+        weight, bias, update_bias, dropout_p, 0.0, seed, dtype, dropout_p == 0.0 and stream == dtype,
     )  # fmt: skip
 
 
@@ -52,6 +55,7 @@ def _packing(size: Size, dtype: torch.dtype, dropout_p: float, out: torch.dtype 
         0.0,
         dropout_p,
         seed,
+        normed.dtype,
         False,
     )
 

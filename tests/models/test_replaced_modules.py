@@ -1,0 +1,141 @@
+"""What users hook, wrap or put in a module's place is called, and the numbers are those of torchaudio's way of running it."""
+
+import pytest
+import torch
+from torch import nn
+
+import hubert_fast
+from hubert_fast.models import encoder as encoder_module
+from tests.models import configurations
+from tests.models.twins import LENGTHS, batch, num_frames, relative_error, twins
+
+FRAMES = num_frames(12400)
+
+
+class _Doubled(nn.Module):
+    def __init__(self, inner, factor=2.0):
+        super().__init__()
+        self.inner, self.factor = inner, factor
+
+    def __getattr__(self, name):
+        """As adapters do: the attributes of what is inside."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, *arguments):
+        return self.factor * self.inner(*arguments)
+
+
+def _model(**settings):
+    return twins(configurations.base(**settings), torch.float64)[1]
+
+
+def _loss(model, **capacities):
+    objective, data = hubert_fast.PretrainingObjective(model), batch(torch.float64, LENGTHS)
+    torch.manual_seed(0)
+    plan = objective.plan(data.labels, data.lengths, samples=12400, device=torch.device("cpu"), **capacities)
+    result = objective(data.waveforms, audio_lengths=data.lengths, plan=plan)
+    result.loss.backward()
+    return result.loss.detach()
+
+
+def _places(model):
+    layer = model.wav2vec2.encoder.transformer.layers[0]
+    transformer = model.wav2vec2.encoder.transformer
+    return {
+        "attention": (layer, "attention"),
+        "out_proj": (layer.attention, "out_proj"),
+        "dropout": (layer, "dropout"),
+        "layer_norm": (layer, "layer_norm"),
+        "feed_forward": (layer, "feed_forward"),
+        "intermediate_dropout": (layer.feed_forward, "intermediate_dropout"),
+        "output_dropout": (layer.feed_forward, "output_dropout"),
+        "conv": (transformer.pos_conv_embed, "conv"),
+        "pos_conv_embed": (transformer, "pos_conv_embed"),
+        "transformer dropout": (transformer, "dropout"),
+        "layer": (transformer.layers, "0"),
+        "feature projection": (model.wav2vec2.encoder, "feature_projection"),
+        "projection dropout": (model.wav2vec2.encoder.feature_projection, "dropout"),
+    }
+
+
+PLACES = list(_places(_model()))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_module_in_anothers_place_is_called(place):
+    plain = _loss(_model())
+    for factor, same in ((1.0, True), (2.0, False)):
+        model = _model()
+        parent, name = _places(model)[place]
+        setattr(parent, name, _Doubled(getattr(parent, name), factor))
+        assert (relative_error(_loss(model), plain) < 1e-10) == same
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_hook_fires_and_changes_what_it_returns(place):
+    plain = _loss(_model())
+    for factor, same in ((1.0, True), (2.0, False)):
+        model = _model()
+        parent, name = _places(model)[place]
+        calls = []
+        getattr(parent, name).register_forward_hook(
+            lambda *call, factor=factor, calls=calls: (calls.append(1), factor * call[2])[1]
+        )
+        assert (relative_error(_loss(model), plain) < 1e-10) == same and calls
+
+
+@pytest.mark.parametrize("place", ["pos_conv_embed", "conv", "feature projection"])
+def test_dead_rows_reach_no_valid_frame_through_a_module_that_is_called(place):
+    model = _model()
+    parent, name = _places(model)[place]
+    getattr(parent, name).register_forward_hook(lambda *call: None)
+    assert relative_error(_loss(model, rows=3 * FRAMES), _loss(_model())) < 1e-10
+
+
+def test_dead_rows_reach_no_valid_frame_through_a_mask_generator_that_is_called():
+    model = _model(mask_channel_prob=0.3)
+    wanted = _loss(model)
+    model.mask_generator.register_forward_hook(lambda *call: None)
+    torch.manual_seed(0)
+    assert relative_error(_loss(model, rows=3 * FRAMES), wanted) < 1e-10
+
+
+def test_dropout_of_everything_is_zeros():
+    model = _model(encoder_dropout=1.0, encoder_ff_interm_dropout=1.0)
+    assert _loss(model).isfinite()
+
+
+def test_a_layer_that_is_dropped_in_a_captured_step_is_not_used(monkeypatch):
+    """Capture needs a GPU; which numbers it gives does not."""
+    monkeypatch.setattr(encoder_module, "_is_capturing", lambda x: True)
+    model = _model(encoder_layer_drop=0.5)
+    captured = [_loss(model) for _ in range(2)]
+    monkeypatch.undo()
+    assert torch.equal(captured[0], captured[1]) and torch.equal(captured[0], _loss(model))
+
+
+def test_a_post_norm_stream_is_float32_where_autocast_has_layer_norm_give_float32(monkeypatch):
+    """CUDA's autocast does; on a CPU it takes a patch. Twelve layers, as deep as base: bfloat16 streams lose twice as much."""
+    settings = configurations.base(encoder_num_layers=12)
+    theirs, ours = twins(settings, torch.float32)
+    waveforms = batch(torch.float32).waveforms
+    truth = ours.double().wav2vec2(waveforms.double())[0]
+    ours.float()
+    assert encoder_module.stream_dtype(waveforms) is None
+    monkeypatch.setattr(encoder_module, "stream_dtype", lambda x: torch.float32)
+    layer_norm = torch.nn.functional.layer_norm
+
+    def float32_layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
+        with torch.autocast("cpu", enabled=False):
+            return layer_norm(x.float(), shape, weight, bias, eps)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        output = ours.wav2vec2(waveforms)[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "layer_norm", float32_layer_norm)
+            expected = theirs.wav2vec2(waveforms)[0]
+    assert output.dtype == expected.dtype == torch.float32
+    assert relative_error(output, truth) <= 1.5 * relative_error(expected, truth)
