@@ -42,6 +42,7 @@ def masked_attention(
     out = qkv.new_empty(rows, heads, head_dim)
     lse = qkv.new_empty(rows if dropout_p == 0.0 else 0, heads, dtype=torch.promote_types(qkv.dtype, torch.float32))
     out[int(offsets[-1]) :] = 0  # rows of no sequence
+    lse[int(offsets[-1]) :] = 0
     generator = _generator(dropout_p, seed)
     for sequence in _sequences(qkv, offsets, key_lengths):
         if generator is None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import venv
+import zipfile
 
 import pytest
 
@@ -93,6 +94,13 @@ def test_wheel_runs_in_an_environment_without_torch(wheel, tmp_path):
     (library,) = tmp_path.glob("venv/lib/python*/site-packages/hubert_fast/_C*")
     done = _run([python, "-c", script, library], tmp_path)
     assert done.stdout.strip() == "HUBERT_FAST_CUDA was 0", done.stderr
+
+
+def test_wheel_has_the_kernels(wheel):
+    """They lie beside the package in the source tree, and inside it once installed."""
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"hubert_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")} <= names
+    assert not [name for name in names if name.startswith(("kernels/", "tests/", "tools/", "benchmarks/"))]
 
 
 def _unpacked_library(wheel, folder):
