@@ -107,7 +107,8 @@ def choose(operator: str, objection: Callable[[str], Objection]) -> str:
         reason = entry.unavailable.get(entry.chosen) or objection(entry.chosen)
         if reason is not None:
             raise BackendError(
-                f"backend {entry.chosen!r} of operator {operator!r} was asked for and cannot run: {reason}"
+                f"backend {entry.chosen!r} of operator {operator!r} was asked for and cannot run: {reason} "
+                "(HUBERT_FAST_BACKEND or hubert_fast.backend.use chose it)"
             )
         return entry.chosen
     for name in entry.implementations:
@@ -143,6 +144,8 @@ def report() -> list[Choice]:
         runs = available[0] if entry.chosen == AUTO else entry.chosen
         why = reasons.get(runs) or entry.implementations.get(runs, "does not exist")
         prefix = "fastest available: " if entry.chosen == AUTO else "asked for by name: "
+        if runs in reasons:
+            prefix = "asked for by name, and cannot run: "
         choices.append(Choice(name, entry.chosen, runs, prefix + why, available, reasons))
     return choices
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +127,7 @@ class HuBERTPretrainModel(nn.Module):
         audio_lengths: Optional[Tensor] = None,
         *,
         samples: int,
-        device: torch.device,
+        device: Union[str, torch.device],
         mask: Optional[Tensor] = None,
         masked_only: bool = False,
         rows: Optional[int] = None,
@@ -160,7 +160,7 @@ class HuBERTPretrainModel(nn.Module):
             "rows": rows,
             "kept": kept,
         }
-        return self._plan(labels, lengths, grid, device, **settings)
+        return self._plan(labels, lengths, grid, torch.device(device), **settings)
 
     def _plan(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ class PretrainingObjective(nn.Module):
         audio_lengths: Optional[Tensor] = None,
         *,
         samples: int,
-        device: torch.device,
+        device: Union[str, torch.device],
         mask: Optional[Tensor] = None,
         rows: Optional[int] = None,
         kept: Optional[int] = None,

@@ -20,8 +20,8 @@ from hubert_fast.torch_backend.dropout_mask import kept_values
 backend.register(
     "mask_fill",
     {
-        "triton": "one pass forward, one backward with the gradients of bias and embedding; the mask is drawn again",
-        "torch": "PyTorch's passes, on a CPU over rows that stay in cache; the mask is drawn again",
+        "triton": "one pass forward, one backward with the gradients of bias and embedding; dropout's mask is drawn again",
+        "torch": "PyTorch's passes, on a CPU over rows that stay in cache; dropout's mask is drawn again",
         "reference": "bias, dropout, padding and embedding one after another",
     },
     unavailable={"triton": triton_backend.why_not()},

@@ -20,8 +20,8 @@ from hubert_fast.torch_backend.dropout_mask import SECOND_MASK, kept_values
 backend.register(
     "residual_layer_norm",
     {
-        "triton": "one pass forward, one backward with the parameters' gradients; masks are drawn again",
-        "torch": "PyTorch's passes, on a CPU over rows that stay in cache; masks are drawn again",
+        "triton": "one pass forward, one backward with the parameters' gradients; dropout's masks are drawn again",
+        "torch": "PyTorch's passes, on a CPU over rows that stay in cache; dropout's masks are drawn again",
         "reference": "bias, dropout, sum, layer_norm and dropout one after another",
     },
     unavailable={"triton": triton_backend.why_not()},
