@@ -18,6 +18,7 @@ from hubert_fast.models.plain import (
     add_then_normalize,
     before_dropout,
     draw_seeds,
+    is_fusable,
     is_plain,
     normalize,
     product,
@@ -70,15 +71,7 @@ class ConvolutionalPositionalEmbedding(nn.Module):
         """Rows plus their positional embedding: ``[rows, channels] -> [rows, channels]``."""
         if not (is_plain(self, ConvolutionalPositionalEmbedding) and _is_plain_conv(self.conv)):
             return x + layout.pack(self(layout.unpack(x)))
-        weight, gain = self.conv.weight, None
-        if parametrize.is_parametrized(self.conv, "weight"):
-            parametrization = self.conv.parametrizations.weight
-            if (
-                len(parametrization) == 1
-                and type(parametrization[0]) is parametrizations._WeightNorm
-                and parametrization[0].dim == 2
-            ):
-                gain, weight = parametrization.original0, parametrization.original1
+        weight, gain = _filters(self.conv)
         return positional_conv(
             x, weight, self.conv.bias, layout.offsets, groups=self.conv.groups, max_frames=layout.frames, gain=gain
         )
@@ -86,12 +79,17 @@ class ConvolutionalPositionalEmbedding(nn.Module):
 
 def _is_plain_conv(conv: nn.Module) -> bool:
     """Whether ``conv`` is a convolution as `ConvolutionalPositionalEmbedding` makes it, parametrized or not."""
-    kind = nn.Conv1d if type(conv) is nn.Conv1d else type(conv)
-    if parametrize.is_parametrized(conv) and kind.__bases__ != (nn.Conv1d,):
-        return False
-    if not parametrize.is_parametrized(conv) and kind is not nn.Conv1d:
-        return False
-    return is_plain(conv, kind) and conv.bias is not None
+    kind = type(conv).__base__ if parametrize.is_parametrized(conv) else type(conv)
+    return kind is nn.Conv1d and is_plain(conv, type(conv)) and conv.bias is not None
+
+
+def _filters(conv: nn.Conv1d) -> tuple[Tensor, Optional[Tensor]]:
+    """The filters and, where they are weight-normalised over dim 2, the gain: asking for ``conv.weight`` would compute them."""
+    if parametrize.is_parametrized(conv, "weight"):
+        steps = conv.parametrizations.weight
+        if len(steps) == 1 and type(steps[0]) is parametrizations._WeightNorm and steps[0].dim == 2:
+            return steps.original1, steps.original0
+    return conv.weight, None
 
 
 class SelfAttention(nn.Module):
@@ -151,7 +149,7 @@ class FeedForward(nn.Module):
         """What the second product is given: ``[rows, io_features] -> [rows, intermediate_features]``."""
         value, bias = product(self.intermediate_dense, x)
         dropout = self.intermediate_dropout
-        if is_plain(dropout, nn.Dropout) and dropout.p < 1.0:
+        if is_fusable(dropout):
             return bias_gelu_dropout(value, bias, dropout_p=rate(dropout), seed=seed)
         return dropout(bias_gelu_dropout(value, bias))
 

@@ -47,9 +47,14 @@ class Biased(NamedTuple):
 
 def before_dropout(dropout: nn.Module, value: Tensor, bias: Optional[Tensor]) -> Biased:
     """What a pass that drops values is to be given for ``dropout(value + bias)``."""
-    if is_plain(dropout, nn.Dropout) and dropout.p < 1.0:
+    if is_fusable(dropout):
         return Biased(value, bias, rate(dropout))
     return Biased(dropout(value if bias is None else value + bias), None, 0.0)
+
+
+def is_fusable(dropout: nn.Module) -> bool:
+    """Whether a pass may do what ``dropout`` does. One that drops everything has no scale for what it keeps."""
+    return is_plain(dropout, nn.Dropout) and dropout.p < 1.0
 
 
 def rate(dropout: nn.Dropout) -> float:
@@ -91,7 +96,7 @@ def normalize(
     if not _is_layer_norm(norm):
         x = norm(residual if index is None else residual.index_select(0, index))
         return x if dropout is None else dropout(x)
-    fused = dropout is not None and is_plain(dropout, nn.Dropout) and dropout.p < 1.0
+    fused = dropout is not None and is_fusable(dropout)
     x = residual_layer_norm(
         residual,
         norm.weight,

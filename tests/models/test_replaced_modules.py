@@ -139,3 +139,15 @@ def test_a_post_norm_stream_is_float32_where_autocast_has_layer_norm_give_float3
             expected = theirs.wav2vec2(waveforms)[0]
     assert output.dtype == expected.dtype == torch.float32
     assert relative_error(output, truth) <= 1.5 * relative_error(expected, truth)
+
+
+def test_weight_normalisation_is_left_to_the_operator(monkeypatch):
+    """Asking a parametrized convolution for its weight computes it, 4.7 million numbers for base, for nothing."""
+    from torch.nn.utils import parametrizations
+
+    model = _model()
+    calls = []
+    forward = parametrizations._WeightNorm.forward
+    monkeypatch.setattr(parametrizations._WeightNorm, "forward", lambda *each: (calls.append(1), forward(*each))[1])
+    _loss(model)
+    assert not calls
