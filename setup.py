@@ -169,10 +169,15 @@ def _setup_requires() -> list[str]:
         return []  # the build itself will tell, if it comes to that
 
 
+# Packages that lie beside hubert_fast/ in the source tree and are inside it once installed.
+BESIDE = {
+    f"hubert_fast.{package}": package.replace(".", "/")
+    for package in find_packages(include=["kernels*", "benchmarks*"])
+}
 OPTIONS = _or_exit(build_options.read_options, os.environ)
 setup(
-    packages=[*find_packages(include=["hubert_fast*"]), "hubert_fast.kernels"],
-    package_dir={"hubert_fast.kernels": "kernels"},
+    packages=[*find_packages(include=["hubert_fast*"]), *BESIDE],
+    package_dir=BESIDE,
     ext_modules=[Extension("hubert_fast._C", sources=[])] if OPTIONS.extension else [],
     cmdclass={"build": CheckedBuild, "build_ext": CMakeBuild},
     setup_requires=_setup_requires(),

@@ -15,6 +15,7 @@ usage: hubert-fast COMMAND ...
   train      train an iteration's model
   evaluate   score an iteration's representations on the held-out part
   report     write RUN/report.html
+  bench      time and memory on this machine beside torchaudio and others, or what moved between two results
   info       versions, devices, and which backend each operator uses and why
 
 `hubert-fast COMMAND --help` lists a command's options. `hubert-fast pretrain` alone pre-trains a tiny model on the speech
@@ -37,15 +38,20 @@ def main(arguments: Optional[list[str]] = None) -> int:
         return 0
     if command == "info":
         return _info()
-    if command not in _STAGES:
+    if command != "bench" and command not in _STAGES:
         print(f"hubert-fast: unknown command {command!r}\n\n{_USAGE}", file=sys.stderr)
         return 2
     try:
+        if command == "bench":
+            from hubert_fast.benchmarks.command_line import main as bench
+
+            return bench(rest)
         from hubert_fast.pretrain.command_line import run_stage
 
         return run_stage(command, rest)
     except ModuleNotFoundError as error:
-        message = f"{error}; the main job needs what `pip install 'hubert-fast[pretrain]'` installs"
+        extra = "bench" if command == "bench" else "pretrain"
+        message = f"{error}; `hubert-fast {command}` needs what `pip install 'hubert-fast[{extra}]'` installs"
     except (ValueError, OSError, RuntimeError) as error:
         # Bad input and full disks: the message is all that a user needs.
         if os.environ.get("HUBERT_FAST_TRACEBACK"):

@@ -1,45 +1,69 @@
-"""``bias_dropout_residual`` on a GPU, in the shapes of a model's blocks.
+"""``bias_dropout_residual``, in the shapes of a model's blocks.
 
-    python -m benchmarks.ops.bench_bias_dropout_residual --json benchmarks/results/bias-dropout-residual-base-h100.json
+    python -m benchmarks.ops.bench_bias_dropout_residual
 
-Needs an NVIDIA GPU. The seed is given, as a model gives it, so that drawing one is not timed.
+The seed is given, as a model gives it, so that drawing one is not timed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from benchmarks.ops.row_passes import Case, main, rows, vector
 from hubert_fast.ops.bias_dropout_residual import bias_dropout_residual
-from tools.aot.sizes import Size
+
+from ..sizes import Size
+from .case import OURS, Inputs, OperatorCase, Tensors, Work, both_ways, generator_on, ours, pytorch
+from .rows import parameter, rows, seed_on
+
+OPERATOR = "bias_dropout_residual"
 
 
-def cases(size: Size, dtype: torch.dtype) -> list[Case]:
-    return [_case(size, dtype, dropout_p) for dropout_p in (0.1, 0.0)]
+def cases(size: Size, dtype: torch.dtype, device: str) -> Iterator[OperatorCase]:
+    for dropout_p in (0.1, 0.0):
+        yield from _cases(size, dtype, device, dropout_p)
 
 
-def _case(size: Size, dtype: torch.dtype, dropout_p: float) -> Case:
-    seed = torch.tensor(0, device="cuda")
+def _cases(size: Size, dtype: torch.dtype, device: str, dropout_p: float) -> Iterator[OperatorCase]:
     tensor_bytes = size.rows * size.dim * dtype.itemsize
 
-    def operator(x: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
-        return (bias_dropout_residual(x, bias, residual, dropout_p=dropout_p, seed=seed),)
+    def draw(seed: int) -> Inputs:
+        generator = generator_on(device, seed)
+        x, residual, direction = (rows(generator, size.rows, size.dim, dtype) for _ in range(3))
+        return Inputs((x, parameter(generator, size.dim), residual, seed_on(device)), (direction.detach(),))
 
-    def plain(x: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
-        return (residual + F.dropout(x + bias.to(x.dtype), dropout_p),)
-
-    return Case(
-        name=f"{size.rows} x {size.dim}, dropout {dropout_p}",
-        draw=lambda: (rows(size.rows, size.dim, dtype), vector(size.dim), rows(size.rows, size.dim, dtype)),
-        operator=operator,
-        plain=plain,
-        forward_bytes=3 * tensor_bytes,
-        backward_bytes=2 * tensor_bytes,  # the gradient of the residual is that of the result
-        random=dropout_p > 0.0,
+    sides = {OURS: ours(OPERATOR, device, _ours), **pytorch("PyTorch", _plain)}
+    case = OperatorCase(
+        name=f"{size.name}, {size.rows} x {size.dim}, dropout {dropout_p}",
+        shape={"model": size.name, "rows": size.rows, "channels": size.dim, "dropout": dropout_p},
+        device=device,
+        dtype=dtype,
+        draw=draw,
+        sides=sides,
+        truth=sides["PyTorch"],
+        least=Work(3 * tensor_bytes),
+        dropout_p=dropout_p,
     )
+    yield from both_ways(case, Work(2 * tensor_bytes))  # the gradient of the residual is that of the result
+
+
+def _ours(tensors: Tensors, dropout_p: float) -> Tensors:
+    x, bias, residual, seed = tensors
+    return (bias_dropout_residual(x, bias, residual, dropout_p=dropout_p, seed=seed),)
+
+
+def _plain(tensors: Tensors, dropout_p: float) -> Tensors:
+    x, bias, residual, _ = tensors
+    return (residual + F.dropout(x + bias.to(x.dtype), dropout_p),)
+
+
+def test_bias_dropout_residual(timed) -> None:
+    timed()
 
 
 if __name__ == "__main__":
-    main("bias_dropout_residual", __doc__.splitlines()[0], cases)
+    from .command_line import main
+
+    main(OPERATOR)

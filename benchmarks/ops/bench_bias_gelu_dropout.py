@@ -1,45 +1,69 @@
-"""``bias_gelu_dropout`` on a GPU, in the shapes of a model's feed-forward blocks.
+"""``bias_gelu_dropout``, in the shapes of a model's feed-forward blocks.
 
-    python -m benchmarks.ops.bench_bias_gelu_dropout --json benchmarks/results/bias-gelu-dropout-base-h100.json
+    python -m benchmarks.ops.bench_bias_gelu_dropout
 
-Needs an NVIDIA GPU. The seed is given, as a model gives it, so that drawing one is not timed.
+The seed is given, as a model gives it, so that drawing one is not timed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from benchmarks.ops.row_passes import Case, main, rows, vector
 from hubert_fast.ops.bias_gelu_dropout import bias_gelu_dropout
-from tools.aot.sizes import Size
+
+from ..sizes import Size
+from .case import OURS, Inputs, OperatorCase, Tensors, Work, both_ways, generator_on, ours, pytorch
+from .rows import parameter, rows, seed_on
+
+OPERATOR = "bias_gelu_dropout"
 
 
-def cases(size: Size, dtype: torch.dtype) -> list[Case]:
-    return [_case(size, dtype, dropout_p) for dropout_p in (0.1, 0.0)]
+def cases(size: Size, dtype: torch.dtype, device: str) -> Iterator[OperatorCase]:
+    for dropout_p in (0.0, 0.1):  # HuBERT Base has none here
+        yield from _cases(size, dtype, device, dropout_p)
 
 
-def _case(size: Size, dtype: torch.dtype, dropout_p: float) -> Case:
-    seed = torch.tensor(0, device="cuda")
+def _cases(size: Size, dtype: torch.dtype, device: str, dropout_p: float) -> Iterator[OperatorCase]:
     tensor_bytes = size.rows * size.ffn * dtype.itemsize
 
-    def operator(x: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        return (bias_gelu_dropout(x, bias, dropout_p=dropout_p, seed=seed),)
+    def draw(seed: int) -> Inputs:
+        generator = generator_on(device, seed)
+        x, direction = (rows(generator, size.rows, size.ffn, dtype) for _ in range(2))
+        return Inputs((x, parameter(generator, size.ffn), seed_on(device)), (direction.detach(),))
 
-    def plain(x: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        return (F.dropout(F.gelu(x + bias.to(x.dtype)), dropout_p),)
-
-    return Case(
-        name=f"{size.rows} x {size.ffn}, dropout {dropout_p}",
-        draw=lambda: (rows(size.rows, size.ffn, dtype), vector(size.ffn)),
-        operator=operator,
-        plain=plain,
-        forward_bytes=2 * tensor_bytes,
-        backward_bytes=3 * tensor_bytes,
-        random=dropout_p > 0.0,
+    sides = {OURS: ours(OPERATOR, device, _ours), **pytorch("PyTorch", _plain)}
+    case = OperatorCase(
+        name=f"{size.name}, {size.rows} x {size.ffn}, dropout {dropout_p}",
+        shape={"model": size.name, "rows": size.rows, "channels": size.ffn, "dropout": dropout_p},
+        device=device,
+        dtype=dtype,
+        draw=draw,
+        sides=sides,
+        truth=sides["PyTorch"],
+        least=Work(2 * tensor_bytes),
+        dropout_p=dropout_p,
     )
+    yield from both_ways(case, Work(3 * tensor_bytes))
+
+
+def _ours(tensors: Tensors, dropout_p: float) -> Tensors:
+    x, bias, seed = tensors
+    return (bias_gelu_dropout(x, bias, dropout_p=dropout_p, seed=seed),)
+
+
+def _plain(tensors: Tensors, dropout_p: float) -> Tensors:
+    x, bias, _ = tensors
+    return (F.dropout(F.gelu(x + bias.to(x.dtype)), dropout_p),)
+
+
+def test_bias_gelu_dropout(timed) -> None:
+    timed()
 
 
 if __name__ == "__main__":
-    main("bias_gelu_dropout", __doc__.splitlines()[0], cases)
+    from .command_line import main
+
+    main(OPERATOR)

@@ -1,56 +1,84 @@
-"""``mask_fill`` on a GPU, in the shapes of a model's input: half of the frames masked, the padding of a batch.
+"""``mask_fill``, in the shapes of a model's input: half of the frames masked, the padding of a batch.
 
-    python -m benchmarks.ops.bench_mask_fill --json benchmarks/results/mask-fill-base-h100.json
+    python -m benchmarks.ops.bench_mask_fill
 
-Needs an NVIDIA GPU. The seed is given, as a model gives it, so that drawing one is not timed.
+The seed is given, as a model gives it, so that drawing one is not timed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops.row_passes import Case, main, rows, vector
 from hubert_fast.ops.mask_fill import mask_fill
-from tools.aot.sizes import Size
+
+from ..sizes import Size
+from .case import OURS, Inputs, OperatorCase, Tensors, Work, both_ways, generator_on, ours, pytorch
+from .rows import parameter, rows, seed_on
+
+OPERATOR = "mask_fill"
 
 
-def cases(size: Size, dtype: torch.dtype) -> list[Case]:
-    return [_case(size, dtype, dropout_p) for dropout_p in (0.1, 0.0)]
+def cases(size: Size, dtype: torch.dtype, device: str) -> Iterator[OperatorCase]:
+    for dropout_p in (0.1, 0.0):
+        yield from _cases(size, dtype, device, dropout_p)
 
 
-def _case(size: Size, dtype: torch.dtype, dropout_p: float) -> Case:
-    seed = torch.tensor(0, device="cuda")
-    count = size.batch * size.frames
-    row_bytes = size.dim * dtype.itemsize
-    mask, padding = _flags(size)
+def _cases(size: Size, dtype: torch.dtype, device: str, dropout_p: float) -> Iterator[OperatorCase]:
+    count, row_bytes = size.batch * size.frames, size.dim * dtype.itemsize
 
-    def operator(x: Tensor, bias: Tensor, embedding: Tensor) -> tuple[Tensor, ...]:
-        return (mask_fill(x, bias, embedding, mask, padding=padding, dropout_p=dropout_p, seed=seed),)
+    def draw(seed: int) -> Inputs:
+        generator = generator_on(device, seed)
+        x, direction = (rows(generator, count, size.dim, dtype) for _ in range(2))
+        bias, embedding = (parameter(generator, size.dim) for _ in range(2))
+        return Inputs((x, bias, embedding, *_flags(size, generator), seed_on(device)), (direction.detach(),))
 
-    def plain(x: Tensor, bias: Tensor, embedding: Tensor) -> tuple[Tensor, ...]:
-        filled = F.dropout(x + bias.to(x.dtype), dropout_p).masked_fill(padding[:, None], 0.0)
-        return (torch.where(mask[:, None], embedding.to(x.dtype), filled),)
+    padding = count - size.rows
+    sides = {OURS: ours(OPERATOR, device, _ours), **pytorch("PyTorch", _plain)}
+    case = OperatorCase(
+        name=f"{size.name}, {count} x {size.dim}, {size.kept} masked, {padding} of padding, dropout {dropout_p}",
+        shape={
+            "model": size.name, "rows": count, "channels": size.dim, "masked": size.kept, "padding": padding,
+            "dropout": dropout_p,
+        },
+        device=device,
+        dtype=dtype,
+        draw=draw,
+        sides=sides,
+        truth=sides["PyTorch"],
+        least=Work((count + size.rows - size.kept) * row_bytes),  # what is replaced need not be read
+        dropout_p=dropout_p,
+    )  # fmt: skip
+    yield from both_ways(case, Work((count + size.rows) * row_bytes))  # nor what comes back into padding
 
-    return Case(
-        name=f"{count} x {size.dim}, {size.kept} masked, {count - size.rows} of padding, dropout {dropout_p}",
-        draw=lambda: (rows(count, size.dim, dtype), vector(size.dim), vector(size.dim)),
-        operator=operator,
-        plain=plain,
-        forward_bytes=(count + size.rows - size.kept) * row_bytes,  # what is replaced need not be read
-        backward_bytes=(count + size.rows) * row_bytes,  # nor what comes back into padding
-        random=dropout_p > 0.0,
-    )
 
-
-def _flags(size: Size) -> tuple[Tensor, Tensor]:
+def _flags(size: Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Masked frames and padding: the last rows are padding, and of the others as many as the model masks are masked."""
-    row = torch.arange(size.batch * size.frames, device="cuda")
-    masked = torch.randperm(size.rows, device="cuda")[: size.kept]
+    row = torch.arange(size.batch * size.frames, device=generator.device)
+    masked = torch.randperm(size.rows, device=generator.device, generator=generator)[: size.kept]
     mask = torch.zeros_like(row, dtype=torch.bool).index_fill_(0, masked, True)
     return mask, row >= size.rows
 
 
+def _ours(tensors: Tensors, dropout_p: float) -> Tensors:
+    x, bias, embedding, mask, padding, seed = tensors
+    return (mask_fill(x, bias, embedding, mask, padding=padding, dropout_p=dropout_p, seed=seed),)
+
+
+def _plain(tensors: Tensors, dropout_p: float) -> Tensors:
+    x, bias, embedding, mask, padding, _ = tensors
+    filled = F.dropout(x + bias.to(x.dtype), dropout_p).masked_fill(padding[:, None], 0.0)
+    return (torch.where(mask[:, None], embedding.to(x.dtype), filled),)
+
+
+def test_mask_fill(timed) -> None:
+    timed()
+
+
 if __name__ == "__main__":
-    main("mask_fill", __doc__.splitlines()[0], cases)
+    from .command_line import main
+
+    main(OPERATOR)

@@ -1,268 +1,173 @@
-"""``masked_attention`` on a GPU beside PyTorch's scaled_dot_product_attention (SDPA), with and without padding.
+"""``masked_attention`` beside PyTorch's scaled_dot_product_attention (SDPA), with and without padding.
 
     python -m benchmarks.ops.bench_masked_attention
-    python -m benchmarks.ops.bench_masked_attention --size base xlarge --json benchmarks/results/masked-attention-h100.json
 
-With padding SDPA is given the padded grid and a mask of the keys, or a jagged nested tensor; without padding each of its kernels
-in turn. SDPA's queries, keys and values lie in tensors of their own, so that no gradients have to be put together: its best case.
-FLOPs are those of the valid frames, forward 4 and backward 10 times heads x head_dim x frames^2 of each utterance.
+With padding SDPA is given the padded grid and a mask of the keys, or on a GPU a jagged nested tensor; without padding, each of
+its GPU kernels in turn. SDPA's queries, keys and values lie in tensors of their own, so that no gradients have to be put
+together: its best case. FLOPs are those of the valid frames, forward 4 and backward 8 times heads x head_dim x frames^2 of each
+utterance; scores that a backward computes again are not counted.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import gpu_timing
-from benchmarks.gpu_timing import Work
-from hubert_fast import backend
 from hubert_fast.ops.masked_attention import masked_attention
-from tools.aot.sizes import SIZES, Size
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_DEVICE = "cuda"
-_DROPOUT = 0.1
+from ..sizes import Size
+from .case import OURS, Inputs, OperatorCase, Side, Tensors, Work, both_ways, generator_on, ours, randn
+from .utterances import Utterances
 
-# Relative to float32: what 16-bit attention may be off by.
-_TOLERANCE = 0.03
+OPERATOR = "masked_attention"
 
-# (output, gradients of queries, keys and values), each [valid frames, heads, head_dim].
-_Results = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def main() -> None:
-    arguments = _arguments()
-    gpu_timing.require_gpu()
-    dtype = _DTYPES[arguments.dtype]
-    limit = gpu_timing.limits(dtype)
-    cases = [
-        case
-        for name in arguments.size
-        for padded in (False, True)
-        for case in _cases(name, _Problem(SIZES[name], dtype, padded), limit, arguments.repeats)
-    ]
-    gpu_timing.write(arguments.json, "masked_attention", cases, limit)
+_KERNELS = {
+    "SDPA, flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA, cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA, memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", nargs="+", choices=sorted(SIZES), default=["base"])
-    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+def cases(size: Size, dtype: torch.dtype, device: str) -> Iterator[OperatorCase]:
+    for dropout_p in (0.1, 0.0):
+        for padded in (True, False):
+            yield from _cases(size, dtype, Utterances.of(size, device, padded=padded), dropout_p)
 
 
-class _Inputs(NamedTuple):
-    """The leaves of one layout, and the gradient of its output."""
-
-    leaves: tuple[Tensor, ...]
-    direction: Tensor
-
-
-class _Problem:
-    """A batch of a model's size: utterances around the mean of the size, or without padding all of the longest."""
-
-    def __init__(self, size: Size, dtype: torch.dtype, padded: bool) -> None:
-        self.size, self.dtype, self.padded = size, dtype, padded
-        lengths = torch.full((size.batch,), size.frames)
-        if padded:
-            shortest = 2 * size.rows / size.batch - size.frames
-            lengths = torch.linspace(shortest, size.frames, size.batch).round().long()
-        self.lengths, self.shortest = lengths.to(_DEVICE), int(lengths.min())
-        self.offsets = F.pad(lengths.cumsum(0), (1, 0)).to(_DEVICE)
-        self.valid = (torch.arange(size.frames) < lengths[:, None]).to(_DEVICE)
-        self.frames, self.squares = int(lengths.sum()), float(lengths.double().square().sum())
-        self.sets = gpu_timing.copies(8 * self.frames * size.dim * dtype.itemsize)
-
-    def draw(self, seed: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """qkv [batch, frames, 3, heads, head_dim] and the gradient of the output, 0 in the padding."""
-        generator, size = torch.Generator(_DEVICE).manual_seed(seed), self.size
-        shapes = (3, size.heads, size.head_dim), (size.heads, size.head_dim)
-        drawn = []
-        for shape in shapes:
-            grid = torch.randn(size.batch, size.frames, *shape, device=_DEVICE, generator=generator).to(self.dtype)
-            drawn.append(grid.masked_fill(~self.valid.view(*self.valid.shape, *(1 for _ in shape)), 0).to(dtype))
-        return drawn[0], drawn[1]
-
-    def work(self, *, backward: bool) -> Work:
-        size = self.size
-        values = self.frames * size.dim * self.dtype.itemsize
-        return Work((4 + 8 * backward) * values, (4 + 10 * backward) * size.dim * self.squares)
+def _cases(size: Size, dtype: torch.dtype, utterances: Utterances, dropout_p: float) -> Iterator[OperatorCase]:
+    values = utterances.rows * size.dim * dtype.itemsize
+    flops = 4 * size.dim * utterances.squares
+    case = OperatorCase(
+        name=f"{size.name}, {utterances.description}, {size.heads} heads of {size.head_dim}, dropout {dropout_p}",
+        shape={
+            "model": size.name, **utterances.shape, "heads": size.heads, "head_dim": size.head_dim,
+            "dropout": dropout_p,
+        },
+        device=utterances.device,
+        dtype=dtype,
+        draw=partial(_draw, size, dtype, utterances),
+        sides=_sides(utterances),
+        truth=_sdpa(utterances, SDPBackend.MATH),
+        least=Work(4 * values, flops),
+        dropout_p=dropout_p,
+    )  # fmt: skip
+    yield from both_ways(case, Work(8 * values, 2 * flops))
 
 
-class _Side:
-    """An implementation in its own layout of the inputs."""
-
-    def __init__(self, problem: _Problem) -> None:
-        self.problem = problem
-        self.inputs = [self.make(*problem.draw(seed)) for seed in range(problem.sets)]
-
-    def make(self, qkv: Tensor, direction: Tensor) -> _Inputs:
-        raise NotImplementedError
-
-    def attend(self, leaves: tuple[Tensor, ...], dropout_p: float) -> Tensor:
-        raise NotImplementedError
-
-    def results(self, inputs: _Inputs) -> _Results:
-        """Without dropout."""
-        raise NotImplementedError
-
-    def forward(self, i: int, dropout_p: float) -> Tensor:
-        with torch.no_grad():
-            return self.attend(self.inputs[i % len(self.inputs)].leaves, dropout_p)
-
-    def both(self, inputs: _Inputs, dropout_p: float) -> tuple[Tensor, ...]:
-        out = self.attend(inputs.leaves, dropout_p)
-        return out, *torch.autograd.grad(out, inputs.leaves, inputs.direction)
+def _draw(size: Size, dtype: torch.dtype, utterances: Utterances, seed: int) -> Inputs:
+    """Queries, keys and values [batch, frames, 3, heads, head_dim] and the output's gradient, 0 in the padding."""
+    generator, valid = generator_on(utterances.device, seed), utterances.valid()
+    drawn = []
+    for shape in ((3, size.heads, size.head_dim), (size.heads, size.head_dim)):
+        grid = randn(generator, *valid.shape, *shape, dtype=dtype)
+        drawn.append(grid.masked_fill(~valid.view(*valid.shape, *(1 for _ in shape)), 0.0))
+    return Inputs((drawn[0].requires_grad_(),), (drawn[1],))
 
 
-class _Packed(_Side):
-    """Ours, on the rows of the valid frames."""
-
-    def make(self, qkv: Tensor, direction: Tensor) -> _Inputs:
-        valid = self.problem.valid
-        return _Inputs((qkv[valid].requires_grad_(),), direction[valid])
-
-    def attend(self, leaves: tuple[Tensor, ...], dropout_p: float) -> Tensor:
-        problem = self.problem
-        with backend.using("triton", "masked_attention"):
-            return masked_attention(leaves[0], problem.offsets, max_frames=problem.size.frames, dropout_p=dropout_p)
-
-    def results(self, inputs: _Inputs) -> _Results:
-        out, grad = self.both(inputs, 0.0)
-        return out, *grad.unbind(1)
-
-
-class _Grid(_Side):
-    """Ours, on all rows of the padded grid."""
-
-    def make(self, qkv: Tensor, direction: Tensor) -> _Inputs:
-        return _Inputs((qkv.flatten(0, 1).requires_grad_(),), direction.flatten(0, 1))
-
-    def attend(self, leaves: tuple[Tensor, ...], dropout_p: float) -> Tensor:
-        size = self.problem.size
-        offsets = torch.arange(size.batch + 1, device=_DEVICE) * size.frames
-        with backend.using("triton", "masked_attention"):
-            return masked_attention(
-                leaves[0], offsets, self.problem.lengths, max_frames=size.frames, dropout_p=dropout_p
-            )
-
-    def results(self, inputs: _Inputs) -> _Results:
-        out, grad = self.both(inputs, 0.0)
-        valid = self.problem.valid.flatten()
-        return out[valid], *(each[valid] for each in grad.unbind(1))
-
-
-class _Sdpa(_Side):
-    """PyTorch's on the grid: by ``kernel``, or the one that it chooses itself; with a mask of the keys where there is padding."""
-
-    def __init__(self, problem: _Problem, kernel: SDPBackend | None = None) -> None:
-        self.kernel = kernel
-        super().__init__(problem)
-        self.mask = problem.valid[:, None, None] if problem.padded else None
-
-    def make(self, qkv: Tensor, direction: Tensor) -> _Inputs:
-        leaves = tuple(each.contiguous().requires_grad_() for each in qkv.unbind(2))
-        return _Inputs(leaves, direction)
-
-    def attend(self, leaves: tuple[Tensor, ...], dropout_p: float) -> Tensor:
-        heads = (each.transpose(1, 2) for each in leaves)
-        with nullcontext() if self.kernel is None else sdpa_kernel(self.kernel):
-            return F.scaled_dot_product_attention(*heads, attn_mask=self.mask, dropout_p=dropout_p).transpose(1, 2)
-
-    def results(self, inputs: _Inputs) -> _Results:
-        return tuple(each[self.problem.valid] for each in self.both(inputs, 0.0))
-
-
-class _Jagged(_Side):
-    """PyTorch's on nested tensors of the packed rows, which it hands to its flash kernel for variable lengths."""
-
-    def make(self, qkv: Tensor, direction: Tensor) -> _Inputs:
-        valid = self.problem.valid
-        leaves = tuple(each.contiguous().requires_grad_() for each in qkv[valid].unbind(1))
-        return _Inputs(leaves, direction[valid])
-
-    def attend(self, leaves: tuple[Tensor, ...], dropout_p: float) -> Tensor:
-        problem = self.problem
-        bounds = {"min_seqlen": problem.shortest, "max_seqlen": problem.size.frames}
-        heads = (
-            torch.nested.nested_tensor_from_jagged(each, problem.offsets, **bounds).transpose(1, 2) for each in leaves
+def _sides(utterances: Utterances) -> dict[str, Side]:
+    device, frames = utterances.device, utterances.frames
+    packed = ours(OPERATOR, device, partial(_ours, max_frames=frames), prepare=partial(_packed, utterances),
+                  canonical=_split_gradient)  # fmt: skip
+    sides = {OURS: packed}
+    on_gpu = torch.device(device).type == "cuda"
+    if utterances.padded:
+        sides[f"{OURS}, padded rows"] = ours(
+            OPERATOR,
+            device,
+            partial(_ours, max_frames=frames),
+            prepare=partial(_padded_rows, utterances),
+            canonical=lambda results: _split_gradient([each[utterances.valid().flatten()] for each in results]),
         )
-        return F.scaled_dot_product_attention(*heads, dropout_p=dropout_p).transpose(1, 2).values()
-
-    def results(self, inputs: _Inputs) -> _Results:
-        return self.both(inputs, 0.0)
-
-
-def _sides(problem: _Problem) -> Iterator[tuple[str, Callable[[], _Side]]]:
-    yield "triton", lambda: _Packed(problem)
-    if problem.padded:
-        yield "triton, padded rows", lambda: _Grid(problem)
-        yield "SDPA, mask", lambda: _Sdpa(problem)
+    if utterances.padded or not on_gpu:
+        sides["SDPA"] = _sdpa(utterances)
     else:
-        yield "SDPA, flash", lambda: _Sdpa(problem, SDPBackend.FLASH_ATTENTION)
-        yield "SDPA, cuDNN", lambda: _Sdpa(problem, SDPBackend.CUDNN_ATTENTION)
-        yield "SDPA, memory-efficient", lambda: _Sdpa(problem, SDPBackend.EFFICIENT_ATTENTION)
-    yield "SDPA, jagged", lambda: _Jagged(problem)
-
-
-def _cases(name: str, problem: _Problem, limit: gpu_timing.Limits, repeats: int) -> list[dict[str, Any]]:
-    """Forward, and forward with backward, each without and with dropout."""
-    size, sides = problem.size, _checked_sides(problem)
-    share = problem.frames / (size.batch * size.frames)
-    description = (
-        f"{name}, {str(problem.dtype).removeprefix('torch.')}, {size.batch} x {size.frames} frames, {share:.0%} valid, "
-        f"{size.heads} heads of {size.head_dim}"
-    )
-    cases = []
-    for dropout_p in (0.0, _DROPOUT):
-        for backward in (False, True):
-            calls = {each: _call(side, dropout_p, backward) for each, side in sides.items()}
-            rows = gpu_timing.in_turn(calls, problem.work(backward=backward), limit, repeats=repeats)
-            what = "forward and backward" if backward else "forward"
-            cases.append({"case": f"{what}, dropout {dropout_p}: {description}", "rows": rows})
-    return cases
-
-
-def _call(side: _Side, dropout_p: float, backward: bool) -> Callable[[int], Any]:
-    if backward:
-        return lambda i: side.both(side.inputs[i % len(side.inputs)], dropout_p)
-    return lambda i: side.forward(i, dropout_p)
-
-
-def _checked_sides(problem: _Problem) -> dict[str, _Side]:
-    """Those that agree with attention in float32, output and gradients. What this PyTorch cannot run is left out, and said."""
-    exact = _Sdpa(problem, SDPBackend.MATH)
-    truth = exact.results(exact.make(*problem.draw(0, torch.float32)))
-    del exact
-    sides = {}
-    for name, make in _sides(problem):
-        try:
-            side = make()
-            results = side.results(side.inputs[0])
-            side.both(side.inputs[0], _DROPOUT)
-        except RuntimeError as reason:
-            if name == "triton":
-                raise
-            print(f"{name} is left out: {str(reason).splitlines()[0]}")
-            continue
-        for what, given, wanted in zip(("output", "dQ", "dK", "dV"), results, truth, strict=True):
-            given, wanted = given.detach().float(), wanted.detach()
-            error = float((given - wanted).norm() / wanted.norm())
-            if not error < _TOLERANCE:
-                raise SystemExit(f"{name} is wrong: its {what} is off by {error:.2g} of the norm")
-        sides[name] = side
+        sides |= {name: _sdpa(utterances, kernel) for name, kernel in _KERNELS.items()}
+    if on_gpu:
+        bounds = {"min_seqlen": int(utterances.lengths.min()), "max_seqlen": frames}
+        jagged = partial(_jagged, bounds=bounds)
+        sides["SDPA, jagged"] = Side(jagged, torch.__version__, prepare=partial(_packed_apart, utterances))
     return sides
 
 
+def _packed(utterances: Utterances, inputs: Inputs) -> Inputs:
+    """The rows of the valid frames, where each utterance begins, and the seed of dropout."""
+    valid, (grid,) = utterances.valid(), inputs.tensors
+    rows = grid.detach()[valid].requires_grad_()
+    return Inputs((rows, utterances.offsets(), _seed(utterances)), (inputs.directions[0][valid],))
+
+
+def _padded_rows(utterances: Utterances, inputs: Inputs) -> Inputs:
+    """All rows of the grid, and how many of each utterance are valid."""
+    (grid,), (direction,) = inputs
+    offsets = torch.arange(len(grid) + 1, device=grid.device) * utterances.frames
+    lengths = utterances.lengths.to(grid.device)
+    rows = grid.detach().flatten(0, 1).requires_grad_()
+    return Inputs((rows, offsets, _seed(utterances), lengths), (direction.flatten(0, 1),))
+
+
+def _seed(utterances: Utterances) -> Tensor:
+    return torch.tensor(0, device=utterances.device)
+
+
+def _ours(tensors: Tensors, dropout_p: float, *, max_frames: int) -> Tensors:
+    qkv, offsets, seed, *lengths = tensors
+    return (masked_attention(qkv, offsets, *lengths, max_frames=max_frames, dropout_p=dropout_p, seed=seed),)
+
+
+def _split_gradient(results: Sequence[Tensor]) -> list[Tensor]:
+    """(output, gradient of queries, keys and values) -> output and the three of them."""
+    return [results[0], *(each for gradient in results[1:] for each in gradient.unbind(1))]
+
+
+def _sdpa(utterances: Utterances, kernel: Optional[SDPBackend] = None) -> Side:
+    """PyTorch's on the grid: by ``kernel``, or the one that it chooses itself; with a mask of the keys where there is padding."""
+
+    def attend(tensors: Tensors, dropout_p: float) -> Tensors:
+        *grids, valid = tensors
+        heads = (each.transpose(1, 2) for each in grids)
+        mask = valid[:, None, None] if utterances.padded else None
+        with nullcontext() if kernel is None else sdpa_kernel(kernel):
+            return (F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout_p).transpose(1, 2),)
+
+    def valid_only(results: Sequence[Tensor]) -> list[Tensor]:
+        return [each[utterances.valid()] for each in results]
+
+    return Side(attend, torch.__version__, prepare=partial(_apart, utterances), canonical=valid_only)
+
+
+def _apart(utterances: Utterances, inputs: Inputs) -> Inputs:
+    """Queries, keys and values on the grid, each a tensor of its own, and the valid frames."""
+    (grid,) = inputs.tensors
+    leaves = (each.contiguous().requires_grad_() for each in grid.detach().unbind(2))
+    return Inputs((*leaves, utterances.valid()), inputs.directions)
+
+
+def _packed_apart(utterances: Utterances, inputs: Inputs) -> Inputs:
+    """Queries, keys and values of the valid frames, each a tensor of its own, and where each utterance begins."""
+    valid, (grid,) = utterances.valid(), inputs.tensors
+    leaves = (each.contiguous().requires_grad_() for each in grid.detach()[valid].unbind(1))
+    return Inputs((*leaves, utterances.offsets()), (inputs.directions[0][valid],))
+
+
+def _jagged(tensors: Tensors, dropout_p: float, *, bounds: dict[str, int]) -> Tensors:
+    """PyTorch's on nested tensors of the packed rows, which it hands to its flash kernel for variable lengths."""
+    *packed, offsets = tensors
+    heads = (torch.nested.nested_tensor_from_jagged(each, offsets, **bounds).transpose(1, 2) for each in packed)
+    return (F.scaled_dot_product_attention(*heads, dropout_p=dropout_p).transpose(1, 2).values(),)
+
+
+def test_masked_attention(timed) -> None:
+    timed()
+
+
 if __name__ == "__main__":
-    main()
+    from .command_line import main
+
+    main(OPERATOR)

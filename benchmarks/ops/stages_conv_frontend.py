@@ -1,31 +1,33 @@
 """Each stage of the GPU's ``conv_frontend`` against its floor: bytes over measured bandwidth, or FLOPs over the measured rate.
 
     python -m benchmarks.ops.stages_conv_frontend                                        # 11 x 15.9 s in bfloat16
-    python -m benchmarks.ops.stages_conv_frontend --norm layer_norm --json benchmarks/results/stages-h100.json
+    python -m benchmarks.ops.stages_conv_frontend --norm layer_norm
 
 Bandwidth is that of a large copy, bytes read and written; the rate is that of an 8192 x 8192 x 8192 product in the same dtype on
 random data. A stage's floor is the larger of its two. Stages are timed by events around each call of the extension inside
 whole steps, the median over ``--repeats`` of them, with the queue kept full so that launches are not what is timed; products
-of torch.mm (float32) show as what is left of the whole.
+of torch.mm (float32) show as what is left of the whole. It prints; the operator's results are `bench_conv_frontend`'s.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_timing import limits, median, require_gpu
-from benchmarks.machine import describe
 from hubert_fast import extension
 from hubert_fast.cuda_backend import conv_frontend as backend
+
+from ..clock import Instant
+from ..limits import measure_limits
+from ..report import Limits
+from .turns import in_turn
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LAYERS = [(10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2)]
@@ -35,35 +37,20 @@ _RATE = 16_000
 
 def main() -> None:
     arguments = _arguments()
-    require_gpu()
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs an NVIDIA GPU, and torch finds none")
     if extension.cuda() is None:
         raise SystemExit(f"this benchmark needs the CUDA kernels: {extension.why_not('cuda')}")
     case = _Case(arguments)
-    bandwidth, rate = limits(case.dtype)
-    stages = _stages(case, arguments.repeats, bandwidth, rate)
-    forward, both = (median(step, arguments.repeats) for step in (case.forward, case.both))
-    flops = case.flops()
-    report = {
-        "machine": describe() | {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda},
-        "case": {
-            "batch": arguments.batch,
-            "seconds": arguments.seconds,
-            "dtype": arguments.dtype,
-            "norm": arguments.norm,
-        },
-        "bandwidth_bytes_per_second": bandwidth,
-        "matmul_flops_per_second": rate,
-        "forward_seconds": forward,
-        "forward_backward_seconds": both,
-        "torchaudio_forward_backward_seconds": _torchaudio(case, arguments.repeats),
-        "share_of_matmul_rate": flops / both / rate,
-        "other_seconds": both - sum(stage["seconds"] for stage in stages),
-        "stages": stages,
-    }
-    _print(report)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    limits = measure_limits("cuda", case.dtype)
+    stages = _stages(case, arguments.repeats, limits)
+    steps = {"forward": lambda i: case.forward(), "both": lambda i: case.both()}
+    taken = in_turn(steps, "cuda", repeats=arguments.repeats, seconds=float("inf"))
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {arguments.batch} x {arguments.seconds} s, "
+        f"{arguments.dtype}, {arguments.norm}"
+    )
+    _print(case, stages, limits, *(statistics.median(taken[name]) for name in steps))
 
 
 def _arguments() -> argparse.Namespace:
@@ -73,8 +60,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="bfloat16")
     parser.add_argument("--norm", choices=["group_norm", "layer_norm"], default="group_norm")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", type=Path)
     return parser.parse_args()
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Calls of the extension under one label."""
+
+    label: str
+    calls: int
+    seconds: float
+    floor_seconds: float
 
 
 class _Case:
@@ -133,7 +129,7 @@ class _Timed:
         self._kernels, self._size = kernels, dtype.itemsize
         self._sizes: dict[int, dict[str, int]] = {}
         self._kept: list[Any] = []
-        self.calls: list[tuple[str, torch.cuda.Event, torch.cuda.Event, float, float]] = []
+        self.calls: list[tuple[str, Instant, Instant, float, float]] = []
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._kernels, name)
@@ -145,11 +141,9 @@ class _Timed:
 
         def timed(*positional: Any, **keywords: Any) -> None:
             sizes = {**keywords, **(self._sizes[id(positional[0])] if positional else {})}
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            start = Instant()
             attribute(*positional, **keywords)
-            end.record()
-            self.calls.append((_label(name, sizes), start, end, *cost(sizes, self._size)))
+            self.calls.append((_label(name, sizes), start, Instant(), *cost(sizes, self._size)))
 
         return timed
 
@@ -231,7 +225,7 @@ def _fill_queue() -> None:
     torch.cuda._sleep(200_000_000)
 
 
-def _stages(case: _Case, repeats: int, bandwidth: float, rate: float) -> list[dict[str, Any]]:
+def _stages(case: _Case, repeats: int, limits: Limits) -> list[_Stage]:
     times: dict[str, list[float]] = {}
     costs: dict[str, tuple[int, float]] = {}
     for repeat in range(repeats + 2):
@@ -244,58 +238,27 @@ def _stages(case: _Case, repeats: int, bandwidth: float, rate: float) -> list[di
         sums: dict[str, float] = defaultdict(float)
         floors: dict[str, tuple[int, float]] = {}
         for label, start, end, moved, flops in timed.calls:
-            sums[label] += start.elapsed_time(end) / 1e3
+            sums[label] += end - start
             count, floor = floors.get(label, (0, 0.0))
-            floors[label] = count + 1, floor + max(moved / bandwidth, flops / rate)
+            floors[label] = count + 1, floor + max(moved / limits.bytes_per_second, flops / limits.flops_per_second)
         costs = floors
         for label, seconds in sums.items():
             times.setdefault(label, []).append(seconds)
     return [
-        {
-            "stage": label,
-            "calls": costs[label][0],
-            "seconds": statistics.median(seconds),
-            "floor_seconds": costs[label][1],
-        }
-        for label, seconds in times.items()
+        _Stage(label, costs[label][0], statistics.median(seconds), costs[label][1]) for label, seconds in times.items()
     ]
 
 
-def _torchaudio(case: _Case, repeats: int) -> float | None:
-    """Forward and backward of torchaudio's feature extractor of the same sizes under autocast; None where it has none."""
-    if case.norm != "group_norm":
-        return None
-    from benchmarks.peers import build
-
-    extractor = build("torchaudio", 100)[0].wav2vec2.feature_extractor.cuda()
-
-    def step() -> None:
-        with torch.autocast("cuda", case.dtype, enabled=case.dtype != torch.float32):
-            features, _ = extractor(case.waveforms, None)
-        features.backward(case.direction.to(features.dtype))
-        extractor.zero_grad(set_to_none=True)  # or it would pay for adding gradients up
-
-    return median(step, repeats)
-
-
-def _print(report: dict[str, Any]) -> None:
-    machine, case = report["machine"], report["case"]
-    print(f"{machine['device']}: {case['batch']} x {case['seconds']} s, {case['dtype']}, {case['norm']}")
-    bandwidth, rate = report["bandwidth_bytes_per_second"] / 1e12, report["matmul_flops_per_second"] / 1e12
-    print(f"copy {bandwidth:.2f} TB/s, product {rate:.0f} TFLOP/s")
-    for stage in report["stages"]:
-        seconds, floor = stage["seconds"], stage["floor_seconds"]
-        print(
-            f"{1e6 * seconds:9.1f} us, floor {1e6 * floor:9.1f} ({floor / seconds:4.0%})  {stage['calls']} x {stage['stage']}"
-        )
-    print(f"{1e6 * report['other_seconds']:9.1f} us in operations of torch")
-    both, theirs = report["forward_backward_seconds"], report["torchaudio_forward_backward_seconds"]
-    print(
-        f"forward {1e3 * report['forward_seconds']:.2f} ms, with backward {1e3 * both:.2f} ms: "
-        f"{report['share_of_matmul_rate']:.0%} of the rate of products"
-    )
-    if theirs:
-        print(f"torchaudio {1e3 * theirs:.2f} ms, {theirs / both:.2f} times as long")
+def _print(case: _Case, stages: list[_Stage], limits: Limits, forward: float, both: float) -> None:
+    """``forward`` and ``both``: seconds of the forward, and with its backward."""
+    print(f"copy {limits.bytes_per_second / 1e12:.2f} TB/s, product {limits.flops_per_second / 1e12:.0f} TFLOP/s")
+    for stage in stages:
+        seconds, floor = stage.seconds, stage.floor_seconds
+        share = f"floor {1e6 * floor:9.1f} ({floor / seconds:4.0%})"
+        print(f"{1e6 * seconds:9.1f} us, {share}  {stage.calls} x {stage.label}")
+    print(f"{1e6 * (both - sum(stage.seconds for stage in stages)):9.1f} us in operations of torch")
+    share = case.flops() / both / limits.flops_per_second
+    print(f"forward {1e3 * forward:.2f} ms, with backward {1e3 * both:.2f} ms: {share:.0%} of the rate of products")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The package built from its source archive, as pip does it, on a machine with and without compilers."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -96,11 +97,37 @@ def test_wheel_runs_in_an_environment_without_torch(wheel, tmp_path):
     assert done.stdout.strip() == "HUBERT_FAST_CUDA was 0", done.stderr
 
 
-def test_wheel_has_the_kernels(wheel):
+def test_wheel_has_the_kernels_and_the_benchmarks(wheel):
     """They lie beside the package in the source tree, and inside it once installed."""
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {f"hubert_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")} <= names
+    for folder in ("kernels", "benchmarks"):
+        files = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
+        assert {name for name in names if name.startswith(f"hubert_fast/{folder}/")} == {
+            f"hubert_fast/{name}" for name in files
+        }
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "tools/", "benchmarks/"))]
+
+
+# Imports every module of the benchmarks but pytest's; prints the package's folder and the names of what else that brought in.
+IMPORT_BENCHMARKS = """
+import importlib, json, pkgutil, sys, torch
+before = set(sys.modules)
+import hubert_fast.benchmarks as package
+for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    if module.name.rpartition(".")[2] not in ("__main__", "conftest"):
+        importlib.import_module(module.name)
+print(json.dumps([package.__path__[0], sorted({name.partition(".")[0] for name in set(sys.modules) - before})]))
+"""
+
+
+def test_installed_benchmarks_need_none_of_the_source_tree_and_import_no_extra(wheel, tmp_path):
+    shutil.unpack_archive(wheel, tmp_path, "zip")
+    done = _run([sys.executable, "-c", IMPORT_BENCHMARKS], tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder, imported = json.loads(done.stdout.splitlines()[-1])
+    assert folder == str(tmp_path / "hubert_fast" / "benchmarks")
+    unwanted = "benchmarks tools matplotlib numpy pytest torchaudio tqdm transformers".split()
+    assert not set(imported) & set(unwanted)
 
 
 def _unpacked_library(wheel, folder):

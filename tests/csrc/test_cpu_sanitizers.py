@@ -1,9 +1,11 @@
 """The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, and under ThreadSanitizer."""
 
+import os
 import platform
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,18 +28,18 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 def _build(folder: Path, sanitizers: list[str]) -> Path:
     defines = ["-DHUBERT_FAST_X86"] if X86 else []
-    objects = []
+    sources = {CPU / "instances" / f"{name}.cpp": [*_KERNELS, *flags] for name, flags in _INSTANCES.items()}
+    sources |= {CPU / f"{name}.cpp": defines for name in ("conv_frontend", "dispatch", "parallel")}
+    sources |= {ROOT / "tests" / "csrc" / "cpu" / "sanitize.cpp": []}
 
-    def compile_(source: Path, flags: list[str]) -> None:
-        objects.append(folder / f"{source.stem}.o")
-        command = [COMPILER, *_BASE, *sanitizers, *flags, "-I", CPU, "-c", source, "-o", objects[-1]]
+    def compile_(source: Path) -> Path:
+        target = folder / f"{source.stem}.o"
+        command = [COMPILER, *_BASE, *sanitizers, *sources[source], "-I", CPU, "-c", source, "-o", target]
         subprocess.run([str(word) for word in command], check=True)
+        return target
 
-    for name, flags in _INSTANCES.items():
-        compile_(CPU / "instances" / f"{name}.cpp", [*_KERNELS, *flags])
-    for name in ("conv_frontend", "dispatch", "parallel"):
-        compile_(CPU / f"{name}.cpp", defines)
-    compile_(ROOT / "tests" / "csrc" / "cpu" / "sanitize.cpp", [])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a compiler
+        objects = list(pool.map(compile_, sources))
     program = folder / "sanitize"
     subprocess.run([COMPILER, *sanitizers, *map(str, objects), "-o", str(program), "-ldl", "-pthread"], check=True)
     return program

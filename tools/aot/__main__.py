@@ -17,11 +17,11 @@ from pathlib import Path
 
 import triton
 
+from benchmarks.sizes import SIZES
 from tools.aot.compiling import SHARED_BYTES, Job, run
-from tools.aot.sizes import SIZES
 
 _HERE = Path(__file__).parent
-OPERATORS = sorted(path.stem for path in _HERE.glob("*.py") if path.stem not in ("__main__", "compiling", "sizes"))
+OPERATORS = sorted(path.stem for path in _HERE.glob("*.py") if path.stem not in ("__main__", "compiling"))
 
 
 def main() -> int:

@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from benchmarks.sizes import SIZES
 from hubert_fast.kernels.launch import Launch, options, recording
-from tools.aot.sizes import SIZES
 
 # Bytes of shared memory that a program may have (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}

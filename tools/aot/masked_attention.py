@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.sizes import Size
 from hubert_fast.kernels import masked_attention as kernels
-from tools.aot.sizes import Size
 
 
 def launches(size: Size, dtype: torch.dtype) -> None:

@@ -1,0 +1,144 @@
+"""``hubert-fast bench``: measure this machine, or compare two measurements."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from .architecture import ARCHITECTURES
+from .machine import describe, processor_flags
+
+_KINDS = ("step", "inference", "operators", "scaling")
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 1 where an implementation was rejected, or ``--fail-above`` says so; 130 where it
+    was interrupted."""
+    options = _parse(arguments)
+    if options.compare:
+        from .compare import main_compare
+
+        return main_compare(*options.compare, options.fail_above)
+    return _measure(options)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "hubert-fast bench",
+        description="Time and memory of HuBERT's pre-training beside torchaudio, transformers and others: "
+        "the same loss from the same weights and masks, checked before anything is timed.",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=5.0, help="how long it may take; more time, more cases (default: 5)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("hubert-fast-bench"), help="folder of bench.json and the plots"
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument(
+        "--models", nargs="+", choices=sorted(ARCHITECTURES), metavar="MODEL", help="base, large, xlarge, tiny"
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=_DTYPES, help="the first is the main one")
+    parser.add_argument(
+        "--peers", nargs="+", metavar="NAME", help="only these implementations; an unknown name lists all"
+    )
+    parser.add_argument("--cases", nargs="+", choices=_KINDS, default=list(_KINDS))
+    parser.add_argument("--no-plots", action="store_true")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="what moved from A to B; measures nothing"
+    )
+    parser.add_argument(
+        "--fail-above", type=float, metavar="PERCENT", help="with --compare: exit 1 where something got slower by more"
+    )
+    options = parser.parse_args(arguments)
+    if not options.minutes > 0:
+        parser.error(f"--minutes must be positive; got {options.minutes}")
+    if options.peers is not None:
+        from .peers import by_name
+
+        try:
+            options.peers = [by_name(name).name for name in options.peers]
+        except ValueError as error:
+            parser.error(str(error))
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU")
+    return options
+
+
+def _measure(options: argparse.Namespace) -> int:
+    from .budget import Budget
+    from .cases import GPU, cpu_scale, plan
+    from .limits import measure_limits
+    from .peers import PEERS, by_name
+    from .progress import Progress
+    from .report import Report, save
+    from .suite import Suite
+    from .table import render
+
+    budget = Budget(60 * options.minutes)
+    device = _device(options.device)
+    dtypes = [getattr(torch, name) for name in options.dtypes or _default_dtypes(device)]
+    models = options.models or (["base", "large", "xlarge"] if device.type == "cuda" else ["base"])
+    peers = PEERS if options.peers is None else tuple(by_name(name) for name in options.peers)
+    torch.backends.cudnn.benchmark = True  # shapes repeat; peers that use cuDNN are to have its fastest
+    path = options.out / "bench.json"
+    report = Report(describe(device), _settings(options, models, dtypes))
+    interrupted = False
+    with Progress(budget) as progress:
+        progress.say("limits")
+        for dtype in dtypes:
+            report.limits[_name(dtype)] = measure_limits(device, dtype)
+        rate = report.limits[_name(dtypes[0])].flops_per_second
+        scale = GPU if device.type == "cuda" else cpu_scale(options.minutes, rate)
+        suite = Suite(report, device, peers, budget, say=progress.say, save=lambda: save(report, path))
+        try:
+            suite.run(plan(device, scale, models, dtypes, options.cases))
+        except KeyboardInterrupt:
+            interrupted = True
+            print("interrupted: what was measured is kept", file=sys.stderr)
+        report.settings["seconds_taken"] = budget.spent()
+        save(report, path)
+    print(render(report))
+    print(f"\n{path}")
+    if not options.no_plots:
+        from .plots import draw
+
+        for plot in draw(report, options.out):
+            print(plot)
+    if interrupted:
+        return 130
+    return 1 if any(each.rejected for each in report.left_out) else 0
+
+
+def _device(chosen: str) -> torch.device:
+    if chosen == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(chosen, torch.cuda.current_device()) if chosen == "cuda" else torch.device(chosen)
+
+
+def _default_dtypes(device: torch.device) -> list[str]:
+    """bfloat16 is what training uses, where the device computes in it."""
+    fast = device.type == "cuda" or bool({"avx512_bf16", "amx_bf16"} & processor_flags())
+    return ["bfloat16", "float32"] if fast else ["float32"]
+
+
+def _settings(options: argparse.Namespace, models: list[str], dtypes: list[torch.dtype]) -> dict[str, object]:
+    return {
+        "minutes": options.minutes,
+        "models": models,
+        "dtypes": [_name(dtype) for dtype in dtypes],
+        "cases": options.cases,
+        "peers": options.peers,
+        "allow_tf32_in_products": torch.backends.cuda.matmul.allow_tf32,
+        "allow_tf32_in_convolutions": torch.backends.cudnn.allow_tf32,
+        "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("HUBERT_FAST_")},
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,180 @@
+"""A report as Markdown: what the README shows of it. Every number comes from the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from .quantities import digits, seconds, size
+from .report import LeftOut, Report, Row
+from .table import same_case, speedup
+
+_OURS = "hubert_fast"
+_BASELINE = "torchaudio"
+_NO_TIME = "no time"
+_NOTHING = "–"
+
+LEGEND = """\
+Medians, and the 20th and 80th percentile, of calls of all implementations in one process, in turn where memory holds them
+together, and none of them the first. A step is forward, backward and optimizer; the same loss from the same weights was checked
+before anything was timed. Seconds of audio are counted without padding. `x torchaudio` is torchaudio's median over this one's
+in the same case. Memory is the peak, weights, gradients and optimizer included. MFU is the model's FLOPs, counted by formula,
+over the rate of a large matrix product in that dtype in the same run.
+
+`hubert_fast` is the objective, `hubert_fast swapped in` what changing the import alone gives, `hubert_fast graph` the objective
+in a CUDA graph. `torchaudio` runs its recipe, `torchaudio masked only` leaves out the logits that the recipe's loss does not
+use."""
+
+
+def section(report: Report, name: str) -> str:
+    """The report in the result file ``name`` as a section of the README, with its device, versions and date."""
+    of_kind = {kind: [row for row in report.rows if row.kind == kind] for kind in _PARTS}
+    parts = [_heading(report, name), *(part(of_kind[kind]) for kind, part in _PARTS.items() if of_kind[kind])]
+    if report.left_out:
+        parts.append(_left_out(report.left_out))
+    return "\n\n".join(parts)
+
+
+def _heading(report: Report, name: str) -> str:
+    machine = report.machine
+    cpu = report.rows[0].device == "cpu"
+    device = f"{machine['device']}, {_threads(machine['threads'])}" if cpu else machine["device"]
+    names = ("torch", "python", "cuda", "triton", "hubert_fast")
+    software = {name: machine[name] for name in names if machine.get(name)}
+    software |= {row.implementation.split()[0]: row.version for row in report.rows if row.kind != "operator"}
+    limits = [
+        f"{dtype}: products {digits(each.flops_per_second / 1e12)} TFLOP/s, copies {digits(each.bytes_per_second / 1e9)} GB/s"
+        for dtype, each in report.limits.items()
+    ]
+    commit = f" (commit {machine['commit']})" if machine.get("commit") else ""
+    return (
+        f"### {device}, {machine['date']}\n\n"
+        f"{', '.join(f'{each} {version}' for each, version in software.items())}{commit}. "
+        f"The device's limits, measured in the same run, in {'; in '.join(limits)}. "
+        f"All of it: [`benchmarks/results/{name}`](benchmarks/results/{name})."
+    )
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
+def _steps(rows: list[Row]) -> str:
+    return "Training steps:\n\n" + _whole(rows, "a step")
+
+
+def _inference(rows: list[Row]) -> str:
+    return "Inference (`extract_features`):\n\n" + _whole(rows, "a batch")
+
+
+def _whole(rows: list[Row], call: str) -> str:
+    head = ["case", "dtype", "implementation", call, "p20 to p80", "audio s per s"]
+    head += ["x torchaudio", "memory", "of torchaudio's", "MFU"]
+    cells = []
+    for number, row in enumerate(rows):
+        first = number == 0 or not same_case(rows[number - 1], row)
+        cells.append(
+            [
+                row.case if first else "",
+                row.dtype if first else "",
+                f"**{row.implementation}**" if row.implementation == _OURS else row.implementation,
+                seconds(row.seconds.median),
+                f"{seconds(row.seconds.p20)} to {seconds(row.seconds.p80)}",
+                _or_nothing(row.throughput, digits),
+                _or_nothing(speedup(row, rows), "{:.2f}".format),
+                _or_nothing(row.peak_bytes, size),
+                _or_nothing(_share_of_memory(row, rows), "{:.2f}".format),
+                _or_nothing(row.share_of_limit, "{:.0%}".format),
+            ]
+        )
+    return _table(head, cells, left=3)
+
+
+def _share_of_memory(row: Row, rows: Iterable[Row]) -> float | None:
+    theirs = next((each for each in rows if each.implementation == _BASELINE and same_case(each, row)), None)
+    if theirs is None or not theirs.peak_bytes or row.peak_bytes is None:
+        return None
+    return row.peak_bytes / theirs.peak_bytes
+
+
+def _scaling(rows: list[Row]) -> str:
+    """A table for each axis and dtype: how cost grows."""
+    grown: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        grown.setdefault((row.shape["axis"], row.dtype), []).append(row)
+    tables = []
+    for (axis, dtype), points in grown.items():
+        names = list(dict.fromkeys(row.implementation for row in points))
+        cells = []
+        for value in sorted({row.shape["value"] for row in points}):
+            at = {row.implementation: row for row in points if row.shape["value"] == value}
+            ratio = speedup(at[_OURS], at.values()) if _OURS in at else None
+            cells.append(
+                [f"{value:,g}", *(_point(at.get(name)) for name in names), _or_nothing(ratio, "{:.2f}".format)]
+            )
+        tables.append(_table([f"{axis}, {dtype}", *names, "ratio"], cells, left=0))
+    return _folded("How the cost of a step grows: audio s per s, and memory", "\n\n".join(tables))
+
+
+def _point(row: Row | None) -> str:
+    if row is None or row.throughput is None:
+        return _NOTHING
+    memory = "" if row.peak_bytes is None else f", {size(row.peak_bytes)}"
+    return digits(row.throughput) + memory
+
+
+def _operators(rows: list[Row]) -> str:
+    """Ours beside the fastest of the others."""
+    head = ["operator", "dtype", "hubert_fast", "fastest other", "", "ratio", "floor", "of the floor"]
+    cells = []
+    for row in (row for row in rows if row.implementation == _OURS):
+        others = [each for each in rows if same_case(each, row) and not each.implementation.startswith(_OURS)]
+        best = min(others, key=lambda each: each.seconds.median, default=None)
+        cells.append(
+            [
+                row.case,
+                row.dtype,
+                seconds(row.seconds.median),
+                _NOTHING if best is None else best.implementation,
+                _NOTHING if best is None else seconds(best.seconds.median),
+                _NOTHING if best is None else f"{best.seconds.median / row.seconds.median:.2f}",
+                _or_nothing(row.floor_seconds, seconds),
+                _or_nothing(row.share_of_limit, "{:.0%}".format),
+            ]
+        )
+    return _folded("Operators, each beside its fastest alternative and its floor", _table(head, cells, left=2))
+
+
+def _left_out(left_out: Sequence[LeftOut]) -> str:
+    """By reason, because most are left out of many cases for one."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for each in left_out:
+        # How much was needed and left differs from case to case.
+        reason = f"{_NO_TIME} left" if each.reason.startswith(_NO_TIME) else each.reason
+        cases.setdefault((each.implementation, reason), []).append(each.case)
+    lines = [
+        f"- {implementation}: {reason} ({names[0] if len(names) == 1 else f'{len(names)} cases'})"
+        for (implementation, reason), names in cases.items()
+    ]
+    return _folded("What was left out, and why", "\n".join(lines))
+
+
+def _folded(title: str, contents: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{contents}\n\n</details>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
+    """The first ``left`` columns are aligned left, the others right."""
+    rule = ["---" if number < left else "---:" for number in range(len(head))]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in (head, rule, *rows))
+
+
+def _or_nothing(value: float | None, written: Callable[[float], str]) -> str:
+    return _NOTHING if value is None else written(value)
+
+
+_PARTS: dict[str, Callable[[list[Row]], str]] = {
+    "step": _steps,
+    "inference": _inference,
+    "scaling": _scaling,
+    "operator": _operators,
+}

@@ -1,0 +1,70 @@
+"""``span_mask`` beside torchaudio's: on the CPU whatever the device, as the model draws its mask while the GPU is at work.
+
+    python -m benchmarks.ops.bench_span_mask
+
+There is no floor: neither bytes nor FLOPs decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+import hubert_fast
+from hubert_fast.ops.span_mask import span_mask
+
+from ..sizes import Size
+from ..torchaudio_peer import import_models, installed
+from .case import OURS, Inputs, OperatorCase, Side, Tensors, Work, torchaudio_version
+
+OPERATOR = "span_mask"
+
+_SETTINGS = {"mask_prob": 0.8, "mask_length": 10}
+
+
+def cases(size: Size, dtype: torch.dtype, device: str) -> Iterator[OperatorCase]:
+    lengths = _lengths(size)
+    sides = {OURS: Side(_ours, f"{hubert_fast.__version__}, on the host")}
+    if installed():
+        sides["torchaudio"] = Side(_torchaudio, torchaudio_version())
+    yield OperatorCase(
+        name=f"{size.name}, {size.batch} x {size.frames} frames",
+        shape={"model": size.name, "utterances": size.batch, "frames": size.frames, **_SETTINGS},
+        device="cpu",
+        dtype=torch.float32,
+        draw=lambda seed: Inputs((lengths, torch.arange(size.frames) >= lengths[:, None]), ()),
+        sides=sides,
+        truth=sides.get("torchaudio", sides[OURS]),
+        least=Work(),
+        tolerance=0.0,  # the same random numbers give the same mask
+        on_host=True,
+    )
+
+
+def _lengths(size: Size) -> torch.Tensor:
+    shortest = 2 * size.rows / size.batch - size.frames
+    return torch.linspace(shortest, size.frames, size.batch).round().long()
+
+
+def _ours(tensors: Tensors, dropout_p: float) -> Tensors:
+    lengths, padding = tensors
+    return (span_mask(tuple(padding.shape), lengths, min_masks=2, **_SETTINGS),)
+
+
+def _torchaudio(tensors: Tensors, dropout_p: float) -> Tensors:
+    import_models()
+    from torchaudio.models.wav2vec2 import components
+
+    _, padding = tensors
+    return (components._compute_mask_indices(tuple(padding.shape), padding, min_masks=2, **_SETTINGS),)
+
+
+def test_span_mask(timed) -> None:
+    timed()
+
+
+if __name__ == "__main__":
+    from .command_line import main
+
+    main(OPERATOR)

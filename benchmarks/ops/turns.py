@@ -1,0 +1,77 @@
+"""Timing of operators: implementations in turn, on a GPU behind a full queue, so that drift meets all of them alike."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ..clock import clock, fill_queue
+
+_UNTIMED = 1  # call of each implementation, after those by which it was checked
+_FEWEST = 3  # timed calls of each, however long they take
+
+Call = Callable[[int], Any]
+
+
+def in_turn(calls: Mapping[str, Call], device: str, *, repeats: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of each timed call of each implementation.
+
+    Args:
+        calls: name -> ``call(i)``, which works on the i-th set of inputs.
+        device: whose time is taken.
+        repeats: timed calls of each.
+        seconds: after which no more turns begin, once each has three timed calls.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    deadline = time.perf_counter() + seconds
+    for turn in range(_UNTIMED + repeats):
+        if turn >= _UNTIMED + _FEWEST and time.perf_counter() > deadline:
+            break
+        for name, call in calls.items():
+            elapsed = once(call, turn, device)
+            if turn >= _UNTIMED:
+                taken[name].append(elapsed)
+    return taken
+
+
+def once(call: Call, i: int, device: str) -> float:
+    """Seconds of one call."""
+    now = clock(device)
+    fill_queue(device)
+    start = now()
+    call(i)
+    return now() - start
+
+
+def peak_bytes(call: Call, device: str) -> int:
+    """Bytes that a call takes at most beyond what is held before it."""
+    return _cuda_peak(call) if torch.device(device).type == "cuda" else _cpu_peak(call)
+
+
+def _cuda_peak(call: Call) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call(0)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _cpu_peak(call: Call) -> int:
+    """What PyTorch's allocator was asked for, as its profiler saw it; what libraries allocate for themselves is not in it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says on stderr that it starts and stops
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call(0)
+    held = most = 0
+    for event in sorted(_allocations(profiler), key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def _allocations(profiler: torch.profiler.profile) -> list[Any]:
+    return [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

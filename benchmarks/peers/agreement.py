@@ -1,0 +1,196 @@
+"""Whether a peer does the same work as the reference. One that does not is not timed.
+
+The truth is `PretrainingObjective` on the plain formulas (backend "reference"), in float32, on a batch with padding. Loss,
+gradient and features are compared, without dropout, from weights in which nothing is left at 0 or 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+import hubert_fast
+
+from ..batches import SAMPLE_RATE, Batch, make
+from .ours import ObjectiveModel, build_model
+from .peer import Peer, PeerModel, Setting
+
+# How large relative differences may be: of the loss; of the norms of the gradient's parts; of the features, in norm.
+_IN_FLOAT32 = {"loss": 1e-4, "gradient": 1e-3, "features": 1e-3}
+_IN_16_BITS = {"loss": 2e-2, "gradient": 5e-2, "features": 5e-2}
+
+# Parts of small gradient, which would not show in the norm of all. So every peer's names of parameters have them.
+_PARTS = ("feature_extractor", "mask", "label_embeddings")
+
+_SECONDS = (1.2, 0.8)  # of the two utterances
+_LAYERS_OF_COMPILED = 2
+
+
+class DifferentWork(Exception):
+    """A peer does not compute what the reference computes."""
+
+
+def check(peer: Peer, setting: Setting) -> dict[str, float]:
+    """How far ``peer``, built for ``setting``, is from the reference.
+
+    It is compared in float32 without autocast and TF32 and, where ``setting`` has a 16-bit dtype, its loss once more under
+    autocast. One that cannot compute in float32 is compared in the setting's dtype alone. So is a compiled one, on a model cut
+    to 2 layers: compiling takes minutes at full size, and it is the same adapter whatever the size.
+
+    Random numbers and settings of torch are afterwards what they were.
+
+    Returns:
+        The relative differences by ``"loss"``, ``"gradient"`` (of the norms of its parts, the largest) and ``"features"`` (of
+        valid frames), and ``"loss in <dtype>"`` where that was compared too.
+
+    Raises:
+        DifferentWork: if one is too large, or not a number: which, by how much, and how much is allowed.
+    """
+    architecture = setting.architecture.without_dropout()
+    if peer.compiled:
+        architecture = architecture.changed(layers=min(architecture.layers, _LAYERS_OF_COMPILED))
+    setting = replace(setting, architecture=architecture, padded=True)
+    exact = replace(setting, dtype=torch.float32)
+    with _undisturbed(setting.device):
+        truth = _truth(exact)
+        weights, batch = _weights(setting), _batch(setting, seed=1)
+        if peer.compiled or peer.why_not(exact) is not None:
+            return _compare(peer, setting, weights, batch, truth, _IN_FLOAT32)
+        differences = _compare(peer, exact, weights, batch, truth, _IN_FLOAT32)
+        if setting.dtype != torch.float32:
+            again = _compare(peer, setting, weights, batch, truth, ["loss"])
+            differences[f"loss in {_text(setting.dtype)}"] = again["loss"]
+        return differences
+
+
+def _compare(
+    peer: Peer,
+    setting: Setting,
+    weights: Mapping[str, Tensor],
+    batch: Batch,
+    truth: Mapping[str, Tensor],
+    names: Collection[str],
+) -> dict[str, float]:
+    model = peer.build(setting, weights)
+    if model.overwrites_gradients:  # what is replayed must not remember the batch that it was captured on
+        other = _batch(setting, seed=2)
+        _gradient(model, setting, replace(batch, waveforms=other.waveforms, labels=other.labels))
+    computed = {name: _COMPUTE[name](model, setting, batch) for name in names}
+    if "gradient" in names:
+        _assert_all_trained(peer, model)
+    limits = _IN_FLOAT32 if setting.dtype == torch.float32 else _IN_16_BITS
+    differences = {name: _MEASURE[name](value, truth[name]) for name, value in computed.items()}
+    for name, difference in differences.items():
+        if not difference <= limits[name]:  # not a number is none
+            raise DifferentWork(
+                f"{peer.name} does other work than the reference: {name} differs by {difference:.2%} in "
+                f"{_text(setting.dtype)}, and {limits[name]:.2%} is allowed"
+            )
+    return differences
+
+
+def _assert_all_trained(peer: Peer, model: PeerModel) -> None:
+    """A bias without a gradient would not show in the norms."""
+    without = [name for name, parameter in model.module.named_parameters() if parameter.grad is None]
+    if without:
+        more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+        raise DifferentWork(f"{peer.name} does other work than the reference: no gradient reaches {without[0]}{more}")
+
+
+@functools.lru_cache(maxsize=4)
+def _truth(setting: Setting) -> dict[str, Tensor]:
+    """The same for all peers."""
+    with hubert_fast.backend.using("reference"):
+        model, batch = ObjectiveModel(build_model(setting, _weights(setting))), _batch(setting, seed=1)
+        return {name: compute(model, setting, batch) for name, compute in _COMPUTE.items()}
+
+
+def _loss(model: PeerModel, setting: Setting, batch: Batch) -> Tensor:
+    model.module.train()
+    torch.manual_seed(batch.seed)
+    with _autocast(setting):
+        return model.loss(batch).detach().double()
+
+
+def _gradient(model: PeerModel, setting: Setting, batch: Batch) -> Tensor:
+    """Norms over the parameters of each of `_PARTS`, and over all others: the same however a peer divides the rest."""
+    model.module.train()
+    torch.manual_seed(batch.seed)
+    model.forward_backward(batch, _autocast(setting))
+    squares = torch.zeros(len(_PARTS) + 1, dtype=torch.float64)
+    for name, parameter in model.module.named_parameters():
+        if parameter.grad is not None:
+            part = next((i for i, part in enumerate(_PARTS) if part in name), len(_PARTS))
+            squares[part] += float(parameter.grad.double().square().sum())
+    return squares.sqrt()
+
+
+def _features(model: PeerModel, setting: Setting, batch: Batch) -> Tensor:
+    """Of the valid frames: ``[frames, dim]``."""
+    model.module.eval()
+    with torch.no_grad(), _autocast(setting):
+        features = model.features(batch)
+    frames = [setting.architecture.frames(samples) for samples in batch.samples]
+    return torch.cat([each[:count] for each, count in zip(features, frames)]).double()
+
+
+_COMPUTE = {"loss": _loss, "gradient": _gradient, "features": _features}
+
+
+def _difference(value: Tensor, expected: Tensor) -> float:
+    if value.shape != expected.shape:
+        return math.inf
+    return float((value - expected).norm() / expected.norm())
+
+
+def _largest_difference(values: Tensor, expected: Tensor) -> float:
+    return float(((values - expected).abs() / expected).max())
+
+
+_MEASURE = {"loss": _difference, "gradient": _largest_difference, "features": _difference}
+
+
+def _weights(setting: Setting) -> dict[str, Tensor]:
+    """Fresh ones have norms at 1, biases at 0 and classes that all look alike, which would hide a mix-up."""
+    torch.manual_seed(0)
+    model = hubert_fast.hubert_pretrain_model(**setting.architecture.factory_arguments(setting.num_classes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+        nn.init.normal_(model.logit_generator.label_embeddings)
+    return model.state_dict()
+
+
+def _batch(setting: Setting, seed: int) -> Batch:
+    lengths = [round(seconds * SAMPLE_RATE) for seconds in _SECONDS]
+    return make(lengths, setting.architecture, setting.num_classes, seed=seed).to(setting.device)
+
+
+def _autocast(setting: Setting) -> torch.autocast:
+    return torch.autocast(setting.device.type, setting.dtype, enabled=setting.dtype != torch.float32)
+
+
+def _text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Products in full float32; random numbers and settings are put back."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [each.allow_tf32 for each in backends]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            for each in backends:
+                each.allow_tf32 = False
+            yield
+        finally:
+            for each, allowed in zip(backends, before):
+                each.allow_tf32 = allowed

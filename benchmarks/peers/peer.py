@@ -1,0 +1,73 @@
+"""What an implementation has to offer to be measured: the same model from the same weights, its loss and its features."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..architecture import Architecture
+from ..batches import Batch
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a model is built for."""
+
+    architecture: Architecture
+    num_classes: int
+    device: torch.device
+    dtype: torch.dtype  # float32, or the 16-bit dtype of autocast
+    padded: bool = False  # whether batches have padding
+
+
+class PeerModel(ABC):
+    """One peer's model on its device. The caller puts autocast and the optimizer around it, and says train() or eval()."""
+
+    module: nn.Module  # everything that is trained
+    overwrites_gradients: ClassVar[bool] = (
+        False  # a replayed CUDA graph writes into the same tensors: never set them to None
+    )
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """torchaudio's recipe's loss of ``batch``, a scalar: cross-entropies of the masked frames summed, and 10 times the mean
+        square of the features times the number of masked frames. With dropout off and ``torch.manual_seed(batch.seed)`` before
+        it the mask is ``batch.mask``; peers that cannot be handed a mask draw it."""
+
+    @abstractmethod
+    def features(self, batch: Batch) -> Tensor:
+        """The last layer's output ``[utterances, frames, dim]``, made by whatever returns the outputs of all layers."""
+
+    def forward_backward(self, batch: Batch, autocast: AbstractContextManager) -> None:
+        """Leave the gradients of `loss` in ``.grad`` of the parameters."""
+        with autocast:
+            loss = self.loss(batch)
+        loss.backward()
+
+
+class Peer(ABC):
+    """An implementation that can be measured."""
+
+    name: ClassVar[str]
+    compiled: ClassVar[bool] = False  # the first call takes minutes
+    broadcasts_logits: ClassVar[bool] = (
+        False  # needs several float32 tensors [classes + 1, frames, final_dim] at a time
+    )
+
+    @abstractmethod
+    def version(self) -> str:
+        """Of the library behind it."""
+
+    @abstractmethod
+    def why_not(self, setting: Setting) -> str | None:
+        """A sentence that says why it cannot run ``setting``, or None."""
+
+    @abstractmethod
+    def build(self, setting: Setting, weights: Mapping[str, Tensor]) -> PeerModel:
+        """The model, with ``weights`` (a `HuBERTPretrainModel`'s ``state_dict``), on the device, in training mode."""

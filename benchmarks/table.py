@@ -1,0 +1,120 @@
+"""A report as text: one table for whole steps and inference, one for operators, and what was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from .quantities import digits, seconds, size
+from .report import NO_TIME, LeftOut, Report, Row
+
+_BASELINE = "torchaudio"
+
+
+def render(report: Report) -> str:
+    """What a terminal shows after a run."""
+    parts = [_heading(report)]
+    for kinds, table in ((("step", "inference"), _whole), (("scaling",), _whole), (("operator",), _operators)):
+        rows = [row for row in report.rows if row.kind in kinds]
+        if rows:
+            parts.append(table(rows))
+    if report.left_out:
+        parts.append(_left_out(report.left_out))
+    return "\n\n".join(parts)
+
+
+def columns(cells: Sequence[Sequence[str]], *, left: Iterable[int] = (0,)) -> str:
+    """Rows of text under each other; columns in ``left`` are aligned left, the others right."""
+    left = set(left)
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if number in left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in cells
+    )
+
+
+def speedup(row: Row, rows: Iterable[Row]) -> float | None:
+    """How many times as fast as torchaudio ``row`` is in its own case; None without torchaudio."""
+    theirs = next((each for each in rows if each.implementation == _BASELINE and same_case(each, row)), None)
+    return None if theirs is None else theirs.seconds.median / row.seconds.median
+
+
+def same_case(one: Row, other: Row) -> bool:
+    return (one.kind, one.case, one.dtype, one.device) == (other.kind, other.case, other.dtype, other.device)
+
+
+def _heading(report: Report) -> str:
+    machine = report.machine
+    lines = [f"{machine['device']}, torch {machine['torch']}, hubert_fast {machine['hubert_fast']}, {machine['date']}"]
+    for dtype, limit in report.limits.items():
+        product, copy = limit.flops_per_second / 1e12, limit.bytes_per_second / 1e9
+        lines.append(f"limits in {dtype}: product {digits(product)} TFLOP/s, copy {digits(copy)} GB/s")
+    return "\n".join(lines)
+
+
+def _whole(rows: list[Row]) -> str:
+    head = [
+        "case",
+        "dtype",
+        "implementation",
+        "median",
+        "p20",
+        "p80",
+        "audio s/s",
+        "x torchaudio",
+        "memory",
+        "of step",
+        "MFU",
+    ]
+    cells = [head]
+    for number, row in enumerate(rows):
+        first = number == 0 or not same_case(rows[number - 1], row)
+        times = (row.seconds.median, row.seconds.p20, row.seconds.p80)
+        ratio = speedup(row, rows)
+        cells.append(
+            [
+                row.case if first else "",
+                row.dtype if first else "",
+                row.implementation,
+                *(seconds(each) for each in times),
+                digits(row.throughput or 0.0),
+                "" if ratio is None else f"{ratio:.2f}",
+                "" if row.peak_bytes is None else size(row.peak_bytes),
+                "" if row.step_bytes is None else size(row.step_bytes),
+                "" if row.share_of_limit is None else f"{row.share_of_limit:.0%}",
+            ]
+        )
+    return columns(cells, left=(0, 1, 2))
+
+
+def _operators(rows: list[Row]) -> str:
+    cells = [["operator", "dtype", "implementation", "median", "p20", "p80", "floor", "of limit"]]
+    for number, row in enumerate(rows):
+        first = number == 0 or not same_case(rows[number - 1], row)
+        floor, share = row.floor_seconds, row.share_of_limit
+        cells.append(
+            [
+                row.case if first else "",
+                row.dtype if first else "",
+                row.implementation,
+                *(seconds(each) for each in (row.seconds.median, row.seconds.p20, row.seconds.p80)),
+                "" if floor is None else seconds(floor),
+                "" if share is None else f"{share:.0%}",
+            ]
+        )
+    return columns(cells, left=(0, 1, 2))
+
+
+def _left_out(left_out: Sequence[LeftOut]) -> str:
+    """By reason, because most are left out of many cases for one. How much time there was is in the file."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for each in left_out:
+        reason = f"{NO_TIME} (--minutes)" if each.reason.startswith(NO_TIME) else each.reason
+        cases.setdefault((each.implementation, reason), []).append(each.case)
+    lines = ["left out:"]
+    for (implementation, reason), names in cases.items():
+        where = names[0] if len(names) == 1 else f"{len(names)} cases"
+        lines.append(f"  {implementation} ({where}): {reason}")
+    return "\n".join(lines)

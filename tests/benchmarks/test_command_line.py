@@ -1,0 +1,90 @@
+"""``hubert-fast bench`` and ``python -m benchmarks``."""
+
+import pytest
+import torch
+
+import hubert_fast.cli
+from benchmarks import cases as cases_module
+from benchmarks import peers as peers_module
+from benchmarks import suite as suite_module
+from benchmarks.command_line import main
+from benchmarks.peers.ours import HubertFast
+from benchmarks.report import load, save
+from tests.benchmarks import fabricated
+from tests.benchmarks.test_suite import Wrong
+
+TINY = ["--models", "tiny", "--device", "cpu", "--dtypes", "float32", "--minutes", "3", "--cases"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(suite_module, "split", lambda *arguments: {"loss": 1.0})
+    monkeypatch.setattr(suite_module, "_MOST", 3)
+
+
+def test_it_writes_a_report_and_plots_and_prints_the_table(tmp_path, capsys):
+    assert main([*TINY, "step", "--peers", "hubert_fast", "--out", str(tmp_path / "new" / "folder")]) == 0
+    report = load(tmp_path / "new" / "folder" / "bench.json")
+    assert {row.implementation for row in report.rows} == {"hubert_fast"} and len(report.rows) >= 2
+    assert report.machine["torch"] == torch.__version__ and report.machine["threads"] == torch.get_num_threads()
+    assert report.settings["models"] == ["tiny"] and 0 < report.settings["seconds_taken"] < 180
+    shown = capsys.readouterr().out
+    assert "tiny, 500 classes, 2 x 2 s" in shown and "bench.json" in shown
+    assert (tmp_path / "new" / "folder" / "throughput.png").stat().st_size > 10_000
+
+
+def test_a_rejected_peer_makes_the_exit_status_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(peers_module, "PEERS", (HubertFast(), Wrong()))
+    first_of = cases_module.plan
+    monkeypatch.setattr(cases_module, "plan", lambda *arguments: first_of(*arguments)[:1])
+    assert main([*TINY, "step", "--no-plots", "--out", str(tmp_path)]) == 1
+    assert "rejected: wrong does other work" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    measure, calls = suite_module.Suite.measure, []
+
+    def interrupted(self, case):
+        calls.append(case)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        measure(self, case)
+
+    monkeypatch.setattr(suite_module.Suite, "measure", interrupted)
+    assert main([*TINY, "inference", "step", "--peers", "hubert_fast", "--no-plots", "--out", str(tmp_path)]) == 130
+    assert len(load(tmp_path / "bench.json").rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--minutes", "0"], "--minutes must be positive"),
+        (["--models", "huge"], "invalid choice: 'huge'"),
+        (["--peers", "nobody"], "hubert_fast swapped in"),  # the names that there are
+        (["--compare", "one.json"], "expected 2 arguments"),
+        *([] if torch.cuda.is_available() else [(["--device", "cuda"], "torch finds no GPU")]),
+    ],
+)
+def test_wrong_options_are_said_before_anything_is_measured(wrong, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(wrong)
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_compare_shows_what_moved(tmp_path, capsys):
+    for name, median in (("a", 1.0), ("b", 1.5)):
+        save(fabricated.report(fabricated.row(median=median)), tmp_path / f"{name}.json")
+    files = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    assert main(["--compare", *files]) == 0
+    assert "slower" in capsys.readouterr().out
+    assert main(["--compare", *files, "--fail-above", "10"]) == 1
+    assert main(["--compare", *files, "--fail-above", "60"]) == 0
+
+
+def test_it_is_a_command_of_hubert_fast(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        hubert_fast.cli.main(["bench", "--help"])
+    assert stopped.value.code == 0 and "hubert-fast bench" in capsys.readouterr().out
+    assert hubert_fast.cli.main(["bench", "--compare", str(tmp_path / "none.json"), str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err

@@ -1,0 +1,275 @@
+"""A peer is timed only if it does the same work: every adapter here does, and whatever does other work is rejected."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+import hubert_fast
+from benchmarks.architecture import ARCHITECTURES
+from benchmarks.batches import make
+from benchmarks.peers import PEERS, by_name
+from benchmarks.peers.agreement import DifferentWork, check
+from benchmarks.peers.ours import HubertFast, build_model
+from benchmarks.peers.ours_graph import GraphModel, HubertFastGraph, _Captured, _copy
+from benchmarks.peers.peer import Setting
+
+CPU = torch.device("cpu")
+TINY = ARCHITECTURES["tiny"]
+FLOAT32 = Setting(TINY, 30, CPU, torch.float32)
+BFLOAT16 = Setting(TINY, 30, CPU, torch.bfloat16)
+PRE_NORM = TINY.changed(norm="layer_norm", pre_norm=True, feature_grad_mult=None)
+
+EAGER = [peer for peer in PEERS if not peer.compiled]
+
+
+def _available(peer, setting):
+    reason = peer.why_not(setting)
+    if reason is not None:
+        pytest.skip(reason)
+    return peer
+
+
+@pytest.mark.parametrize("architecture", [TINY, PRE_NORM], ids=["post-norm", "pre-norm"])
+@pytest.mark.parametrize("peer", EAGER, ids=lambda peer: peer.name)
+def test_every_peer_agrees_with_the_reference(peer, architecture):
+    setting = replace(BFLOAT16, architecture=architecture)
+    found = check(_available(peer, setting), setting)
+    assert set(found) == {"loss", "gradient", "features", "loss in bfloat16"}
+    assert found["loss"] < 1e-5 and found["gradient"] < 1e-5 and found["features"] < 1e-4
+
+
+@pytest.mark.parametrize("name", ["torchaudio compiled", "minimal-hubert"])
+def test_a_compiled_peer_agrees_with_the_reference(name, monkeypatch):
+    """Traced, and run without generated code, which would take minutes to make."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    peer = by_name(name)
+    architecture = TINY if name.startswith("torchaudio") else ARCHITECTURES["base"]
+    setting = replace(FLOAT32, architecture=architecture)
+    assert set(check(_available(peer, setting), setting)) == {"loss", "gradient", "features"}
+
+
+class Wrong(HubertFast):
+    """hubert_fast with one method of its model replaced by ``change(model, method)``."""
+
+    name = "wrong"
+
+    def __init__(self, method, change):
+        self._method, self._change = method, change
+
+    def build(self, setting, weights):
+        model = super().build(setting, weights)
+        setattr(model, self._method, functools.partial(self._change, model, getattr(model, self._method)))
+        return model
+
+
+def _one_percent_more(model, loss, batch):
+    return 1.01 * loss(batch)
+
+
+def _unaware_of_padding(model, method, batch):
+    return method(replace(batch, lengths=None))
+
+
+def _with_other_labels(model, loss, batch):
+    return loss(replace(batch, labels=batch.labels.roll(1, 1)))
+
+
+def _without_backward_of_the_encoder(model, loss, batch):
+    for parameter in model.module.model.wav2vec2.parameters():
+        parameter.requires_grad_(False)
+    return loss(batch)
+
+
+def _without_backward_of_the_penalty(model, loss, batch):
+    result = model.module(batch.waveforms, batch.labels, batch.lengths)
+    penalty = 10 * result.feature_penalty * result.masked_count
+    return result.loss - penalty + penalty.detach()
+
+
+def _with_half_a_gradient(model, loss, batch):
+    value = loss(batch)
+    return 0.5 * value + 0.5 * value.detach()
+
+
+def _with_frozen_classes(model, loss, batch):
+    model.module.model.logit_generator.label_embeddings.requires_grad_(False)
+    return loss(batch)
+
+
+def _without_a_number(model, loss, batch):
+    return loss(batch) * torch.nan
+
+
+def _of_the_first_layer(model, features, batch):
+    return model.module.model.wav2vec2.extract_features(batch.waveforms, batch.lengths)[0][0]
+
+
+def _one_frame_short(model, features, batch):
+    return features(batch)[:, :-1]
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("loss", _one_percent_more, r"loss differs by 1\.00% in float32, and 0\.01% is allowed"),
+        ("loss", _unaware_of_padding, "loss differs by"),
+        ("loss", _with_other_labels, "loss differs by"),
+        ("loss", _without_a_number, "loss differs by nan%"),
+        ("loss", _with_half_a_gradient, r"gradient differs by 50\.00% in float32, and 0\.10% is allowed"),
+        ("loss", _without_backward_of_the_encoder, r"no gradient reaches model\.wav2vec2\.\S+ and \d+ more$"),
+        ("loss", _without_backward_of_the_penalty, "gradient differs by"),
+        ("loss", _with_frozen_classes, r"no gradient reaches model\.logit_generator\.label_embeddings$"),
+        ("features", _of_the_first_layer, "features differs by"),
+        ("features", _unaware_of_padding, "features differs by"),
+        ("features", _one_frame_short, "features differs by inf%"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_peer_that_does_other_work_is_rejected(method, change, message):
+    with pytest.raises(DifferentWork, match="wrong does other work than the reference: " + message):
+        check(Wrong(method, change), FLOAT32)
+
+
+def test_a_peer_that_is_wrong_under_autocast_alone_is_rejected():
+    def change(model, loss, batch):
+        return loss(batch) * (1.03 if torch.is_autocast_enabled("cpu") else 1.0)
+
+    assert check(Wrong("loss", change), FLOAT32)["loss"] < 1e-5
+    with pytest.raises(DifferentWork, match=r"loss differs by [23]\.\d\d% in bfloat16, and 2\.00% is allowed"):
+        check(Wrong("loss", change), BFLOAT16)
+
+
+def test_a_peer_without_float32_is_compared_in_its_own_dtype():
+    class SixteenBits(HubertFast):
+        def why_not(self, setting):
+            return "float32" if setting.dtype == torch.float32 else None
+
+        def build(self, setting, weights):
+            assert setting.dtype == torch.bfloat16
+            return super().build(setting, weights)
+
+    found = check(SixteenBits(), BFLOAT16)
+    assert set(found) == {"loss", "gradient", "features"} and 1e-5 < found["features"] < 5e-2
+
+
+def test_a_check_leaves_random_numbers_backends_and_tf32_as_they_were():
+    torch.manual_seed(3)
+    wanted = torch.rand(3)
+    torch.manual_seed(3)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, hubert_fast.backend.report()
+    with pytest.raises(DifferentWork):
+        check(Wrong("loss", _one_percent_more), FLOAT32)
+    after = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, hubert_fast.backend.report()
+    assert before == after
+    assert torch.equal(torch.rand(3), wanted)
+
+
+class _Replayed:
+    """A CUDA graph's part: the same step again, on the tensors it was captured with and into those it wrote to."""
+
+    def __init__(self, step, gradients):
+        self._step, self._gradients = step, gradients
+
+    def replay(self):
+        for kept, new in zip(self._gradients, self._step()):
+            kept.copy_(new)
+
+
+class _OnCpu(HubertFastGraph):
+    """The graph peer with all but the capture itself."""
+
+    captures = 0
+
+    def why_not(self, setting):
+        return None
+
+    def build(self, setting, weights):
+        return _CpuGraphModel(build_model(setting, weights))
+
+
+class _CpuGraphModel(GraphModel):
+    def _capture(self, batch, plan, autocast):
+        _OnCpu.captures += 1
+        waveforms, plan = batch.waveforms.clone(), _copy(plan)
+
+        def step():
+            self._step(waveforms, plan, autocast)
+            return [each.grad for each in self.module.parameters()]
+
+        gradients = [torch.zeros_like(each) for each in self.module.parameters()]
+        return _Captured(_Replayed(step, gradients), waveforms, plan, gradients)
+
+
+def test_one_graph_serves_batches_of_a_shape_and_gives_each_its_own_gradients():
+    setting = replace(FLOAT32, architecture=TINY.without_dropout())
+    weights = build_model(setting, hubert_fast.hubert_pretrain_model(**TINY.factory_arguments(30)).state_dict())
+    graph = _OnCpu().build(setting, weights.state_dict())
+    plain = HubertFast().build(setting, weights.state_dict())
+    autocast = torch.autocast("cpu", enabled=False)
+    _OnCpu.captures = 0
+    for lengths, captures in (([16000, 12000], 1), ([16000, 12100], 1), ([15900, 12000], 2), ([16000, 16000], 3)):
+        batch = make(lengths, TINY, 30)
+        for model in (graph, plain):
+            torch.manual_seed(0)
+            model.module.zero_grad()
+            model.forward_backward(batch, autocast)
+        for mine, expected in zip(graph.module.parameters(), plain.module.parameters()):
+            assert torch.allclose(mine.grad, expected.grad, rtol=1e-3, atol=1e-3 * float(expected.grad.abs().max()))
+        assert _OnCpu.captures == captures
+
+
+def test_a_graph_that_remembers_its_first_batch_is_rejected(monkeypatch):
+    assert check(_OnCpu(), FLOAT32)["gradient"] < 1e-5
+    monkeypatch.setattr("hubert_fast.models.plan.StepPlan.copy_", lambda self, other: self)
+    with pytest.raises(DifferentWork, match="gradient differs by"):
+        check(_OnCpu(), FLOAT32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+@pytest.mark.parametrize(
+    "name", ["hubert_fast", "hubert_fast graph", "torchaudio", "transformers sdpa", "transformers flash"]
+)
+def test_peers_agree_with_the_reference_on_a_gpu(name):
+    setting = replace(BFLOAT16, device=torch.device("cuda"))
+    assert check(_available(by_name(name), setting), setting)["loss"] < 2e-2
+
+
+def test_peers_have_names_and_versions():
+    assert len({peer.name for peer in PEERS}) == len(PEERS)
+    for peer in PEERS:
+        assert by_name(peer.name) is peer
+        if peer.why_not(FLOAT32) is None:
+            assert peer.version()[0].isdigit()
+    with pytest.raises(ValueError, match=r"peer 'fairseq' does not exist; there are \['hubert_fast', "):
+        by_name("fairseq")
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "reason"),
+    [
+        ("hubert_fast graph", FLOAT32, "CUDA graphs need a GPU"),
+        ("transformers flash", FLOAT32, "flash attention needs a GPU"),
+        (
+            "transformers flash",
+            replace(FLOAT32, device=torch.device("cuda")),
+            "flash attention does not compute in float32",
+        ),
+    ],
+)
+def test_what_cannot_run_says_why(name, setting, reason):
+    pytest.importorskip("transformers")
+    assert by_name(name).why_not(setting) == reason
+
+
+def test_what_is_not_installed_says_so(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert by_name("torchaudio").why_not(FLOAT32) == "torchaudio is not installed"
+    assert by_name("transformers sdpa").why_not(FLOAT32) == "transformers is not installed"
+
+
+def test_compiling_without_a_compiler_says_so(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert by_name("torchaudio compiled").why_not(FLOAT32).startswith("torch.compile needs a C++ compiler")

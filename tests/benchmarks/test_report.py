@@ -1,0 +1,57 @@
+"""The result file holds what was measured, whole, and refuses what is none."""
+
+import json
+
+import pytest
+
+from benchmarks.report import Limits, Report, Seconds, load, save
+from tests.benchmarks import fabricated
+
+
+def test_a_report_comes_back_as_it_was_saved(tmp_path):
+    report = fabricated.report(
+        fabricated.row(stages={"loss": 0.1}, check={"loss": 1e-6}, first_seconds=3.0),
+        fabricated.row(kind="operator", flops=None, bytes=1e6, limits=None, peak_bytes=None),
+        left_out=[("a case", "a peer", "not installed", False), ("a case", "another", "other work", True)],
+    )
+    save(report, tmp_path / "bench.json")
+    assert load(tmp_path / "bench.json") == report
+
+
+def test_the_file_says_what_follows_from_the_rest(tmp_path):
+    row = fabricated.row(median=2.0, flops=4e10, bytes=6e9)
+    save(fabricated.report(row), tmp_path / "bench.json")
+    written = json.loads((tmp_path / "bench.json").read_text())["rows"][0]
+    assert written["throughput"] == 4.0  # 8 s of audio in 2 s
+    assert written["flops_per_second"] == 2e10 and written["bytes_per_second"] == 3e9
+    assert written["floor_seconds"] == pytest.approx(0.6)  # 6 GB at 10 GB/s, longer than 40 GFLOP at 100 GFLOP/s
+    assert written["share_of_limit"] == pytest.approx(0.3)
+
+
+def test_seconds_are_the_median_and_the_20th_and_80th_percentile():
+    assert Seconds.of([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == Seconds(3.5, 2.0, 5.0, 6)
+    assert Seconds.of([2.0]) == Seconds(2.0, 2.0, 2.0, 1)
+    with pytest.raises(ValueError, match="samples"):
+        Seconds.of([])
+
+
+@pytest.mark.parametrize(
+    "contents", ["", "[]", "{}", '{"schema": 0}', '{"schema": 1}', '{"schema": 1, "machine": {}, "rows": [{}]}', "\xff"]
+)
+def test_what_is_no_result_file_is_refused_by_name(tmp_path, contents):
+    path = tmp_path / "other.json"
+    path.write_bytes(contents.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"other\.json"):
+        load(path)
+    with pytest.raises(ValueError, match=r"none\.json"):
+        load(tmp_path / "none.json")
+
+
+def test_saving_replaces_a_file_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "bench.json"
+    save(fabricated.report(fabricated.row()), path)
+    before = path.read_text()
+    broken = Report({"impossible": object()}, {}, {"float32": Limits(1.0, 1.0)})
+    with pytest.raises(TypeError):
+        save(broken, path)
+    assert path.read_text() == before and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,222 @@
+"""A step split by stage: what takes longer takes longer in its stage, forward and backward, in every implementation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+
+from benchmarks import batches, stages
+from benchmarks.architecture import ARCHITECTURES
+from benchmarks.flops import ATTENTION, FEED_FORWARD, FRONT_END, LOSS, POSITIONAL, PROJECTION
+from benchmarks.peers import by_name
+from benchmarks.peers.peer import PeerModel, Setting
+from benchmarks.stages import ELEMENTWISE, OPTIMIZER, OTHER, STAGES, split
+from benchmarks.training import TrainingStep
+from hubert_fast import hubert_pretrain_model
+from hubert_fast.models.encoder import EncoderLayer
+from hubert_fast.torch_backend import (
+    bias_gelu_dropout,
+    cosine_cross_entropy,
+    mask_fill,
+    masked_attention,
+    positional_conv,
+)
+
+TINY, CPU, CLASSES = ARCHITECTURES["tiny"].changed(layers=1), torch.device("cpu"), 10
+NAP = 0.15
+
+
+class Side:
+    """A peer's model and its training step on a small padded batch."""
+
+    def __init__(self, name: str) -> None:
+        setting = Setting(TINY, CLASSES, CPU, torch.float32, padded=True)
+        peer = by_name(name)
+        if peer.why_not(setting):
+            pytest.skip(peer.why_not(setting))
+        torch.manual_seed(0)
+        weights = hubert_pretrain_model(**TINY.factory_arguments(CLASSES)).state_dict()
+        self.model: PeerModel = peer.build(setting, weights)
+        self.training = TrainingStep(self.model, CPU)
+        self.batch = batches.make([8_000, 6_000], TINY, CLASSES)
+        self.step()  # the first one is slower
+
+    def step(self) -> None:
+        self.training(self.batch, torch.float32)
+
+    def split(self) -> dict[str, float]:
+        return split(self.model, self.step, CPU)
+
+
+@pytest.fixture(scope="module")
+def ours() -> Side:
+    return Side("hubert_fast")
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Side:
+    return Side("torchaudio")
+
+
+@pytest.mark.parametrize("name", ["hubert_fast", "hubert_fast swapped in", "torchaudio", "transformers sdpa"])
+def test_every_stage_takes_time_and_together_they_take_that_of_the_step(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = Side(name)
+
+    def forty_seconds(step: Callable[[], None], device: torch.device) -> float:
+        step()
+        return 40.0
+
+    monkeypatch.setattr(stages, "seconds_of", forty_seconds)
+    found = side.split()
+    assert tuple(found) == STAGES and min(found.values()) > 0
+    assert sum(found.values()) == pytest.approx(40.0)
+
+
+def sleeping(function: Callable) -> Callable:
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(NAP)
+        return function(*args, **kwargs)
+
+    return slow
+
+
+def assert_only(found: dict[str, float], stage: str) -> None:
+    """``stage`` has slept, the others have not."""
+    assert found[stage] > NAP / 2, found  # times of the profiled step are scaled to those of another
+    assert sum(found.values()) - found[stage] < found[stage], found
+
+
+@pytest.mark.parametrize(
+    "module, function, stage",
+    [
+        (masked_attention, "masked_attention_backward", ATTENTION),
+        (bias_gelu_dropout, "bias_gelu_dropout", ELEMENTWISE),
+        (positional_conv, "positional_conv_backward", POSITIONAL),
+        (mask_fill, "mask_fill", PROJECTION),
+        (cosine_cross_entropy, "cosine_cross_entropy_backward", LOSS),
+    ],
+)
+def test_an_operator_of_ours_that_is_slower_is_slower_in_its_stage(
+    ours: Side, monkeypatch: pytest.MonkeyPatch, module: Any, function: str, stage: str
+) -> None:
+    monkeypatch.setattr(module, function, sleeping(getattr(module, function)))
+    assert_only(ours.split(), stage)
+
+
+@pytest.mark.parametrize(
+    "path, stage",
+    [
+        ("wav2vec2.feature_extractor", FRONT_END),
+        ("wav2vec2.encoder.feature_projection", PROJECTION),
+        ("wav2vec2.encoder.transformer.pos_conv_embed", POSITIONAL),
+        ("wav2vec2.encoder.transformer.layers.0.attention", ATTENTION),
+        ("wav2vec2.encoder.transformer.layers.0.feed_forward.output_dense", FEED_FORWARD),
+        ("wav2vec2.encoder.transformer.layers.0.final_layer_norm", ELEMENTWISE),
+        ("wav2vec2.encoder.transformer.layers.0.feed_forward.intermediate_dropout", ELEMENTWISE),
+    ],
+)
+def test_a_module_of_theirs_whose_backward_is_slower_is_slower_in_its_stage(
+    theirs: Side, path: str, stage: str
+) -> None:
+    def slow_backward(module: nn.Module, inputs: Any, output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        tensor.register_hook(lambda gradient: time.sleep(NAP))
+
+    with theirs.model.module.get_submodule(path).register_forward_hook(slow_backward):
+        assert_only(theirs.split(), stage)
+
+
+def test_clipping_and_the_optimizer_count_for_the_optimizer(ours: Side) -> None:
+    class Clipping(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(NAP)
+            return x.clone()
+
+    with ours.training.optimizer.register_step_pre_hook(lambda *_: time.sleep(NAP)):
+        assert_only(ours.split(), OPTIMIZER)
+    clipped = split(ours.model, lambda: (ours.step(), Clipping.apply(torch.ones(1, requires_grad=True))), CPU)
+    assert_only(clipped, OPTIMIZER)
+
+
+def test_what_lies_between_operators_is_other(ours: Side) -> None:
+    assert_only(split(ours.model, lambda: (ours.step(), time.sleep(NAP)), CPU), OTHER)
+
+
+def test_splitting_leaves_no_trace_and_ours_fused(ours: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    attend, kernel = vars(EncoderLayer)["_attend"], bias_gelu_dropout.bias_gelu_dropout
+    monkeypatch.setattr(bias_gelu_dropout, "bias_gelu_dropout", lambda *args: seen.append(args[1]) or kernel(*args))
+    ours.split()
+    assert len(seen) == 2 * TINY.layers and all(bias is not None for bias in seen)  # the bias comes fused
+    assert vars(EncoderLayer)["_attend"] is attend
+    assert not any("forward" in vars(module) for module in ours.model.module.modules())
+
+
+def test_nothing_is_left_in_modules_of_theirs_even_after_an_error(theirs: Side) -> None:
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    own = vars(type(theirs.model))["loss"]
+    calls = iter([lambda: None, fail])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        split(theirs.model, lambda: next(calls)(), CPU)
+    assert not any("forward" in vars(module) for module in theirs.model.module.modules())
+    assert vars(type(theirs.model))["loss"] is own
+
+
+def test_compiled_models_are_not_split() -> None:
+    def unwanted() -> None:
+        raise AssertionError("a step of a compiled model may take minutes")
+
+    linear, in_place = nn.Linear(2, 2), nn.Linear(2, 2)
+    in_place.compile()
+    for model in (
+        SimpleNamespace(module=linear, compiled=torch.compile(linear)),
+        SimpleNamespace(module=linear, compiled=torch.compile(linear.forward)),
+        SimpleNamespace(module=nn.Sequential(in_place)),
+    ):
+        assert split(model, unwanted, CPU) == {}
+
+
+def event(name: str, parent: Any = None, *, sequence: int = -1, kernels: dict[str, float] | None = None) -> Any:
+    """A profiler's, as far as it is read; kernels by name, in microseconds."""
+    return SimpleNamespace(
+        name=name,
+        cpu_parent=parent,
+        sequence_nr=sequence,
+        kernels=[SimpleNamespace(name=kernel, duration=duration) for kernel, duration in (kernels or {}).items()],
+        self_cpu_time_total=1e9,
+        device_type=DeviceType.CPU,
+        is_async=False,
+    )
+
+
+def test_on_a_gpu_the_kernels_count_and_not_the_host() -> None:
+    scope = event("stage: attention", kernels={"stage: attention": 7e6})  # what the profiler makes of a scope itself
+    linear = event("aten::linear", scope, sequence=3, kernels={"gemm": 2e6})
+    unrelated = event("aten::zeros", sequence=3)  # before the next operator with a gradient
+    last = event("aten::sum", event("stage: loss"), sequence=4, kernels={"reduce": 1e6})
+    node = event("autograd::engine::evaluate_function: AddmmBackward0", sequence=3)
+    inner = event("aten::mm", event("AddmmBackward0", node, sequence=3), kernels={"gemm": 4e6})
+    kept = event("autograd::engine::evaluate_function: torch::autograd::AccumulateGrad", kernels={"add": 0.5e6})
+    on_device = SimpleNamespace(name="gemm", device_type=DeviceType.CUDA)
+    events = [unrelated, scope, linear, last.cpu_parent, last, node, inner.cpu_parent, inner, kept, on_device]
+    found = stages.by_stage(events, on_gpu=True)
+    assert {stage: spent for stage, spent in found.items() if spent} == {ATTENTION: 6.5, LOSS: 1.0}
+
+
+def test_the_rest_of_a_step_is_other_and_more_than_the_step_is_scaled_to_it() -> None:
+    spent = dict.fromkeys(STAGES, 0.0) | {ATTENTION: 3.0, LOSS: 1.0}
+    assert stages.completed(spent, 5.0, 5.0) == {ATTENTION: 3.0, LOSS: 1.0, OTHER: 1.0}
+    assert stages.completed(spent, 8.0, 4.0) == {ATTENTION: 1.5, LOSS: 0.5, OTHER: 2.0}  # the profiler slows it down
+    assert stages.completed(spent, 2.0, 2.0) == {ATTENTION: 1.5, LOSS: 0.5}  # kernels beside each other

@@ -1,0 +1,205 @@
+"""The suite times what does the same work, in the time it has, and says what it left out and why."""
+
+import time
+
+import pytest
+import torch
+
+from benchmarks import suite as suite_module
+from benchmarks.architecture import ARCHITECTURES
+from benchmarks.batches import even
+from benchmarks.budget import Budget
+from benchmarks.cases import Case
+from benchmarks.compare import compare
+from benchmarks.peers.ours import HubertFast, ObjectiveModel, build_model
+from benchmarks.report import Limits
+from benchmarks.suite import Suite
+from hubert_fast.torch_backend import cosine_cross_entropy
+from tests.benchmarks import fabricated
+
+TINY, CPU = ARCHITECTURES["tiny"], torch.device("cpu")
+
+
+class Other(HubertFast):
+    """Another implementation: ours under another name, as a stand-in."""
+
+    name = "other"
+    model = ObjectiveModel
+
+    def build(self, setting, weights):
+        built = self.model(build_model(setting, weights))
+        type(self).built = getattr(type(self), "built", 0) + 1
+        return built
+
+
+class Wrong(Other):
+    """Its loss is 1% too large."""
+
+    name = "wrong"
+
+    class model(ObjectiveModel):
+        def loss(self, batch):
+            return 1.01 * super().loss(batch)
+
+
+class Slow(Other):
+    name = "slow"
+
+    class model(ObjectiveModel):
+        def loss(self, batch):
+            time.sleep(0.1)
+            return super().loss(batch)
+
+
+class Broken(Other):
+    name = "broken"
+
+    class model(ObjectiveModel):
+        def forward_backward(self, batch, autocast):
+            raise RuntimeError("it broke\nin many words")
+
+
+def case(**fields):
+    settings = {
+        "share": 0.1,
+        "kind": "step",
+        "num_classes": 7,
+        "dtype": torch.float32,
+        "lengths": (tuple(even(2, 0.5)),),
+        "layout": "even",
+    }
+    return Case(architecture=TINY, **{**settings, **fields})
+
+
+def measure(*cases, peers, seconds=600.0, saved=None):
+    report = fabricated.report()
+    save = (lambda: None) if saved is None else (lambda: saved.append(len(report.rows)))
+    Suite(report, CPU, peers, Budget(seconds), say=lambda *doing: None, save=save).run(cases)
+    return report
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Few turns, and no stages: they have tests of their own, and a profiler takes seconds."""
+    monkeypatch.setattr(suite_module, "split", lambda *arguments: {"loss": 1.0})
+    monkeypatch.setattr(suite_module, "_MOST", 5)
+
+
+def test_every_side_is_a_row_with_what_was_measured():
+    saved = []
+    report = measure(case(), peers=[HubertFast(), Slow()], saved=saved)
+    ours, slow = report.rows
+    assert (ours.implementation, slow.implementation) == ("hubert_fast", "slow") and not report.left_out
+    assert slow.seconds.median - ours.seconds.median > 0.05
+    for row in report.rows:
+        assert row.kind == "step" and row.case == "tiny, 7 classes, 2 x 0.5 s" and row.dtype == "float32"
+        assert row.seconds.count >= 3 and row.first_seconds > 0 and row.audio_seconds == 1.0
+        assert row.limits == fabricated.LIMITS and row.flops == ours.flops > 1e6
+        assert 0 <= row.step_bytes < row.peak_bytes
+        assert 0 <= row.check["loss"] < 1e-4 and 0 <= row.check["gradient"] < 1e-3
+    assert ours.stages == {"loss": 1.0} and slow.stages is None
+    assert saved == [2]
+
+
+def test_a_wrong_peer_is_rejected_and_not_timed():
+    report = measure(case(), peers=[HubertFast(), Wrong()])
+    assert [row.implementation for row in report.rows] == ["hubert_fast"]
+    (left_out,) = report.left_out
+    assert left_out.implementation == "wrong" and left_out.rejected and "loss differs by 1.00%" in left_out.reason
+
+
+def test_a_peer_that_breaks_costs_the_others_nothing():
+    report = measure(case(), peers=[Broken(), HubertFast()])
+    assert [row.implementation for row in report.rows] == ["hubert_fast"]
+    assert report.left_out[0].reason == "RuntimeError: it broke" and not report.left_out[0].rejected
+
+
+def test_a_failure_of_our_own_is_an_error(monkeypatch):
+    monkeypatch.setattr(Broken, "name", "hubert_fast")
+    assert measure(case(), peers=[Broken()]).left_out[0].rejected
+
+
+def test_a_slowdown_in_an_operator_shows_in_the_comparison(monkeypatch):
+    peers = [HubertFast(), Slow()]
+    before = measure(case(), peers=peers)
+    fast = cosine_cross_entropy.cosine_cross_entropy
+
+    def slowed(*arguments, **keywords):
+        time.sleep(0.2)
+        return fast(*arguments, **keywords)
+
+    monkeypatch.setattr(cosine_cross_entropy, "cosine_cross_entropy", slowed)
+    changes = {each.row.implementation: each for each in compare(before, measure(case(), peers=peers[:1]))}
+    assert changes["hubert_fast"].verdict == "slower" and changes["hubert_fast"].ratio > 2
+
+
+def test_what_does_not_fit_into_the_time_is_left_out_with_the_reason():
+    Other.built = 0
+    report = measure(
+        case(), peers=[HubertFast(), Other()], seconds=70.0
+    )  # its share is 7 s, and preparing one is reckoned with 6 s
+    assert [row.implementation for row in report.rows] == ["hubert_fast"] and Other.built == 0
+    assert report.left_out[0].implementation == "other" and "no time: needs about" in report.left_out[0].reason
+
+
+def test_a_case_takes_no_more_than_its_share_of_the_time_beyond_three_turns(monkeypatch):
+    monkeypatch.setattr(suite_module, "_MOST", 1000)
+    monkeypatch.setattr(suite_module, "_PREPARING", {"cpu": 0.0})
+    row = measure(case(share=0.01), peers=[Slow()], seconds=100.0).rows[0]
+    assert 3 <= row.seconds.count < 10
+
+
+def test_broadcast_logits_that_would_not_fit_into_memory_are_not_tried(monkeypatch):
+    monkeypatch.setattr(suite_module, "available_bytes", lambda device: 100_000)
+    monkeypatch.setattr(Other, "broadcasts_logits", True)
+    report = measure(case(), peers=[HubertFast(), Other()])
+    assert [row.implementation for row in report.rows] == ["hubert_fast"]
+    assert "broadcast logits need" in report.left_out[0].reason
+
+
+def test_where_memory_does_not_hold_all_models_they_go_one_after_the_other(monkeypatch):
+    alive = []
+    build = HubertFast.build
+
+    def counting(self, setting, weights):
+        alive.append(len(suite._built))
+        return build(self, setting, weights)
+
+    monkeypatch.setattr(Other, "build", counting)
+    monkeypatch.setattr(suite_module, "memory_bytes", lambda device: 1)
+    monkeypatch.setattr(suite_module, "check", lambda peer, setting: {})
+    report = fabricated.report()
+    suite = Suite(report, CPU, [HubertFast(), Other()], Budget(600.0), say=lambda *doing: None, save=lambda: None)
+    suite.measure(case())
+    assert [row.implementation for row in report.rows] == ["hubert_fast", "other"] and alive == [0]
+
+
+def test_models_stay_for_the_next_case_of_the_same_model_and_are_checked_once():
+    Other.built = 0
+    measure(case(), case(kind="inference"), case(dtype=torch.bfloat16), peers=[Other()])
+    assert Other.built == 1 + 1 + 2  # once to be timed; to be checked in float32, and for bfloat16 in both
+    Other.built = 0
+    measure(case(), case(num_classes=9), peers=[Other()])
+    assert Other.built == 2 + 1
+
+
+def test_limits_are_measured_once_for_each_dtype(monkeypatch):
+    asked = []
+    monkeypatch.setattr(suite_module, "measure_limits", lambda device, dtype: asked.append(dtype) or Limits(1e10, 1e11))
+    measure(case(), case(dtype=torch.bfloat16), case(dtype=torch.bfloat16, kind="inference"), peers=[HubertFast()])
+    assert asked == [torch.bfloat16]  # the report came with float32's
+
+
+def test_batches_of_other_lengths_count_with_their_mean():
+    lengths = (tuple(even(2, 0.5)), (16_000, 8_000))
+    (row,) = measure(case(lengths=lengths, layout="librispeech-like"), peers=[HubertFast()]).rows
+    assert row.audio_seconds == 1.25 and row.shape["batches"] == 2
+    assert row.shape["padding"] == pytest.approx(1 - 2.5 / 3.0)
+
+
+def test_the_same_work_is_measured_once_and_stands_in_both_cases():
+    point = case(kind="scaling", axis="utterance seconds", value=0.5)
+    step, scaling = measure(case(), point, peers=[HubertFast()]).rows
+    assert scaling.seconds == step.seconds and (step.kind, scaling.kind) == ("step", "scaling")
+    assert scaling.shape["axis"] == "utterance seconds" and scaling.shape["value"] == 0.5 and step.case != scaling.case
+    assert measure(case(), case(kind="inference"), peers=[HubertFast()]).rows[1].seconds != step.seconds

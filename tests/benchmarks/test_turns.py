@@ -1,0 +1,106 @@
+"""Times are the device's own, implementations take turns, and memory is what a call holds at most."""
+
+import time
+
+import pytest
+import torch
+
+from benchmarks import limits
+from benchmarks.clock import Instant, clock
+from benchmarks.ops import turns
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A stand-in for a GPU whose queue runs only when the host waits for it: (what was queued, a function that queues work)."""
+    queue, done = [], {}
+
+    class Event:
+        def __init__(self, *, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            queue.append(self)
+
+        def synchronize(self):
+            milliseconds = 0.0
+            for item in queue:
+                if isinstance(item, Event):
+                    done[item] = milliseconds
+                else:
+                    milliseconds += item[1]
+
+        def elapsed_time(self, end):
+            return done[end] - done[self]
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queue.append(("sleep", 1000.0)))
+    return queue, lambda milliseconds: queue.append(("work", milliseconds))
+
+
+def test_a_gpus_time_is_the_devices_own_behind_a_full_queue(gpu):
+    queue, work = gpu
+    assert turns.once(lambda i: work(7.0), 0, "cuda") == pytest.approx(7e-3)
+    assert [item[0] if isinstance(item, tuple) else "event" for item in queue] == ["sleep", "event", "work", "event"]
+
+
+@pytest.mark.benchmark(timer=Instant)
+def test_pytest_benchmark_takes_a_gpus_time(gpu, benchmark):
+    _, work = gpu
+    benchmark.pedantic(work, setup=lambda: ((3.0,), {}), rounds=4, warmup_rounds=1)
+    if benchmark.enabled:
+        assert benchmark.stats.stats.data == pytest.approx([3e-3] * 4)
+
+
+def test_a_cpus_time_is_the_counters():
+    assert clock("cpu") is time.perf_counter and clock("cuda") is Instant
+    assert turns.once(lambda i: time.sleep(0.02), 0, "cpu") >= 0.02
+
+
+def test_implementations_take_turns_and_the_first_is_not_timed():
+    order = []
+    taken = turns.in_turn(
+        {"a": lambda i: order.append(("a", i)), "b": lambda i: order.append(("b", i))}, "cpu", repeats=4, seconds=60.0
+    )
+    assert order == [(name, i) for i in range(5) for name in "ab"]
+    assert [len(each) for each in taken.values()] == [4, 4]
+
+
+def test_turns_end_in_time_but_not_before_three():
+    taken = turns.in_turn({"slow": lambda i: time.sleep(0.01)}, "cpu", repeats=100, seconds=0.0)
+    assert len(taken["slow"]) == 3
+    taken = turns.in_turn({"slow": lambda i: time.sleep(0.01)}, "cpu", repeats=100, seconds=0.1)
+    assert 3 < len(taken["slow"]) < 30
+
+
+def test_memory_is_the_most_that_a_call_holds_at_a_time(capfd):
+    x = torch.zeros(1 << 20)
+
+    def call(i):
+        first = x + 1
+        second = first + 1
+        del first
+        return second + 1
+
+    assert turns.peak_bytes(call, "cpu") == pytest.approx(2 * x.nbytes, rel=0.01)
+    assert turns.peak_bytes(lambda i: x.add_(1), "cpu") < 1000
+    assert capfd.readouterr().err == ""
+
+
+def test_limits_are_those_of_a_copy_and_of_a_product(monkeypatch):
+    seconds = iter(2 * [0.1, 0.1, 4.0, 5.0, 6.0, 2.0, 3.0, 9.0, 7.0, 7.0, 7.0])  # two untimed; medians 5, 3 and 7
+    monkeypatch.setattr(limits, "_CPU", limits._Probe(1 << 10, (2, 3, 4), 3))
+    monkeypatch.setattr(limits, "clock", lambda device: lambda: _Moment(seconds))
+    measured = limits.measure_limits("cpu", torch.float32)
+    assert measured.bytes_per_second == 2 * 1024 / 3.0  # read and written
+    assert measured.flops_per_second == 2 * 2 * 3 * 4 / 3.0
+
+
+class _Moment:
+    """One whose difference from the one before is the next of ``seconds``, the same for copies and for products."""
+
+    def __init__(self, seconds):
+        self._seconds = seconds
+
+    def __sub__(self, earlier):
+        return next(self._seconds)

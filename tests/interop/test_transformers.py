@@ -1,0 +1,111 @@
+"""A trained model becomes transformers' HubertModel and comes back: all entries, the same bits, the same outputs."""
+
+import pytest
+import torch
+
+import hubert_fast
+from benchmarks.architecture import ARCHITECTURES
+from benchmarks.peers.transformers import hubert_config
+from hubert_fast.interop.transformers import from_transformers, to_transformers
+
+TINY = ARCHITECTURES["tiny"]
+ARCHITECTURE_OF = {
+    "post-norm": TINY,
+    "pre-norm": TINY.changed(norm="layer_norm", pre_norm=True),
+    "one convolution, eleven layers": TINY.changed(convolutions=((32, 10, 5),), layers=11),
+}
+
+
+def _model(architecture=TINY):
+    torch.manual_seed(0)
+    model = hubert_fast.hubert_pretrain_model(**architecture.factory_arguments(20))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def _hubert(architecture):
+    transformers = pytest.importorskip("transformers")
+    return transformers.HubertModel(hubert_config(architecture)).eval()
+
+
+def _assert_same(given, expected):
+    assert set(given) == set(expected)
+    assert all(given[name] is expected[name] or torch.equal(given[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURE_OF)
+def test_hubert_model_takes_the_weights_strictly_and_computes_the_same(name):
+    architecture = ARCHITECTURE_OF[name]
+    model, hubert = _model(architecture), _hubert(architecture)
+    hubert.load_state_dict(to_transformers(model.state_dict()), strict=True)
+    waveforms = torch.randn(2, 4000)
+    with torch.no_grad():
+        expected = model.wav2vec2(waveforms)[0]
+        given = hubert(waveforms).last_hidden_state
+    assert (given - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("name", ARCHITECTURE_OF)
+def test_there_and_back_gives_the_same_bits(name):
+    model, hubert = _model(ARCHITECTURE_OF[name]), _hubert(ARCHITECTURE_OF[name])
+    hubert.load_state_dict(to_transformers(model.state_dict()))
+    theirs = hubert.state_dict()
+    head = {key: each for key, each in model.state_dict().items() if key.startswith("logit_generator.")}
+    _assert_same(from_transformers(theirs, head=head), model.state_dict())
+    _assert_same(from_transformers(theirs, head=model.state_dict()), model.state_dict())
+    _assert_same(from_transformers(theirs), model.wav2vec2.state_dict())
+    _assert_same(to_transformers(from_transformers(theirs, head=head)), theirs)
+
+
+def test_convolutions_with_bias_and_an_encoder_alone_convert():
+    arguments = TINY.factory_arguments(20) | {"extractor_conv_bias": True}
+    encoder = hubert_fast.hubert_pretrain_model(**arguments).wav2vec2.state_dict()
+    theirs = to_transformers(encoder)
+    assert "masked_spec_embed" not in theirs and "feature_extractor.conv_layers.6.conv.bias" in theirs
+    _assert_same(from_transformers(theirs), encoder)
+
+
+def test_the_names_of_published_files_of_weights_are_understood():
+    state_dict = _model().state_dict()
+    theirs = to_transformers(state_dict)
+    conv = "encoder.pos_conv_embed.conv."
+    for old, new in (
+        ("weight_g", "parametrizations.weight.original0"),
+        ("weight_v", "parametrizations.weight.original1"),
+    ):
+        theirs[conv + old] = theirs.pop(conv + new)
+    _assert_same(from_transformers(theirs, head=state_dict), state_dict)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "wav2vec2.encoder.transformer.layers.0.attention.k_proj.bias",
+        "wav2vec2.encoder.transformer.layers.1.final_layer_norm.weight",
+        "wav2vec2.feature_extractor.conv_layers.3.conv.weight",
+        "wav2vec2.feature_extractor.conv_layers.0.layer_norm.bias",
+        "wav2vec2.encoder.transformer.pos_conv_embed.conv.parametrizations.weight.original0",
+        "mask_generator.mask_embedding",
+        "logit_generator.final_proj.bias",
+    ],
+)
+def test_what_is_missing_is_named(entry):
+    state_dict = _model().state_dict()
+    del state_dict[entry]
+    with pytest.raises(ValueError, match=f"state_dict cannot be converted; missing: {entry}$"):
+        to_transformers(state_dict)
+
+
+def test_what_has_no_counterpart_is_named():
+    state_dict = _model().state_dict()
+    with pytest.raises(ValueError, match=r"without a counterpart: wav2vec2\.aux\.weight$"):
+        to_transformers(state_dict | {"wav2vec2.aux.weight": torch.zeros(1)})
+    theirs = to_transformers(state_dict)
+    with pytest.raises(ValueError, match=r"missing: .* and \d+ more; without a counterpart: hubert\.encoder"):
+        from_transformers({f"hubert.{name}": each for name, each in theirs.items()})
+    with pytest.raises(ValueError, match="missing: masked_spec_embed$"):
+        from_transformers({k: v for k, v in theirs.items() if k != "masked_spec_embed"}, head=state_dict)
+    with pytest.raises(ValueError, match="missing: logit_generator.label_embeddings$"):
+        from_transformers(theirs, head={k: v for k, v in state_dict.items() if "label" not in k})
