@@ -90,8 +90,12 @@ def cpu_scale(minutes: float, flops_per_second: float) -> Scale:
     """
     audio = 60 * minutes / 40 * flops_per_second / (46e9 * 2 * 10)
     utterances, seconds = (2, 2.0) if audio < 6 else (2, 4.0) if audio < 14 else (2, 10.0) if audio < 30 else (4, 10.0)
-    axes = {"batch seconds": (10, 25, 50, 100, 175), "utterance seconds": (2, 5, 10, 20, 40, 60, 120)}
-    return Scale(utterances, seconds, 32.0, 1, axes | {"classes": (100, 500, 2000, 10_000)})
+    axes = {
+        "batch seconds": tuple(each for each in (2, 4, 10, 25, 50, 100, 175) if each >= utterances * seconds / 2),
+        "utterance seconds": (1, 2, 5, 10, 20, 40, 60, 120),
+        "classes": (100, 500, 2000, 10_000),
+    }
+    return Scale(utterances, seconds, 32.0, 1, axes)
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def plan(
     """
     first, *others = (ARCHITECTURES[name] for name in models)
     main, *more = dtypes
-    step = _even("step", first, 500, main, scale, share=0.6)
+    step = _even("step", first, 500, main, scale, share=0.75)
     uneven = _librispeech_like(first, main, scale)
     inference = _even("inference", first, 500, main, scale, share=0.05, peers=_INFERENCE_PEERS)
     # Compiling anew for every dtype, model and number of classes takes long and shows nothing new.
@@ -148,7 +152,7 @@ def _librispeech_like(architecture: Architecture, dtype: torch.dtype, scale: Sca
 
 def _growth(architecture: Architecture, dtype: torch.dtype, scale: Scale) -> Iterator[Case]:
     """One axis at a time, the others as in the main case."""
-    total = max(scale.utterances * scale.utterance_seconds, 10.0)
+    total = scale.utterances * scale.utterance_seconds
 
     def case(axis: str, value: float, classes: int, utterances: int, seconds: float) -> Case:
         lengths = (tuple(even(utterances, seconds)),) * min(2, scale.batches)
@@ -161,7 +165,7 @@ def _growth(architecture: Architecture, dtype: torch.dtype, scale: Scale) -> Ite
             if value is None:
                 continue
             if axis == "batch seconds":
-                utterances = max(1, round(value / 12.5))
+                utterances = max(1, round(value / scale.utterance_seconds))
                 yield case(axis, value, 500, utterances, value / utterances)
             elif axis == "utterance seconds":
                 yield case(axis, value, 500, max(1, round(total / value)), value)

@@ -27,6 +27,7 @@ from .limits import measure_limits
 from .machine import available_bytes, memory_bytes
 from .memory import held_by, peak_of
 from .peers.agreement import DifferentWork, check
+from .peers.building import build
 from .peers.peer import Peer, PeerModel, Setting
 from .report import NO_TIME, LeftOut, Report, Row, Seconds
 from .stages import split
@@ -34,8 +35,9 @@ from .training import TrainingStep, infer, one_pass, seconds_of
 
 OURS = "hubert_fast"
 
-# Calls of each side: before they are timed, and timed at least (fewer where many points make a curve) and at most.
-_UNTIMED, _MOST = 2, 30
+# Calls of each side: before they are timed, and timed at most and at least (fewer where many points make a curve).
+_UNTIMED = 2
+_MOST = {"cpu": 7, "cuda": 30}
 _FEWEST = {"step": 3, "inference": 3, "scaling": 2}
 
 # Seconds that building, checking and (where a peer is compiled) compiling take, until they are known better.
@@ -147,7 +149,7 @@ class Suite:
 
     def _measure_group(self, case: Case, peers: Sequence[Peer], batches: list[Batch], *, until: float) -> None:
         sides = [side for peer in peers if (side := self._prepare(case, peer, batches)) is not None]
-        for turn in range(_MOST):
+        for turn in range(_MOST[self.device.type]):
             if turn >= _FEWEST[case.kind] and (time.monotonic() > until or self.budget.left() < 0):
                 break
             for side in list(sides):
@@ -192,18 +194,24 @@ class Suite:
         return side
 
     def _check(self, peer: Peer, setting: Setting) -> dict[str, float]:
-        key = (peer.name, setting.architecture, setting.dtype)
-        if key not in self._checked:
-            self._checked[key] = check(peer, setting)
+        known = self._known_check(peer, setting)
+        if known is None:
+            known = self._checked[(peer.name, setting.architecture, setting.dtype)] = check(peer, setting)
             self._release_memory()
-        return self._checked[key]
+        return known
+
+    def _known_check(self, peer: Peer, setting: Setting) -> dict[str, float] | None:
+        """A check for a 16-bit dtype compares in float32 too, but for compiled peers."""
+        dtypes = [setting.dtype]
+        if setting.dtype == torch.float32 and not peer.compiled:
+            dtypes += [torch.bfloat16, torch.float16]
+        found = (self._checked.get((peer.name, setting.architecture, dtype)) for dtype in dtypes)
+        return next((each for each in found if each is not None), None)
 
     def _build(self, peer: Peer, setting: Setting) -> tuple[PeerModel, TrainingStep]:
         key = (peer.name, setting.architecture, setting.num_classes)
         if key not in self._built:
-            weights = self._weights_of(setting)
-            with self.device:  # first weights, though thrown away, are drawn faster on a GPU
-                model = peer.build(setting, weights)
+            model = build(peer, setting, self._weights_of(setting))
             self._built[key] = model, TrainingStep(model, self.device)
         return self._built[key]
 
@@ -299,7 +307,7 @@ class Suite:
         if case.kind == "inference":
             flops = sum(inference_flops(case.architecture, each) for each in case.lengths)
         seconds = (_UNTIMED + _FEWEST[case.kind]) * pace * padding * flops
-        if (peer.name, case.architecture, case.dtype) not in self._checked:
+        if self._known_check(peer, self._setting(case)) is None:
             seconds += _PREPARING[self.device.type]
         if peer.compiled and (peer.name, case.architecture, case.num_classes) not in self._built:
             once, layer = _COMPILING[self.device.type]

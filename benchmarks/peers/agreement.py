@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import hubert_fast
 
 from ..batches import SAMPLE_RATE, Batch, make
+from .building import build
 from .ours import ObjectiveModel, build_model
 from .peer import Peer, PeerModel, Setting
 
@@ -77,7 +78,7 @@ def _compare(
     truth: Mapping[str, Tensor],
     names: Collection[str],
 ) -> dict[str, float]:
-    model = peer.build(setting, weights)
+    model = build(peer, setting, weights)
     if model.overwrites_gradients:  # what is replayed must not remember the batch that it was captured on
         other = _batch(setting, seed=2)
         _gradient(model, setting, replace(batch, waveforms=other.waveforms, labels=other.labels))
@@ -156,6 +157,7 @@ def _largest_difference(values: Tensor, expected: Tensor) -> float:
 _MEASURE = {"loss": _difference, "gradient": _largest_difference, "features": _difference}
 
 
+@functools.lru_cache(maxsize=1)
 def _weights(setting: Setting) -> dict[str, Tensor]:
     """Fresh ones have norms at 1, biases at 0 and classes that all look alike, which would hide a mix-up."""
     torch.manual_seed(0)

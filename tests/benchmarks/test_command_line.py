@@ -19,7 +19,7 @@ TINY = ["--models", "tiny", "--device", "cpu", "--dtypes", "float32", "--minutes
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(suite_module, "split", lambda *arguments: {"loss": 1.0})
-    monkeypatch.setattr(suite_module, "_MOST", 3)
+    monkeypatch.setattr(suite_module, "_MOST", {"cpu": 3})
 
 
 def test_it_writes_a_report_and_plots_and_prints_the_table(tmp_path, capsys):

@@ -82,7 +82,7 @@ def measure(*cases, peers, seconds=600.0, saved=None):
 def quick(monkeypatch):
     """Few turns, and no stages: they have tests of their own, and a profiler takes seconds."""
     monkeypatch.setattr(suite_module, "split", lambda *arguments: {"loss": 1.0})
-    monkeypatch.setattr(suite_module, "_MOST", 5)
+    monkeypatch.setattr(suite_module, "_MOST", {"cpu": 5})
 
 
 def test_every_side_is_a_row_with_what_was_measured():
@@ -143,7 +143,7 @@ def test_what_does_not_fit_into_the_time_is_left_out_with_the_reason():
 
 
 def test_a_case_takes_no_more_than_its_share_of_the_time_beyond_three_turns(monkeypatch):
-    monkeypatch.setattr(suite_module, "_MOST", 1000)
+    monkeypatch.setattr(suite_module, "_MOST", {"cpu": 1000})
     monkeypatch.setattr(suite_module, "_PREPARING", {"cpu": 0.0})
     row = measure(case(share=0.01), peers=[Slow()], seconds=100.0).rows[0]
     assert 3 <= row.seconds.count < 10
@@ -178,6 +178,9 @@ def test_models_stay_for_the_next_case_of_the_same_model_and_are_checked_once():
     Other.built = 0
     measure(case(), case(kind="inference"), case(dtype=torch.bfloat16), peers=[Other()])
     assert Other.built == 1 + 1 + 2  # once to be timed; to be checked in float32, and for bfloat16 in both
+    Other.built = 0
+    measure(case(dtype=torch.bfloat16), case(), peers=[Other()])
+    assert Other.built == 1 + 2  # float32 was compared already
     Other.built = 0
     measure(case(), case(num_classes=9), peers=[Other()])
     assert Other.built == 2 + 1
