@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from .quantities import digits, seconds, size
 from .report import LeftOut, Report, Row
-from .table import same_case, speedup
+from .table import reasons, same_case, speedup
 
 _OURS = "hubert_fast"
 _BASELINE = "torchaudio"
-_NO_TIME = "no time"
 _NOTHING = "–"
 
 LEGEND = """\
@@ -145,15 +144,9 @@ def _operators(rows: list[Row]) -> str:
 
 
 def _left_out(left_out: Sequence[LeftOut]) -> str:
-    """By reason, because most are left out of many cases for one."""
-    cases: dict[tuple[str, str], list[str]] = {}
-    for each in left_out:
-        # How much was needed and left differs from case to case.
-        reason = f"{_NO_TIME} left" if each.reason.startswith(_NO_TIME) else each.reason
-        cases.setdefault((each.implementation, reason), []).append(each.case)
     lines = [
         f"- {implementation}: {reason} ({names[0] if len(names) == 1 else f'{len(names)} cases'})"
-        for (implementation, reason), names in cases.items()
+        for (implementation, reason), names in reasons(left_out).items()
     ]
     return _folded("What was left out, and why", "\n".join(lines))
 

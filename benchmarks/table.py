@@ -107,14 +107,21 @@ def _operators(rows: list[Row]) -> str:
     return columns(cells, left=(0, 1, 2))
 
 
-def _left_out(left_out: Sequence[LeftOut]) -> str:
-    """By reason, because most are left out of many cases for one. How much time there was is in the file."""
+def reasons(left_out: Iterable[LeftOut]) -> dict[tuple[str, str], list[str]]:
+    """Cases by implementation and reason, because most are left out of many cases for one.
+
+    How much time a case needed and how much was left is in the file alone.
+    """
     cases: dict[tuple[str, str], list[str]] = {}
     for each in left_out:
-        reason = f"{NO_TIME} (--minutes)" if each.reason.startswith(NO_TIME) else each.reason
+        reason = NO_TIME if each.reason.startswith(NO_TIME) else each.reason
         cases.setdefault((each.implementation, reason), []).append(each.case)
+    return cases
+
+
+def _left_out(left_out: Sequence[LeftOut]) -> str:
     lines = ["left out:"]
-    for (implementation, reason), names in cases.items():
+    for (implementation, reason), names in reasons(left_out).items():
         where = names[0] if len(names) == 1 else f"{len(names)} cases"
-        lines.append(f"  {implementation} ({where}): {reason}")
+        lines.append(f"  {implementation} ({where}): {reason}{' (--minutes)' if reason == NO_TIME else ''}")
     return "\n".join(lines)

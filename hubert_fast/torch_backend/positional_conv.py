@@ -64,13 +64,18 @@ def positional_conv_backward(
     grad = grid.clear_dead(grad.contiguous())
     dtype, taps = _conv_dtype(x), weight.shape[2]
     filters = weight if gain is None else weight * (gain / _norm(weight))
+    filters = filters.to(dtype)
     z_grad = grid.spread(torch.ops.aten.gelu_backward(grad, preactivation), 1).to(dtype)
+    # On a CPU a channels-last convolution takes a third of the time for the gradient of x, but not for that of the filters.
+    apart = x.device.type == "cpu" and x_wanted
     spread_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
-        z_grad, grid.spread(x, taps).to(dtype), filters.to(dtype), None,
-        [1], [0], [1], False, [0], groups, [x_wanted, parameters_wanted, False],
+        z_grad, grid.spread(x, taps).to(dtype), filters, None,
+        [1], [0], [1], False, [0], groups, [x_wanted and not apart, parameters_wanted, False],
     )  # fmt: skip
     x_grad = bias_grad = gain_grad = None
     if x_wanted:
+        if apart:
+            spread_grad = _spread_grad(z_grad, filters, groups)
         x_grad = grid.rows_of(spread_grad[:, :, taps // 2 :]).to(x.dtype)
         x_grad = grid.clear_dead(x_grad.add_(grad))
     if parameters_wanted:
@@ -79,6 +84,17 @@ def positional_conv_backward(
             weight_grad, gain_grad = _weight_norm_backward(weight_grad, weight, gain)
         weight_grad = weight_grad.to(weight.dtype).contiguous()
     return Gradients(x_grad, weight_grad, bias_grad, gain_grad)
+
+
+def _spread_grad(z_grad: Tensor, filters: Tensor, groups: int) -> Tensor:
+    """Gradient of the convolution's input ``[sequences, channels, frames + taps - 1]``, computed channels-last."""
+    sequences, channels, frames = z_grad.shape
+    z_grad, filters = (each[:, :, None].contiguous(memory_format=torch.channels_last) for each in (z_grad, filters))
+    like = z_grad.new_empty(sequences, frames + filters.shape[3] - 1, channels).transpose(1, 2)[:, :, None]
+    spread_grad, _, _ = torch.ops.aten.convolution_backward(
+        z_grad, like, filters, None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups, [True, False, False]
+    )
+    return spread_grad[:, :, 0]
 
 
 def _norm(weight: Tensor) -> Tensor:
