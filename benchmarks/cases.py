@@ -132,7 +132,7 @@ def plan(
     if device.type == "cuda":
         order = [step, uneven, *operators, *larger[:1], inference, few_classes, *growth, *larger[1:], *in_other_dtypes]
     else:
-        order = [step, *in_other_dtypes, inference, *operators, *growth, uneven, few_classes, *larger]
+        order = [step, *in_other_dtypes, inference, uneven, *operators, *growth, few_classes, *larger]
     return [each for each in order if ("operators" if isinstance(each, Operators) else each.kind) in kinds]
 
 

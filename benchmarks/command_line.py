@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -48,6 +49,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--peers", nargs="+", metavar="NAME", help="only these implementations; an unknown name lists all"
     )
     parser.add_argument("--cases", nargs="+", choices=_KINDS, default=list(_KINDS))
+    parser.add_argument(
+        "--batch",
+        nargs=2,
+        type=float,
+        metavar=("UTTERANCES", "SECONDS"),
+        help="of the main cases (default: by device and time)",
+    )
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="what moved from A to B; measures nothing"
@@ -58,6 +66,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not options.minutes > 0:
         parser.error(f"--minutes must be positive; got {options.minutes}")
+    if options.batch is not None and not (
+        options.batch[0] >= 1 and options.batch[0] % 1 == 0 and 0.5 <= options.batch[1]
+    ):
+        parser.error(f"--batch must be a whole number of utterances and seconds, at least 0.5; got {options.batch}")
     if options.peers is not None:
         from .peers import by_name
 
@@ -95,6 +107,8 @@ def _measure(options: argparse.Namespace) -> int:
             report.limits[_name(dtype)] = measure_limits(device, dtype)
         rate = report.limits[_name(dtypes[0])].flops_per_second
         scale = GPU if device.type == "cuda" else cpu_scale(options.minutes, rate)
+        if options.batch is not None:
+            scale = replace(scale, utterances=int(options.batch[0]), utterance_seconds=options.batch[1])
         suite = Suite(report, device, peers, budget, say=progress.say, save=lambda: save(report, path))
         try:
             suite.run(plan(device, scale, models, dtypes, options.cases))
@@ -133,6 +147,7 @@ def _settings(options: argparse.Namespace, models: list[str], dtypes: list[torch
         "models": models,
         "dtypes": [_name(dtype) for dtype in dtypes],
         "cases": options.cases,
+        "batch": options.batch,
         "peers": options.peers,
         "allow_tf32_in_products": torch.backends.cuda.matmul.allow_tf32,
         "allow_tf32_in_convolutions": torch.backends.cudnn.allow_tf32,

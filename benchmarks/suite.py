@@ -37,7 +37,7 @@ OURS = "hubert_fast"
 
 # Calls of each side: before they are timed, and timed at most and at least (fewer where many points make a curve).
 _UNTIMED = 2
-_MOST = {"cpu": 7, "cuda": 30}
+_MOST = {"cpu": 5, "cuda": 30}
 _FEWEST = {"step": 3, "inference": 3, "scaling": 2}
 
 # Seconds that building, checking and (where a peer is compiled) compiling take, until they are known better.

@@ -23,13 +23,16 @@ def quick(monkeypatch):
 
 
 def test_it_writes_a_report_and_plots_and_prints_the_table(tmp_path, capsys):
-    assert main([*TINY, "step", "--peers", "hubert_fast", "--out", str(tmp_path / "new" / "folder")]) == 0
+    assert (
+        main([*TINY, "step", "--peers", "hubert_fast", "--batch", "3", "1", "--out", str(tmp_path / "new" / "folder")])
+        == 0
+    )
     report = load(tmp_path / "new" / "folder" / "bench.json")
     assert {row.implementation for row in report.rows} == {"hubert_fast"} and len(report.rows) >= 2
     assert report.machine["torch"] == torch.__version__ and report.machine["threads"] == torch.get_num_threads()
     assert report.settings["models"] == ["tiny"] and 0 < report.settings["seconds_taken"] < 180
     shown = capsys.readouterr().out
-    assert "tiny, 500 classes, 2 x 2 s" in shown and "bench.json" in shown
+    assert "tiny, 500 classes, 3 x 1 s" in shown and "bench.json" in shown
     assert (tmp_path / "new" / "folder" / "throughput.png").stat().st_size > 10_000
 
 
@@ -60,6 +63,7 @@ def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch, capsy
     ("wrong", "said"),
     [
         (["--minutes", "0"], "--minutes must be positive"),
+        (["--batch", "1.5", "3"], "--batch must be a whole number"),
         (["--models", "huge"], "invalid choice: 'huge'"),
         (["--peers", "nobody"], "hubert_fast swapped in"),  # the names that there are
         (["--compare", "one.json"], "expected 2 arguments"),
