@@ -120,7 +120,7 @@ def plan(
     """
     first, *others = (ARCHITECTURES[name] for name in models)
     main, *more = dtypes
-    step = _even("step", first, 500, main, scale, share=0.75)
+    step = _even("step", first, 500, main, scale, share=0.9)
     uneven = _librispeech_like(first, main, scale)
     inference = _even("inference", first, 500, main, scale, share=0.05, peers=_INFERENCE_PEERS)
     # Compiling anew for every dtype, model and number of classes takes long and shows nothing new.

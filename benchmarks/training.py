@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 
 from .batches import Batch
-from .peers.peer import PeerModel
+from .peers.peer import PeerModel, autocast
 
 
 class TrainingStep:
@@ -18,15 +17,15 @@ class TrainingStep:
     The learning rate is so small that all sides keep working on the same weights.
     """
 
-    def __init__(self, model: PeerModel, device: torch.device) -> None:
-        self.model, self.device = model, device
+    def __init__(self, model: PeerModel) -> None:
+        self.model = model
         self.optimizer = torch.optim.AdamW(
             model.module.parameters(), lr=1e-7, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True
         )
 
     def __call__(self, batch: Batch, dtype: torch.dtype) -> None:
         self.model.module.train()
-        self.model.forward_backward(batch, autocast(self.device, dtype))
+        self.model.forward_backward(batch, dtype)
         self.optimizer.step()
         if not self.model.overwrites_gradients:
             self.optimizer.zero_grad(set_to_none=True)
@@ -36,10 +35,6 @@ def infer(model: PeerModel, batch: Batch, device: torch.device, dtype: torch.dty
     model.module.eval()
     with torch.no_grad(), autocast(device, dtype):
         model.features(batch)
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def one_pass(step: Callable[[Batch], None], batches: Sequence[Batch], seed: int) -> Callable[[], None]:

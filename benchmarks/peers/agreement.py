@@ -20,7 +20,7 @@ import hubert_fast
 from ..batches import SAMPLE_RATE, Batch, make
 from .building import build
 from .ours import ObjectiveModel, build_model
-from .peer import Peer, PeerModel, Setting
+from .peer import Peer, PeerModel, Setting, autocast
 
 # How large relative differences may be: of the loss; of the norms of the gradient's parts; of the features, in norm.
 _IN_FLOAT32 = {"loss": 1e-4, "gradient": 1e-3, "features": 1e-3}
@@ -115,7 +115,7 @@ def _truth(setting: Setting) -> dict[str, Tensor]:
 def _loss(model: PeerModel, setting: Setting, batch: Batch) -> Tensor:
     model.module.train()
     torch.manual_seed(batch.seed)
-    with _autocast(setting):
+    with autocast(setting.device, setting.dtype):
         return model.loss(batch).detach().double()
 
 
@@ -123,7 +123,7 @@ def _gradient(model: PeerModel, setting: Setting, batch: Batch) -> Tensor:
     """Norms over the parameters of each of `_PARTS`, and over all others: the same however a peer divides the rest."""
     model.module.train()
     torch.manual_seed(batch.seed)
-    model.forward_backward(batch, _autocast(setting))
+    model.forward_backward(batch, setting.dtype)
     squares = torch.zeros(len(_PARTS) + 1, dtype=torch.float64)
     for name, parameter in model.module.named_parameters():
         if parameter.grad is not None:
@@ -135,7 +135,7 @@ def _gradient(model: PeerModel, setting: Setting, batch: Batch) -> Tensor:
 def _features(model: PeerModel, setting: Setting, batch: Batch) -> Tensor:
     """Of the valid frames: ``[frames, dim]``."""
     model.module.eval()
-    with torch.no_grad(), _autocast(setting):
+    with torch.no_grad(), autocast(setting.device, setting.dtype):
         features = model.features(batch)
     frames = [setting.architecture.frames(samples) for samples in batch.samples]
     return torch.cat([each[:count] for each, count in zip(features, frames)]).double()
@@ -173,10 +173,6 @@ def _weights(setting: Setting) -> dict[str, Tensor]:
 def _batch(setting: Setting, seed: int) -> Batch:
     lengths = [round(seconds * SAMPLE_RATE) for seconds in _SECONDS]
     return make(lengths, setting.architecture, setting.num_classes, seed=seed).to(setting.device)
-
-
-def _autocast(setting: Setting) -> torch.autocast:
-    return torch.autocast(setting.device.type, setting.dtype, enabled=setting.dtype != torch.float32)
 
 
 def _text(dtype: torch.dtype) -> str:

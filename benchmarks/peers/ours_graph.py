@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from hubert_fast.models.plan import StepPlan
 
 from ..batches import Batch
 from .ours import ObjectiveModel, Ours, build_model
-from .peer import PeerModel, Setting
+from .peer import PeerModel, Setting, autocast
 
 _WARM_UP = 3  # steps; the first compiles kernels
 
@@ -26,6 +25,7 @@ _PARTS = 16
 class _Key(NamedTuple):
     """Batches that one graph serves."""
 
+    dtype: torch.dtype
     utterances: int
     samples: int
     rows: int | None
@@ -48,10 +48,10 @@ class GraphModel(ObjectiveModel):
         super().__init__(model)
         self._captured: dict[_Key, _Captured] = {}
 
-    def forward_backward(self, batch: Batch, autocast: AbstractContextManager) -> None:
-        key, plan = self._plan(batch)
+    def forward_backward(self, batch: Batch, dtype: torch.dtype) -> None:
+        key, plan = self._plan(batch, dtype)
         if key not in self._captured:
-            self._captured[key] = self._capture(batch, plan, autocast)
+            self._captured[key] = self._capture(batch, plan, dtype)
         captured = self._captured[key]
         captured.plan.copy_(plan)
         captured.waveforms.copy_(batch.waveforms)
@@ -59,7 +59,7 @@ class GraphModel(ObjectiveModel):
         for parameter, gradient in zip(self.module.parameters(), captured.gradients):
             parameter.grad = gradient
 
-    def _plan(self, batch: Batch) -> tuple[_Key, StepPlan]:
+    def _plan(self, batch: Batch, dtype: torch.dtype) -> tuple[_Key, StepPlan]:
         """The mask is drawn here, as `PretrainingObjective` would draw it."""
         utterances, samples = batch.waveforms.shape
         model, frames = self.module.model, batch.labels.shape[1]
@@ -77,26 +77,26 @@ class GraphModel(ObjectiveModel):
             rows=rows,
             kept=kept,
         )
-        return _Key(utterances, samples, rows, kept), plan
+        return _Key(dtype, utterances, samples, rows, kept), plan
 
-    def _capture(self, batch: Batch, plan: StepPlan, autocast: AbstractContextManager) -> _Captured:
+    def _capture(self, batch: Batch, plan: StepPlan, dtype: torch.dtype) -> _Captured:
         waveforms, plan = batch.waveforms.clone(), _copy(plan)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):
-                self._step(waveforms, plan, autocast)
+                self._step(waveforms, plan, dtype)
         torch.cuda.current_stream().wait_stream(side)
         graph, others = torch.cuda.CUDAGraph(), list(self._captured.values())
         # One pool: a graph's tensors may lie where another's did, for gradients are used before the next replay.
         pool = others[0].graph.pool() if others else None
         with torch.cuda.graph(graph, pool=pool):
-            self._step(waveforms, plan, autocast)
+            self._step(waveforms, plan, dtype)
         return _Captured(graph, waveforms, plan, [each.grad for each in self.module.parameters()])
 
-    def _step(self, waveforms: Tensor, plan: StepPlan, autocast: AbstractContextManager) -> None:
+    def _step(self, waveforms: Tensor, plan: StepPlan, dtype: torch.dtype) -> None:
         self.module.zero_grad(set_to_none=True)
-        with autocast:
+        with autocast(waveforms.device, dtype):
             loss = self.module(waveforms, plan=plan).loss
         loss.backward()
 

@@ -15,6 +15,11 @@ from ..architecture import Architecture
 from ..batches import Batch
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """What computes in ``dtype``: nothing to be done for float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a model is built for."""
@@ -27,7 +32,7 @@ class Setting:
 
 
 class PeerModel(ABC):
-    """One peer's model on its device. The caller puts autocast and the optimizer around it, and says train() or eval()."""
+    """One peer's model on its device. The caller says train() or eval(), and puts `autocast` around `loss` and `features`."""
 
     module: nn.Module  # everything that is trained
     overwrites_gradients: ClassVar[bool] = (
@@ -44,9 +49,9 @@ class PeerModel(ABC):
     def features(self, batch: Batch) -> Tensor:
         """The last layer's output ``[utterances, frames, dim]``, made by whatever returns the outputs of all layers."""
 
-    def forward_backward(self, batch: Batch, autocast: AbstractContextManager) -> None:
-        """Leave the gradients of `loss` in ``.grad`` of the parameters."""
-        with autocast:
+    def forward_backward(self, batch: Batch, dtype: torch.dtype) -> None:
+        """Leave the gradients of `loss`, computed in ``dtype``, in ``.grad`` of the parameters."""
+        with autocast(batch.waveforms.device, dtype):
             loss = self.loss(batch)
         loss.backward()
 

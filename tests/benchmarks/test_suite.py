@@ -55,7 +55,7 @@ class Broken(Other):
     name = "broken"
 
     class model(ObjectiveModel):
-        def forward_backward(self, batch, autocast):
+        def forward_backward(self, batch, dtype):
             raise RuntimeError("it broke\nin many words")
 
 
