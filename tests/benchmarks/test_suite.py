@@ -83,6 +83,7 @@ def quick(monkeypatch):
     """Few turns, and no stages: they have tests of their own, and a profiler takes seconds."""
     monkeypatch.setattr(suite_module, "split", lambda *arguments: {"loss": 1.0})
     monkeypatch.setattr(suite_module, "_MOST", {"cpu": 5})
+    monkeypatch.setattr(suite_module, "measure_limits", lambda device, dtype: fabricated.LIMITS)
 
 
 def test_every_side_is_a_row_with_what_was_measured():
@@ -186,11 +187,14 @@ def test_models_stay_for_the_next_case_of_the_same_model_and_are_checked_once():
     assert Other.built == 2 + 1
 
 
-def test_limits_are_measured_once_for_each_dtype(monkeypatch):
-    asked = []
-    monkeypatch.setattr(suite_module, "measure_limits", lambda device, dtype: asked.append(dtype) or Limits(1e10, 1e11))
-    measure(case(), case(dtype=torch.bfloat16), case(dtype=torch.bfloat16, kind="inference"), peers=[HubertFast()])
-    assert asked == [torch.bfloat16]  # the report came with float32's
+def test_limits_are_measured_before_and_after_and_rows_stand_beside_the_best(monkeypatch):
+    found = {torch.bfloat16: [Limits(3.0, 5.0), Limits(4.0, 2.0)], torch.float32: [Limits(1.0, 1e12)]}
+    monkeypatch.setattr(suite_module, "measure_limits", lambda device, dtype: found[dtype].pop(0))
+    report = measure(
+        case(), case(dtype=torch.bfloat16), case(dtype=torch.bfloat16, kind="inference"), peers=[HubertFast()]
+    )
+    assert report.limits == {"float32": Limits(1e10, 1e12), "bfloat16": Limits(4.0, 5.0)}  # it came with float32's
+    assert [row.limits for row in report.rows] == [report.limits[row.dtype] for row in report.rows]
 
 
 def test_batches_of_other_lengths_count_with_their_mean():
