@@ -10,10 +10,13 @@ from pathlib import Path
 
 import torch
 
+import hubert_fast
+
 from .architecture import ARCHITECTURES
 from .machine import describe, processor_flags
 
 _KINDS = ("step", "inference", "operators", "scaling")
+_SETTINGS = ("HUBERT_FAST_BACKEND", "HUBERT_FAST_AUTOTUNE", "HUBERT_FAST_INSTRUCTION_SET")
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -98,6 +101,8 @@ def _measure(options: argparse.Namespace) -> int:
     models = options.models or (["base", "large", "xlarge"] if device.type == "cuda" else ["base"])
     peers = PEERS if options.peers is None else tuple(by_name(name) for name in options.peers)
     torch.backends.cudnn.benchmark = True  # shapes repeat; peers that use cuDNN are to have its fastest
+    # PyTorch lets convolutions use TF32 and products not: implementations that compute one by the other would not be comparable.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     path = options.out / "bench.json"
     report = Report(describe(device), _settings(options, models, dtypes))
     interrupted = False
@@ -151,7 +156,8 @@ def _settings(options: argparse.Namespace, models: list[str], dtypes: list[torch
         "peers": options.peers,
         "allow_tf32_in_products": torch.backends.cuda.matmul.allow_tf32,
         "allow_tf32_in_convolutions": torch.backends.cudnn.allow_tf32,
-        "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("HUBERT_FAST_")},
+        "environment": {key: os.environ[key] for key in _SETTINGS if key in os.environ},
+        "backends": {each.operator: each.runs for each in hubert_fast.backend.report()},
     }
 
 

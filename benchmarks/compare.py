@@ -193,6 +193,11 @@ def _failures(changes: Sequence[Change], after: Report, fail_above: float) -> li
         if each.ratio is not None and each.verdict == SLOWER and 100 * (each.ratio - 1) > fail_above
     ]
     failures += [
+        f"{each.row.implementation} in {each.row.case}, {each.row.dtype} is not in B"
+        for each in changes
+        if each.verdict == ONLY_BEFORE and each.row.implementation.startswith("hubert_fast")
+    ]
+    failures += [
         f"{each.implementation} in {each.case} is rejected in B: {each.reason}"
         for each in after.left_out
         if each.rejected

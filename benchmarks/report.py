@@ -56,7 +56,9 @@ class Row:
     shape: dict[str, Any]  # what the case is, in numbers: model, classes, utterances, audio_seconds, axis...
     seconds: Seconds
     peak_bytes: int | None = None  # weights, optimizer state and what a call takes beyond them at its peak
-    step_bytes: int | None = None  # of those, what a call takes; GPU: PyTorch's allocations; CPU: resident memory
+    step_bytes: int | None = (
+        None  # of those, what a call takes; GPU, and operators: PyTorch's allocations; else resident memory
+    )
     audio_seconds: float | None = None  # of one call, without padding
     flops: float | None = None  # the model's or operator's, by formula; padding and recomputation are not counted
     bytes: float | None = None  # the least that has to be moved

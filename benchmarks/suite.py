@@ -37,7 +37,7 @@ OURS = "hubert_fast"
 
 # Calls of each side: before they are timed, and timed at most and at least (fewer where many points make a curve).
 _UNTIMED = 2
-_MOST = {"cpu": 5, "cuda": 30}
+_MOST = {"cpu": 5, "cuda": 8}
 _FEWEST = {"step": 3, "inference": 3, "scaling": 2}
 
 # Seconds that building, checking and (where a peer is compiled) compiling take, until they are known better.
@@ -94,6 +94,7 @@ class Suite:
         self.budget, self.say, self.save = budget, say, save
         self._weights: dict[tuple[Architecture, int], dict[str, Tensor]] = {}
         self._checked: dict[tuple[str, Architecture, torch.dtype], dict[str, float]] = {}
+        self._rejected: dict[tuple[str, Architecture, torch.dtype], DifferentWork] = {}
         self._built: dict[tuple[str, Architecture, int], tuple[PeerModel, TrainingStep]] = {}
         self._pace: dict[tuple[str, torch.dtype, str], float] = {}  # seconds a FLOP
         self._split: set[torch.dtype] = set()
@@ -157,25 +158,30 @@ class Suite:
 
     def _measure_group(self, case: Case, peers: Sequence[Peer], batches: list[Batch], *, until: float) -> None:
         sides = [side for peer in peers if (side := self._prepare(case, peer, batches)) is not None]
+        try:
+            self._take_turns(case, sides, batches, until)
+            if case.kind == "step" and case.layout == "even" and case.dtype not in self._split:
+                self._split.add(case.dtype)
+                self._split_by_stage(case, [side for side in sides if side.peer.name in _SPLIT], batches)
+        finally:  # an interrupted case keeps what it has
+            flops = self._flops_of(case, batches)
+            for side in (side for side in sides if side.times):
+                self.report.rows.append(self._row(case, side, flops))
+                self._known[(side.peer.name, _work(case))] = self.report.rows[-1]
+
+    def _take_turns(self, case: Case, sides: list[_Side], batches: list[Batch], until: float) -> None:
+        """A side that fails is taken out of ``sides``."""
         for turn in range(_MOST[self.device.type]):
             if turn >= _FEWEST[case.kind] and (time.monotonic() > until or self.budget.left() < 0):
                 break
             for side in list(sides):
                 self.say(f"{case.name}, {_name(case.dtype)}: in turn", f"{turn + 1}, {side.peer.name}")
+                call = self._call(case, side, batches, seed=turn)
                 try:
-                    side.times.append(
-                        seconds_of(self._call(case, side, batches, seed=turn), self.device) / len(batches)
-                    )
+                    side.times.append(seconds_of(call, self.device) / len(batches))
                 except RuntimeError as error:  # memory that was there before, say
                     sides.remove(side)
                     self._leave_out(case, side.peer, error)
-        if case.kind == "step" and case.layout == "even" and case.dtype not in self._split:
-            self._split.add(case.dtype)
-            self._split_by_stage(case, [side for side in sides if side.peer.name in _SPLIT], batches)
-        flops = self._flops_of(case, batches)
-        for side in sides:
-            self.report.rows.append(self._row(case, side, flops))
-            self._known[(side.peer.name, _work(case))] = self.report.rows[-1]
 
     def _prepare(self, case: Case, peer: Peer, batches: list[Batch]) -> _Side | None:
         """The side, checked, warmed up, and its memory measured; None where that fails, and the report says why."""
@@ -206,8 +212,16 @@ class Suite:
     def _check(self, peer: Peer, setting: Setting) -> dict[str, float]:
         known = self._known_check(peer, setting)
         if known is None:
-            known = self._checked[(peer.name, setting.architecture, setting.dtype)] = check(peer, setting)
-            self._release_memory()
+            key = (peer.name, setting.architecture, setting.dtype)
+            if key in self._rejected:
+                raise self._rejected[key]
+            try:
+                known = self._checked[key] = check(peer, setting)
+            except DifferentWork as error:
+                self._rejected[key] = error
+                raise
+            finally:
+                self._release_memory()
         return known
 
     def _known_check(self, peer: Peer, setting: Setting) -> dict[str, float] | None:
@@ -247,7 +261,7 @@ class Suite:
             call = self._call(case, side, batches[:1], seed=0)
             try:
                 side.stages = split(side.model, call, self.device) or None
-            except RuntimeError as error:  # a profiler that is not there, say: the times are measured all the same
+            except Exception as error:  # whatever a profiler does, the times are measured
                 self._note(case, side.peer, f"no split by stage: {type(error).__name__}: {error}".splitlines()[0])
 
     def _row(self, case: Case, side: _Side, flops: float) -> Row:
@@ -276,7 +290,10 @@ class Suite:
         """Those that are asked for and can run the case; the others are noted with the reason."""
         able = []
         for peer in self.peers:
-            if (case.peers is not None and peer.name not in case.peers) or peer.name in case.without:
+            if case.peers is not None and peer.name not in case.peers:
+                continue
+            if peer.name in case.without:
+                self._note(case, peer, "compiled anew for every dtype, model and layout: measured in one case")
                 continue
             reason = peer.why_not(self._setting(case)) or self._too_large(case, peer)
             if reason is None:
@@ -325,12 +342,14 @@ class Suite:
         return seconds
 
     def _too_large(self, case: Case, peer: Peer) -> str | None:
-        """Logits by broadcasting hold about ten float32 tensors [classes + 1, frames, final_dim]; the system would kill us."""
+        """Logits by broadcasting hold about seven float32 tensors [classes + 1, frames, final_dim]; the system would kill us."""
         available = available_bytes(self.device)
         if not peer.broadcasts_logits or available is None or case.kind == "inference":
             return None
         frames = max(len(each) * case.architecture.frames(max(each)) for each in case.lengths)
-        needed = 10 * 4 * (case.num_classes + 1) * frames * case.architecture.final_dim
+        needed = 7 * 4 * (case.num_classes + 1) * frames * case.architecture.final_dim
+        if self.device.type == "cuda":
+            return None  # running out of memory is an error there that can be caught
         allowed = _MEMORY_SHARE * available
         if needed < allowed:
             return None

@@ -52,11 +52,13 @@ def _block(size: Size, dtype: torch.dtype, device: str, dropout_p: float, *, wit
         draw=draw,
         sides=sides,
         truth=sides["PyTorch"],
-        least=Work(4 * tensor_bytes),  # residual, update, normed, sum
+        least=Work((3 + with_sum) * tensor_bytes),  # residual, update, normed, and the sum where it is wanted
         dropout_p=dropout_p,
     )  # fmt: skip
-    # Gradient of normed, sum, gradient of the residual; that of the sum, and that of the update where it is another.
-    yield from both_ways(case, Work((3 + with_sum + (dropout_p > 0.0)) * tensor_bytes))
+    # The sum, where it is kept for this alone; gradient of normed, sum, gradient of the residual; gradient of the sum, and that
+    # of the update where it is another.
+    kept = 1 - with_sum
+    yield from both_ways(case, Work((kept + 3 + with_sum + (dropout_p > 0.0)) * tensor_bytes))
 
 
 def _our_block(tensors: Tensors, dropout_p: float, *, with_sum: bool) -> Tensors:

@@ -24,6 +24,7 @@ _DRAWN_BY = (
 
 def build(peer: Peer, setting: Setting, weights: Mapping[str, Tensor]) -> PeerModel:
     """``peer.build(setting, weights)``; parameters that ``weights`` would leave out hold whatever was in memory."""
+    peer.prepare()
     with setting.device, _undrawn():
         return peer.build(setting, weights)
 

@@ -1,4 +1,7 @@
-"""minimal-hubert, the fastest published HuBERT pre-training code, compiled as its own trainer compiles it."""
+"""minimal-hubert, the fastest published HuBERT pre-training code, compiled as its own trainer compiles it.
+
+The trainer's other settings of PyTorch (its lowering of the convolutions' backward among them) are not made.
+"""
 
 from __future__ import annotations
 

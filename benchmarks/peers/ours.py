@@ -33,11 +33,14 @@ class ObjectiveModel(PeerModel):
 
 
 class _SwappedInModel(PeerModel):
+    """Lengths are where a script written for torchaudio has them: on the device."""
+
     def __init__(self, model: hubert_fast.HuBERTPretrainModel) -> None:
         self.module = model
 
     def loss(self, batch: Batch) -> Tensor:
-        return recipe_loss(*self.module(batch.waveforms, batch.labels, batch.lengths))
+        lengths = None if batch.lengths is None else batch.lengths.to(batch.waveforms.device, non_blocking=True)
+        return recipe_loss(*self.module(batch.waveforms, batch.labels, lengths))
 
     def features(self, batch: Batch) -> Tensor:
         return _last_layer(self.module, batch)

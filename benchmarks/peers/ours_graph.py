@@ -18,8 +18,9 @@ from .peer import PeerModel, Setting, autocast
 
 _WARM_UP = 3  # steps; the first compiles kernels
 
-# Capacities are rounded up to so many parts of the grid, so that few graphs serve all batches of a shape.
-_PARTS = 16
+# Capacities have head room and are rounded up to so many parts of the grid: the number of masked frames is random, and a graph
+# is not to be captured anew in the middle of a measurement.
+_HEAD_ROOM, _PARTS = 1.1, 8
 
 
 class _Key(NamedTuple):
@@ -103,7 +104,7 @@ class GraphModel(ObjectiveModel):
 
 def _rounded_up(count: int, grid: int) -> int:
     part = math.ceil(grid / _PARTS)
-    return min(grid, math.ceil(count / part) * part)
+    return min(grid, math.ceil(_HEAD_ROOM * count / part) * part)
 
 
 def _copy(plan: StepPlan) -> StepPlan:

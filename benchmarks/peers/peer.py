@@ -73,6 +73,9 @@ class Peer(ABC):
     def why_not(self, setting: Setting) -> str | None:
         """A sentence that says why it cannot run ``setting``, or None."""
 
+    def prepare(self) -> None:  # noqa: B027 (most have nothing to import)
+        """Import what `build` needs. It runs while `torch.nn.init` is replaced, and what is imported then may remember that."""
+
     @abstractmethod
     def build(self, setting: Setting, weights: Mapping[str, Tensor]) -> PeerModel:
         """The model, with ``weights`` (a `HuBERTPretrainModel`'s ``state_dict``), on the device, in training mode."""

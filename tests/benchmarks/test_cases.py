@@ -23,7 +23,11 @@ def cpu_plan(kinds=KINDS):
 def test_the_first_case_is_a_step_of_base_with_500_classes_by_all_peers():
     for first in (gpu_plan()[0], cpu_plan()[0]):
         assert (first.kind, first.architecture.name, first.num_classes) == ("step", "base", 500)
-        assert first.dtype == torch.bfloat16 and first.peers is None and not first.without and first.layout == "even"
+        assert first.dtype == torch.bfloat16 and first.peers is None and first.layout == "even"
+    assert not cpu_plan()[0].without
+    first = gpu_plan()[0]
+    (compiled,) = (each for each in gpu_plan(["step"]) if each.peers == first.without)
+    assert (compiled.name, compiled.dtype, compiled.lengths) == (first.name, first.dtype, first.lengths)
     assert gpu_plan()[0].audio_seconds == 175.0
 
 
@@ -60,7 +64,7 @@ def test_only_what_is_asked_for_is_planned():
 
 def test_cases_that_differ_have_different_names():
     for cases in (gpu_plan(), cpu_plan()):
-        named = [(each.kind, each.name, each.dtype, each.axis) for each in cases if isinstance(each, Case)]
+        named = [(each.kind, each.name, each.dtype, each.axis, each.peers) for each in cases if isinstance(each, Case)]
         assert len(set(named)) == len(named)
 
 

@@ -14,10 +14,10 @@ CPU = torch.device("cpu")
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is counted as Linux tells it")
 def test_the_peak_is_what_the_call_takes_at_a_time():
     def call():
-        for _ in range(3):
-            torch.ones(25_000_000)  # 100 MB, given back each time
+        for _ in range(10):
+            torch.ones(25_000_000)  # 100 MB, given back each time, sometimes late
 
-    assert 95e6 < peak_of(call, CPU) < 130e6
+    assert 95e6 < peak_of(call, CPU) < 400e6
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is counted as Linux tells it")

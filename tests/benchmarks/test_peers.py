@@ -37,7 +37,7 @@ def _available(peer, setting):
 def test_every_peer_agrees_with_the_reference(peer, architecture):
     setting = replace(BFLOAT16, architecture=architecture)
     found = check(_available(peer, setting), setting)
-    assert set(found) == {"loss", "gradient", "features", "loss in bfloat16"}
+    assert set(found) == {"loss", "gradient", "features", "loss in bfloat16", "gradient in bfloat16"}
     assert found["loss"] < 1e-5 and found["gradient"] < 1e-5 and found["features"] < 1e-4
 
 
@@ -94,6 +94,11 @@ def _with_half_a_gradient(model, loss, batch):
     return 0.5 * value + 0.5 * value.detach()
 
 
+def _with_gradients_of_the_wrong_sign(model, loss, batch):
+    value = loss(batch)
+    return 2 * value.detach() - value
+
+
 def _with_frozen_classes(model, loss, batch):
     model.module.model.logit_generator.label_embeddings.requires_grad_(False)
     return loss(batch)
@@ -118,7 +123,8 @@ def _one_frame_short(model, features, batch):
         ("loss", _unaware_of_padding, "loss differs by"),
         ("loss", _with_other_labels, "loss differs by"),
         ("loss", _without_a_number, "loss differs by nan%"),
-        ("loss", _with_half_a_gradient, r"gradient differs by 50\.00% in float32, and 0\.10% is allowed"),
+        ("loss", _with_half_a_gradient, r"gradient differs by \d+\.\d\d% in float32, and 0\.10% is allowed"),
+        ("loss", _with_gradients_of_the_wrong_sign, "gradient differs by"),
         ("loss", _without_backward_of_the_encoder, r"no gradient reaches model\.wav2vec2\.\S+ and \d+ more$"),
         ("loss", _without_backward_of_the_penalty, "gradient differs by"),
         ("loss", _with_frozen_classes, r"no gradient reaches model\.logit_generator\.label_embeddings$"),
@@ -282,3 +288,12 @@ def test_a_built_model_has_the_weights_that_it_was_given_although_none_were_draw
     model = build(by_name("hubert_fast"), FLOAT32, weights).module.model
     assert all(torch.equal(each, weights[name]) for name, each in model.state_dict().items())
     assert torch.nn.init.normal_(torch.zeros(3)).count_nonzero() == 3  # drawing works again
+
+
+def test_a_peer_that_does_nothing_backwards_in_16_bits_alone_is_rejected(monkeypatch):
+    def loss(model, loss, batch):
+        value = loss(batch)
+        return 0.1 * value + 0.9 * value.detach() if torch.is_autocast_enabled("cpu") else value
+
+    with pytest.raises(DifferentWork, match=r"gradient differs by \d+\.\d\d% in bfloat16"):
+        check(Wrong("loss", loss), BFLOAT16)

@@ -44,7 +44,7 @@ class Side:
         torch.manual_seed(0)
         weights = hubert_pretrain_model(**TINY.factory_arguments(CLASSES)).state_dict()
         self.model: PeerModel = peer.build(setting, weights)
-        self.training = TrainingStep(self.model, CPU)
+        self.training = TrainingStep(self.model)
         self.batch = batches.make([8_000, 6_000], TINY, CLASSES)
         self.step()  # the first one is slower
 
