@@ -80,8 +80,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
             options.peers = [by_name(name).name for name in options.peers]
         except ValueError as error:
             parser.error(str(error))
+    if options.fail_above is not None and not (options.compare and options.fail_above >= 0):
+        parser.error("--fail-above goes with --compare, and must be at least 0")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
+    if not options.compare:
+        if (options.out / "bench.json").exists():
+            parser.error(f"--out: {options.out} has a bench.json already, which would be lost; name another folder")
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out: {options.out} cannot be used: {error.strerror}")
     return options
 
 

@@ -64,6 +64,7 @@ def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch, capsy
     [
         (["--minutes", "0"], "--minutes must be positive"),
         (["--batch", "1.5", "3"], "--batch must be a whole number"),
+        (["--fail-above", "5"], "--fail-above goes with --compare"),
         (["--models", "huge"], "invalid choice: 'huge'"),
         (["--peers", "nobody"], "hubert_fast swapped in"),  # the names that there are
         (["--compare", "one.json"], "expected 2 arguments"),
@@ -74,6 +75,16 @@ def test_wrong_options_are_said_before_anything_is_measured(wrong, said, capsys)
     with pytest.raises(SystemExit) as stopped:
         main(wrong)
     assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_nothing_is_measured_into_a_folder_that_cannot_take_it_or_has_results(tmp_path, capsys):
+    save(fabricated.report(fabricated.row()), tmp_path / "bench.json")
+    before = (tmp_path / "bench.json").read_bytes()
+    for folder, said in ((tmp_path, "has a bench.json already"), (tmp_path / "bench.json", "cannot be used")):
+        with pytest.raises(SystemExit) as stopped:
+            main([*TINY, "step", "--out", str(folder)])
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
+    assert (tmp_path / "bench.json").read_bytes() == before
 
 
 def test_compare_shows_what_moved(tmp_path, capsys):
