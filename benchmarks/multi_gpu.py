@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -46,6 +47,21 @@ class Assumptions:
     length_spread: float = (
         0.03  # of step times between ranks, standard deviation over mean: batches are not equally full
     )
+
+    def __post_init__(self) -> None:
+        positive = (
+            "gpus_per_node",
+            "nvlink_bytes_per_second",
+            "network_bytes_per_second",
+            "reached_bandwidth",
+            "bucket_bytes",
+        )
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if not (value > 0 if each.name in positive else value >= 0):
+                raise ValueError(
+                    f"{each.name} must be {'positive' if each.name in positive else 'at least 0'}; got {value}"
+                )
 
 
 class Projection(NamedTuple):
@@ -137,7 +153,15 @@ def _buckets(architecture: Architecture, num_classes: int, assumptions: Assumpti
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    """Run the command; returns the exit status: 2 where what was given cannot be projected from."""
+    try:
+        return _main(_parser().parse_args(arguments))
+    except ValueError as error:
+        print(f"python -m benchmarks.multi_gpu: {error}", file=sys.stderr)
+        return 2
+
+
+def _main(options: argparse.Namespace) -> int:
     if (options.result is None) == (options.step_ms is None):
         raise SystemExit("give either a result file or --step-ms")
     assumptions = replace(Assumptions(), **dict(options.assume))

@@ -293,7 +293,7 @@ class Suite:
             if case.peers is not None and peer.name not in case.peers:
                 continue
             if peer.name in case.without:
-                self._note(case, peer, "compiled anew for every dtype, model and layout: measured in one case")
+                self._note(case, peer, "compiled anew for every dtype, model and layout, so in one case at most")
                 continue
             reason = peer.why_not(self._setting(case)) or self._too_large(case, peer)
             if reason is None:

@@ -107,3 +107,13 @@ def test_only_steps_of_ours_on_a_gpu_are_projected(tmp_path: Path, capsys: pytes
     save(report(row(case="on the CPU")), path)
     assert main([str(path)]) == 1
     assert "no training step of hubert_fast on a GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [(["--step-ms", "0"], "step_seconds"), (["/no/such.json"], "no/such.json"),
+     (["--step-ms", "20", "--assume", "reached_bandwidth=0"], "reached_bandwidth must be positive")],
+)  # fmt: skip
+def test_what_cannot_be_projected_from_is_said_without_a_traceback(given, named, capsys):
+    assert main(given) == 2
+    assert named in capsys.readouterr().err
