@@ -60,7 +60,7 @@ def check(peer: Peer, setting: Setting) -> dict[str, float]:
     exact = replace(setting, dtype=torch.float32)
     with _undisturbed(setting.device):
         truth = _truth(exact)
-        weights, batch = _weights(exact), _batch(setting, seed=1)
+        weights, batch = weights_of(exact), _batch(setting, seed=1)
         if peer.compiled or peer.why_not(exact) is not None:
             return _compare(peer, setting, weights, batch, truth, _IN_FLOAT32)
         differences = _compare(peer, exact, weights, batch, truth, _IN_FLOAT32)
@@ -111,7 +111,7 @@ def _assert_all_trained(peer: Peer, model: PeerModel) -> None:
 def _truth(setting: Setting) -> dict[str, Tensor]:
     """The same for all peers."""
     with hubert_fast.backend.using("reference"):
-        model, batch = ObjectiveModel(build_model(setting, _weights(setting))), _batch(setting, seed=1)
+        model, batch = ObjectiveModel(build_model(setting, weights_of(setting))), _batch(setting, seed=1)
         return {name: compute(model, setting, batch) for name, compute in _COMPUTE.items()}
 
 
@@ -166,8 +166,8 @@ _MEASURE = {"loss": _difference, "gradient": _largest_difference, "features": _d
 
 
 @functools.lru_cache(maxsize=1)
-def _weights(setting: Setting) -> dict[str, Tensor]:
-    """Fresh ones have norms at 1, biases at 0 and classes that all look alike, which would hide a mix-up."""
+def weights_of(setting: Setting) -> dict[str, Tensor]:
+    """A state dict. Fresh weights have norms at 1, biases at 0 and classes that all look alike, which would hide a mix-up."""
     torch.manual_seed(0)
     model = hubert_fast.hubert_pretrain_model(**setting.architecture.factory_arguments(setting.num_classes))
     with torch.no_grad():

@@ -32,7 +32,7 @@ class ObjectiveModel(PeerModel):
         return _last_layer(self.module.model, batch)
 
 
-class _SwappedInModel(PeerModel):
+class SwappedInModel(PeerModel):
     """Lengths are where a script written for torchaudio has them: on the device."""
 
     def __init__(self, model: hubert_fast.HuBERTPretrainModel) -> None:
@@ -75,4 +75,4 @@ class HubertFastSwappedIn(Ours):
     name = "hubert_fast swapped in"
 
     def build(self, setting: Setting, weights: Mapping[str, Tensor]) -> PeerModel:
-        return _SwappedInModel(build_model(setting, weights))
+        return SwappedInModel(build_model(setting, weights))

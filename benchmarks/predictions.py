@@ -1,0 +1,73 @@
+"""What a training step is predicted to take on an H100, part by part: arithmetic, made before anything ran on a GPU.
+
+HuBERT Base, 175 s of audio (8,743 rows), bfloat16, 500 classes; matrix products at 798 TFLOP/s, copies at 3.0 TB/s. Times are
+of the GPU, in milliseconds. How each was counted is in NOTES.md; ``scripts/gpu-check`` prints what it measures beside them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+AUDIO_SECONDS = 175.0
+TFLOPS, COPY_TB_PER_S = 798.0, 3.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the step.
+
+    ``floor_ms``: bytes over bandwidth or FLOPs over rate, whichever is larger. ``predicted_ms``: of the code as it stood when
+    this was written; ``improved_ms``: after the changes that NOTES.md lists. ``operators``: how the
+    profiler's names of what belongs to it begin, a backward's like its forward's; `part_of` tells the two parts that have none.
+    """
+
+    name: str
+    launches: int
+    floor_ms: float
+    predicted_ms: float
+    improved_ms: float
+    operators: tuple[str, ...] = ()
+
+
+LINEAR = Part("linear products", 150, 5.4, 8.3, 8.1)
+REST = Part("casts, adds, concatenations, sums", 237, 0.0, 2.25, 0.3)
+
+# What computes the linear layers; autocast's casts lie around it.
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
+
+PARTS = (
+    Part("conv front end", 100, 3.2, 5.75, 5.5, ("hubert_fast::conv_frontend",)),
+    Part("attention", 48, 0.9, 2.9, 2.3, ("hubert_fast::masked_attention",)),
+    Part("residual LayerNorm", 80, 1.5, 2.05, 2.05,
+         ("hubert_fast::residual_layer_norm", "hubert_fast::bias_dropout_residual")),
+    Part("bias + GELU", 36, 0.0, 1.25, 0.5, ("hubert_fast::bias_gelu_dropout",)),
+    Part("positional convolution", 14, 0.31, 0.88, 0.6, ("hubert_fast::positional_conv",)),
+    Part("loss, mask, penalty", 50, 0.1, 0.33, 0.3,
+         ("hubert_fast::cosine_cross_entropy", "hubert_fast::cosine_logits", "hubert_fast::mask_fill")),
+    Part("AdamW, clipping", 15, 0.9, 1.35, 0.95, ("Optimizer.", "aten::_foreach_", "aten::_fused_adamw_")),
+    LINEAR,
+    REST,
+)  # fmt: skip
+
+# Between the kernels of a CUDA graph, and all of it.
+GAPS_MS = (0.6, 0.5)
+STEP_MS = (25.3, 21.5)
+STEP_RANGE_MS = (22.5, 29.0)  # of the first
+
+# Milliseconds that the host needs for a step: without a graph (lowest, highest), and to launch one.
+HOST_MS = (45.0, 55.0)
+GRAPH_HOST_MS = 5.0
+
+AIM_MS = 22.4  # 7,800 seconds of audio a second
+
+
+def part_of(names: list[str]) -> Part:
+    """The part that a kernel belongs to.
+
+    Args:
+        names: of the profiler's events around its launch, the innermost first.
+    """
+    for part in PARTS:
+        if any(name.startswith(part.operators) for name in names):
+            return part
+    return LINEAR if names and names[0] in _PRODUCTS else REST

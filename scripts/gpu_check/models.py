@@ -1,0 +1,66 @@
+"""The models, batches and backends of the check's stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+import hubert_fast
+from benchmarks.architecture import ARCHITECTURES, Architecture
+from benchmarks.batches import SAMPLE_RATE, Batch, even, make
+from benchmarks.operators import OPERATORS as MEASURED
+from benchmarks.peers.peer import Setting
+from scripts.gpu_check.device import DEVICE, ON_GPU
+from scripts.gpu_check.facts import Facts
+
+NUM_CLASSES = 500
+
+# Those of a training step that have kernels; masks are drawn on the host.
+OPERATORS = tuple(each for each in MEASURED if each != "span_mask")
+
+# A CPU, which stands in to try the script, has no kernels of ours; what runs there is PyTorch's formulation.
+FASTEST = "auto" if ON_GPU else "torch"
+
+
+def architecture(name: str) -> Architecture:
+    """A published one; on a CPU "tiny", with the norms of ``name``."""
+    if ON_GPU:
+        return ARCHITECTURES[name]
+    like = ARCHITECTURES[name]
+    return ARCHITECTURES["tiny"].changed(norm=like.norm, pre_norm=like.pre_norm)
+
+
+def setting(chosen: Architecture, dtype: str, *, padded: bool = False) -> Setting:
+    return Setting(chosen, NUM_CLASSES, torch.device(DEVICE), getattr(torch, dtype), padded)
+
+
+def full_batches(chosen: Architecture, count: int) -> list[Batch]:
+    """Of 175 s of audio without padding: 14 x 12.5 s. On a CPU of 1 s."""
+    lengths = even(14, 12.5) if ON_GPU else even(2, 0.5)
+    return [make(lengths, chosen, NUM_CLASSES, seed=number).to(DEVICE) for number in range(count)]
+
+
+def padded_batch(chosen: Architecture) -> Batch:
+    """Three utterances of different lengths."""
+    seconds = (12.5, 9.0, 3.0) if ON_GPU else (0.6, 0.5, 0.4)
+    return make([round(each * SAMPLE_RATE) for each in seconds], chosen, NUM_CLASSES, seed=1).to(DEVICE)
+
+
+@contextmanager
+def kernels_of(operators: tuple[str, ...]) -> Iterator[None]:
+    """Inside it ``operators`` run on their fastest backend, all others by the reference's formulas."""
+    with hubert_fast.backend.using("reference"):
+        for each in operators:
+            hubert_fast.backend.use(FASTEST, each)
+        yield
+
+
+def leave_out_broken(facts: Facts) -> list[str]:
+    """Have operators whose kernels `smoke` found broken run by PyTorch, so that all else can still be measured."""
+    failed = [each["item"] for each in facts.of("smoke") if "failed" in each or each.get("ok") is False]
+    broken = [name for name in OPERATORS if any(item.startswith(f"{name}, ") for item in failed)]
+    for each in broken:
+        hubert_fast.backend.use("torch", each)
+    return broken

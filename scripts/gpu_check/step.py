@@ -1,0 +1,173 @@
+"""How fast: whole training steps, sides in turn in one process, and where our step's time goes.
+
+    python -m scripts.gpu_check.step OUT [peers]           # a side that ends its process is noted, and the others go on
+    python -m scripts.gpu_check.step OUT NAME here         # NAME "ours" or "peers", in this process
+
+HuBERT Base, bfloat16, 175 s of audio without padding, 500 classes, dropout on, LayerDrop off.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Optional
+
+import torch
+
+import hubert_fast
+from benchmarks.flops import step_flops
+from benchmarks.memory import held_by, peak_of
+from benchmarks.peers import by_name
+from benchmarks.peers.agreement import check
+from benchmarks.peers.building import build
+from benchmarks.peers.peer import PeerModel, Setting
+from benchmarks.training import TrainingStep
+from scripts.gpu_check import isolated
+from scripts.gpu_check.device import DEVICE, ON_GPU, is_lost, synchronize
+from scripts.gpu_check.facts import Facts, facts_of_process, first_line
+from scripts.gpu_check.models import NUM_CLASSES, architecture, full_batches, leave_out_broken, setting
+from scripts.gpu_check.profile import profile
+
+SIDES = {
+    "ours": ("hubert_fast", "torchaudio", "hubert_fast graph"),
+    "peers": (
+        "hubert_fast", "hubert_fast swapped in", "transformers sdpa", "torchaudio masked only", "minimal-hubert",
+        "torchaudio compiled",
+    ),
+}  # fmt: skip
+
+_BATCHES = 4
+_ROUNDS = 12 if ON_GPU else 2
+# Medians so far are noted after these rounds, for a process that is stopped.
+_NOTED_AFTER = (1, 3, _ROUNDS)
+
+
+@dataclass
+class _Side:
+    name: str
+    step: TrainingStep
+    seconds: list[float] = field(default_factory=list)
+    host_seconds: list[float] = field(default_factory=list)
+
+
+def main() -> int:
+    facts = facts_of_process()
+    sides = sys.argv[2] if sys.argv[2:] else "ours"
+    if sys.argv[3:] != ["here"]:
+        return isolated.run(facts, part_of_facts(sides), "scripts.gpu_check.step", sides, "here")
+    leave_out_broken(facts)
+    # As the suite sets them: shapes repeat, and all sides compute in TF32 what they compute in float32.
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    _measure(facts, sides)
+    return 0
+
+
+def part_of_facts(sides: str) -> str:
+    """Facts of both stages are read alike, and are told apart by this name."""
+    return "step" if sides == "ours" else "step peers"
+
+
+def _measure(facts: Facts, which: str) -> None:
+    part = part_of_facts(which)
+    items = isolated.Items(facts, part)
+    chosen = setting(architecture("base"), "bfloat16")
+    batches = full_batches(chosen.architecture, _BATCHES)
+    weights = _weights(chosen)
+    flops = step_flops(chosen.architecture, batches[0].samples, NUM_CLASSES, int(batches[0].mask.sum()))
+    sides = []
+    for name in items.left(SIDES[which]):
+        side = _built(facts, part, name, chosen, weights, batches)
+        if side is not None:
+            sides.append(side)
+    for number in range(1, _ROUNDS + 1):
+        for side in list(sides):
+            items.begin(side.name)
+            try:
+                _round(side, batches, chosen, seed=number)
+            except Exception as error:
+                sides.remove(side)
+                _note_failure(facts, part, side.name, error)
+        if number in _NOTED_AFTER:
+            for side in sides:
+                figures = _figures(side, flops)
+                facts.note(part, peer=side.name, rounds=number, audio_s=batches[0].audio_seconds, **figures)
+    ours = next((side for side in sides if side.name == "hubert_fast"), None)
+    if which == "ours" and ours is not None:
+        items.begin("profile")
+        profile(facts, ours.step, batches, chosen, statistics.median(ours.seconds))
+
+
+def _weights(chosen: Setting) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        arguments = chosen.architecture.factory_arguments(NUM_CLASSES)
+        return hubert_fast.hubert_pretrain_model(**arguments).state_dict()
+
+
+def _built(facts: Facts, part: str, name: str, chosen: Setting, weights, batches) -> Optional[_Side]:
+    """The side after its first steps, or None where it cannot run here or fails, which is noted."""
+    peer = by_name(name)
+    reason = peer.why_not(chosen)
+    if reason is not None:
+        facts.note(part, item=name, failed=reason)
+        return None
+    try:
+        differences = check(peer, chosen)  # one that does other work is not timed
+        model = build(peer, chosen, weights)
+        step = TrainingStep(model)
+        started = time.monotonic()
+        step(batches[0], chosen.dtype)
+        synchronize()
+        first = round(time.monotonic() - started, 2)
+        step(batches[1], chosen.dtype)
+        memory = _memory(model, step, chosen, batches)
+    except Exception as error:
+        _note_failure(facts, part, name, error)
+        return None
+    facts.note(part, peer=name, version=peer.version(), check=differences, first_s=first, **memory)
+    return _Side(name, step)
+
+
+def _note_failure(facts: Facts, part: str, name: str, error: Exception) -> None:
+    facts.note(part, item=name, failed=first_line(error))
+    if is_lost():
+        sys.exit(isolated.LOST)
+
+
+def _memory(model: PeerModel, step: TrainingStep, chosen: Setting, batches) -> dict[str, Optional[float]]:
+    peak = peak_of(lambda: step(batches[2], chosen.dtype), chosen.device)
+    # A graph's memory lies in a pool of its own, of which a replay says nothing; what is reserved has it.
+    reserved = torch.cuda.memory_reserved() / 2**30 if ON_GPU else None
+    if peak is None or model.overwrites_gradients:
+        return {"peak_gib": None, "reserved_gib": reserved}
+    return {"peak_gib": (held_by(model.module, step.optimizer) + peak) / 2**30, "reserved_gib": reserved}
+
+
+def _round(side: _Side, batches, chosen: Setting, *, seed: int) -> None:
+    torch.manual_seed(seed)
+    for batch in batches:
+        synchronize()
+        started = time.perf_counter()
+        side.step(batch, chosen.dtype)
+        side.host_seconds.append(time.perf_counter() - started)
+        synchronize()
+        side.seconds.append(time.perf_counter() - started)
+
+
+def _figures(side: _Side, flops: float) -> dict[str, float]:
+    ordered, count = sorted(side.seconds), len(side.seconds)
+    median = statistics.median(ordered)
+    return {
+        "ms": 1e3 * median,
+        "p20_ms": 1e3 * ordered[count // 5],
+        "p80_ms": 1e3 * ordered[4 * count // 5],
+        "host_ms": 1e3 * statistics.median(side.host_seconds),
+        "tflops": flops / median / 1e12,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
