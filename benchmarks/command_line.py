@@ -16,7 +16,12 @@ from .architecture import ARCHITECTURES
 from .machine import describe, processor_flags
 
 _KINDS = ("step", "inference", "operators", "scaling")
-_SETTINGS = ("HUBERT_FAST_BACKEND", "HUBERT_FAST_AUTOTUNE", "HUBERT_FAST_INSTRUCTION_SET")
+_SETTINGS = (
+    "HUBERT_FAST_BACKEND",
+    "HUBERT_FAST_AUTOTUNE",
+    "HUBERT_FAST_INSTRUCTION_SET",
+    "HUBERT_FAST_OVERLAPPING_MAPS",
+)
 _DTYPES = ("bfloat16", "float16", "float32")
 
 

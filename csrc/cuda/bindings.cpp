@@ -3,6 +3,7 @@
 #include "bindings.h"
 
 #include <cuda_runtime_api.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <stdexcept>
@@ -206,6 +207,7 @@ void bind_products(py::module_& m) {
   m.def(
       "tensor_core_products_available", [](int dtype) { return tensor_core_products_available(dtype_of(dtype)); },
       arg("dtype"), unlocked());
+  m.def("overlapping_maps", &overlapping_maps, unlocked());
   py::class_<Product>(m, "Product", py::module_local())
       .def(py::init([](Address input, Size input_stride, Address weight, Size rows, Size columns, Size depth) {
              return Product{data(input), input_stride, data(weight), rows, columns, depth};

@@ -10,6 +10,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "dtype.h"
 
@@ -28,6 +29,11 @@ struct Product {
 // Whether these products are there for a dtype on the current device: those for sm_90a on Hopper (compute capability 9.0),
 // those for sm_80 (sm80_kernels.h) on every other GPU of 8.0 or newer, and on Hopper where a build has no others.
 bool tensor_core_products_available(Dtype dtype);
+
+// Whether these products load rows that overlap as they are on the current device (overlapping_maps.h); if not, each product
+// with such rows is split into several without, and its result is the same to the bit. Null where the question does not
+// arise, because products there do not load through tensor maps or there are none.
+std::optional<bool> overlapping_maps();
 
 // out = product + bias. `bias` is [columns] float, or null; rows of `out` are `out_stride` apart.
 void product(const Product& operands, const float* bias, void* out, std::int64_t out_stride, Dtype dtype,

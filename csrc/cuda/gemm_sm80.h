@@ -149,10 +149,11 @@ void product(const Product& operands, const float* bias, void* out, std::int64_t
 }
 
 template <class Element>
-void product_gelu(const Product& operands, const float* bias, void* z, void* activation, cudaStream_t stream) {
+void product_gelu(const Product& operands, const float* bias, void* z, void* activation, std::int64_t out_stride,
+                  cudaStream_t stream) {
   run_rows<Element, GeluEpilogue<Element>>(
       operands,
-      {{{{{}, {bias}, {}}, stored<Element>(z, operands.columns)}, {}}, stored<Element>(activation, operands.columns)},
+      {{{{{}, {bias}, {}}, stored<Element>(z, out_stride)}, {}}, stored<Element>(activation, out_stride)},
       "product_gelu", stream);
 }
 
@@ -168,14 +169,14 @@ void product_gelu_gradient(const Product& operands, const void* z, void* out, vo
 
 template <class Element>
 void weight_gradient_parts(const void* gradient, const void* input, std::int64_t input_stride, float* partial,
-                           std::int64_t parts, std::int64_t part_rows, std::int64_t channels, std::int64_t depth,
-                           cudaStream_t stream) {
+                           std::int64_t partial_stride, std::int64_t parts, std::int64_t part_rows,
+                           std::int64_t channels, std::int64_t depth, cudaStream_t stream) {
   using Kernel = WeightKernel<Element>;
   const typename Kernel::Arguments arguments(
       cutlass::gemm::GemmUniversalMode::kBatched,
       {static_cast<int>(channels), static_cast<int>(depth), static_cast<int>(part_rows)}, static_cast<int>(parts), {},
-      gradient, input, nullptr, partial, part_rows * channels, part_rows * input_stride, 0, channels * depth, channels,
-      input_stride, std::int64_t{0}, depth);
+      gradient, input, nullptr, partial, part_rows * channels, part_rows * input_stride, 0, channels * partial_stride,
+      channels, input_stride, std::int64_t{0}, partial_stride);
   run<Kernel>(arguments, "weight_gradient", stream);
 }
 

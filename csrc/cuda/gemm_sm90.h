@@ -1,8 +1,9 @@
 // The products of gemm.h as CUTLASS 3.x kernels for sm_90a: operands through the bulk copy engine, wgmma, warp
 // specialisation, persistent blocks. One .cu file instantiates one kernel, so that they compile beside each other.
 //
-// The tensor map of an input with overlapping rows is an ordinary one: extents (depth, rows) and a row stride smaller than
-// depth. The copy engine bounds-checks coordinates against extents only, and strides need only be multiples of 16 bytes.
+// The tensor map of an input with overlapping rows has extents (depth, rows) and a row stride smaller than depth. The copy
+// engine bounds-checks coordinates against extents only, and strides need only be multiples of 16 bytes; but the driver, which
+// encodes the map, does not promise to take it. Where it refuses, gemm.cpp splits the product (overlapping_maps.h).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -185,11 +186,12 @@ void product(const Product& operands, const float* bias, void* out, std::int64_t
 }
 
 template <class Element>
-void product_gelu(const Product& operands, const float* bias, void* z, void* activation, cudaStream_t stream) {
+void product_gelu(const Product& operands, const float* bias, void* z, void* activation, std::int64_t out_stride,
+                  cudaStream_t stream) {
   using Epilogue = GeluEpilogue<Element>;
   const typename Epilogue::Callbacks::Arguments callbacks{
-      {{{}, {bias}, {}}, {static_cast<Element*>(z), RowStride{operands.columns, _1{}, 0}}}, {}};
-  run_rows<Element, Epilogue>(operands, callbacks, nullptr, activation, operands.columns, "product_gelu", stream);
+      {{{}, {bias}, {}}, {static_cast<Element*>(z), RowStride{out_stride, _1{}, 0}}}, {}};
+  run_rows<Element, Epilogue>(operands, callbacks, nullptr, activation, out_stride, "product_gelu", stream);
 }
 
 template <class Element>
@@ -203,11 +205,11 @@ void product_gelu_gradient(const Product& operands, const void* z, void* out, vo
 
 template <class Element>
 void weight_gradient_parts(const void* gradient, const void* input, std::int64_t input_stride, float* partial,
-                           std::int64_t parts, std::int64_t part_rows, std::int64_t channels, std::int64_t depth,
-                           cudaStream_t stream) {
+                           std::int64_t partial_stride, std::int64_t parts, std::int64_t part_rows,
+                           std::int64_t channels, std::int64_t depth, cudaStream_t stream) {
   using Kernel = typename WeightProduct<Element>::Kernel;
   using ColumnStride = Stride<_1, std::int64_t, std::int64_t>;
-  const RowStride out_layout{depth, _1{}, channels * depth};
+  const RowStride out_layout{partial_stride, _1{}, channels * partial_stride};
   const typename Kernel::Arguments arguments{
       cutlass::gemm::GemmUniversalMode::kGemm,
       {static_cast<int>(channels), static_cast<int>(depth), static_cast<int>(part_rows), static_cast<int>(parts)},

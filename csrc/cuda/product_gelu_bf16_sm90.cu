@@ -3,8 +3,9 @@
 
 namespace hubert_fast::cuda::sm90 {
 
-void product_gelu_bf16(const Product& operands, const float* bias, void* z, void* activation, cudaStream_t stream) {
-  product_gelu<cutlass::bfloat16_t>(operands, bias, z, activation, stream);
+void product_gelu_bf16(const Product& operands, const float* bias, void* z, void* activation, std::int64_t out_stride,
+                       cudaStream_t stream) {
+  product_gelu<cutlass::bfloat16_t>(operands, bias, z, activation, out_stride, stream);
 }
 
 }  // namespace hubert_fast::cuda::sm90

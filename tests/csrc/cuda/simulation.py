@@ -8,14 +8,16 @@ As a program, it checks the kernels once over the shapes that exercise every bra
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Optional
+from typing import Iterator, Optional
 
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ SOURCES = [
     "csrc/cuda/activations.cu",
     "csrc/cuda/bindings.cpp",
     "csrc/cuda/gemm.cpp",
+    "csrc/cuda/overlapping_maps.cpp",
     "tests/csrc/cuda/simulated_device.cpp",
     "tests/csrc/cuda/simulated_module.cpp",
 ]
@@ -90,6 +93,21 @@ def load(folder: Path) -> ModuleType:
     return module
 
 
+_new_devices = itertools.count(1)
+
+
+@contextmanager
+def driver(module: ModuleType, *, takes_overlapping_maps: bool) -> Iterator[None]:
+    """A device that nothing was asked about yet, with such a driver; device 0, whose driver takes every map, after it."""
+    module.set_driver(takes_overlapping_maps)
+    module.cuda.set_device(next(_new_devices))
+    try:
+        yield
+    finally:
+        module.set_driver(True)
+        module.cuda.set_device(0)
+
+
 class Kernels:
     """The simulated ``_C.cuda``, with or without its tensor-core products."""
 
@@ -142,5 +160,7 @@ def check(module: ModuleType, dtype: torch.dtype, *, tensor_cores: bool, orders:
 if __name__ == "__main__":
     simulated = load(Path(sys.argv[1]))
     check(simulated, torch.float32, tensor_cores=False)
-    check(simulated, torch.bfloat16, tensor_cores=True)
+    for takes in (True, False):
+        with driver(simulated, takes_overlapping_maps=takes):
+            check(simulated, torch.bfloat16, tensor_cores=True)
     print("clean")

@@ -24,6 +24,11 @@ def simulated(tmp_path_factory):
     return simulation.load(folder)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_overrules_the_driver(monkeypatch):
+    monkeypatch.delenv("HUBERT_FAST_OVERLAPPING_MAPS", raising=False)
+
+
 @pytest.mark.parametrize("tensor_cores", [False, True], ids=["torch-products", "tensor-core-products"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_agree_with_the_reference_in_any_order_of_threads(simulated, dtype, tensor_cores):
@@ -92,6 +97,128 @@ def test_products_are_chosen_by_the_device(simulated, capability, expected, dtyp
         else:
             cuda.product(operands, **call)
             assert simulated.product_namespace() == expected
+    finally:
+        simulated.set_compute_capability(9, 0)
+
+
+def _split_and_whole(simulated, compute):
+    """What ``compute`` gives over a driver that refuses overlapping rows, as the kernels then do, and over one that does not."""
+    results = []
+    for takes in (False, True):
+        with simulation.driver(simulated, takes_overlapping_maps=takes):
+            results.append(compute())
+            assert simulated.product_namespace() == "sm90"
+            assert simulated.cuda.overlapping_maps() == takes
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
+@pytest.mark.parametrize(("batch", "samples"), [(1, 400), (1, 719), (2, 2700), (3, 1111)])
+def test_front_end_without_overlapping_maps_is_the_same_to_the_bit(simulated, norm, dtype, batch, samples):
+    problem = Problem(HUBERT, norm=norm, batch=batch, samples=samples, channels=64, dtype=dtype, seed=samples)
+    split, whole = _split_and_whole(simulated, lambda: simulation.run(simulated, problem, tensor_cores=True))
+    assert all(torch.equal(*pair) for pair in zip(split, whole, strict=True))
+    errors = [error(*pair) for pair in zip(split, problem.reference(), strict=True)]
+    assert max(errors) <= {torch.bfloat16: 0.06, torch.float16: 0.01}[dtype], errors
+
+
+# Depths of up to three strides; a depth and a stride that differ by less than a stride; rows that do not overlap.
+WINDOWS = [(24, 16), (24, 8), (40, 16), (528, 520), (1536, 1024), (16, 16), (16, 24)]
+
+
+@pytest.mark.parametrize(("depth", "stride"), WINDOWS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 10])
+def test_products_without_overlapping_maps_are_the_same_to_the_bit(simulated, rows, depth, stride):
+    cuda, columns = simulated.cuda, 8
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    memory, weight, z = randn((rows - 1) * stride + depth), randn(columns, depth), randn(rows, 2 * columns)
+    gradient, bias = randn(rows, columns), randn(columns).float()
+    operands = cuda.Product(
+        input=memory.data_ptr(), input_stride=stride, weight=weight.data_ptr(), rows=rows, columns=columns, depth=depth
+    )
+    settings = {"dtype": 1, "stream": 0}
+
+    def compute():
+        tight = [torch.full((rows, columns), 7.0).bfloat16() for _ in range(3)]
+        wide = [torch.full((rows, 2 * columns), 7.0).bfloat16() for _ in range(4)]
+        product, out, activation, alone = (each.data_ptr() for each in wide)
+        cuda.product(operands, bias=bias.data_ptr(), out=product, out_stride=2 * columns, **settings)
+        kept, activated, again = (each.data_ptr() for each in tight)
+        cuda.product_gelu(operands, bias=bias.data_ptr(), z=kept, activation=activated, **settings)
+        cuda.product_gelu(operands, bias=bias.data_ptr(), z=0, activation=again, **settings)
+        shared = {"z": z.data_ptr(), "out_stride": 2 * columns, **settings}
+        cuda.product_gelu_gradient(operands, out=out, activation=activation, **shared)
+        cuda.product_gelu_gradient(operands, out=alone, activation=0, **shared)
+        sums = []
+        for part_rows in (1, 3, 16):
+            partial = torch.full((-(-rows // part_rows), columns, depth), float("nan"))
+            cuda.weight_gradient(
+                gradient=gradient.data_ptr(), input=memory.data_ptr(), input_stride=stride, partial=partial.data_ptr(),
+                rows=rows, part_rows=part_rows, channels=columns, depth=depth, **settings,
+            )  # fmt: skip
+            sums.append(partial)
+        return [*tight, *wide, *sums]
+
+    split, whole = _split_and_whole(simulated, compute)
+    assert all(torch.equal(*pair) for pair in zip(split, whole, strict=True))
+    windows = memory.as_strided((rows, depth), (stride, 1)).double()
+    product = windows @ weight.double().T + bias.double()
+    for given in (split[0], split[3][:, :columns]):
+        assert error(given, product) <= 0.01
+    assert all((each[:, columns:] == 7.0).all() for each in split[3:7])
+    assert all(error(each.sum(0), gradient.double().T @ windows) <= 1e-5 for each in split[7:])
+
+
+@pytest.mark.parametrize("takes", [False, True])
+def test_the_driver_is_asked_once_a_device(simulated, takes):
+    for _ in range(2):
+        with simulation.driver(simulated, takes_overlapping_maps=takes):
+            assert [simulated.cuda.overlapping_maps() for _ in range(3)] == [takes] * 3
+            assert simulated.maps_encoded() == 1
+
+
+@pytest.mark.parametrize(("value", "expected", "asked"), [("0", False, 0), ("1", True, 0), ("", None, 1)])
+@pytest.mark.parametrize("takes", [False, True])
+def test_the_environment_overrules_the_driver(simulated, monkeypatch, value, expected, asked, takes):
+    monkeypatch.setenv("HUBERT_FAST_OVERLAPPING_MAPS", value)
+    with simulation.driver(simulated, takes_overlapping_maps=takes):
+        assert simulated.cuda.overlapping_maps() == (takes if expected is None else expected)
+        assert simulated.maps_encoded() == asked
+
+
+def test_maps_that_are_used_against_the_drivers_word_fail(simulated, monkeypatch):
+    monkeypatch.setenv("HUBERT_FAST_OVERLAPPING_MAPS", "1")
+    problem = Problem(HUBERT, norm="group_norm", batch=1, samples=719, channels=64, dtype=torch.bfloat16)
+    with simulation.driver(simulated, takes_overlapping_maps=False):
+        with pytest.raises(RuntimeError, match="cuTensorMapEncodeTiled failed with CUresult 1"):
+            simulation.run(simulated, problem, tensor_cores=True)
+
+
+def test_a_wrong_value_in_the_environment_is_an_error(simulated, monkeypatch):
+    monkeypatch.setenv("HUBERT_FAST_OVERLAPPING_MAPS", "no")
+    with simulation.driver(simulated, takes_overlapping_maps=True):
+        with pytest.raises(ValueError, match="HUBERT_FAST_OVERLAPPING_MAPS is 'no'; accepted are 0, 1 or unset"):
+            simulated.cuda.overlapping_maps()
+        monkeypatch.setenv("HUBERT_FAST_OVERLAPPING_MAPS", "0")
+        assert simulated.cuda.overlapping_maps() is False  # an error is no answer that would be kept
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (10, 0)])
+def test_products_without_tensor_maps_take_overlapping_rows(simulated, capability):
+    problem = Problem(HUBERT[:3], norm="group_norm", batch=1, samples=719, channels=64, dtype=torch.bfloat16)
+    simulated.set_compute_capability(*capability)
+    try:
+        with simulation.driver(simulated, takes_overlapping_maps=False):
+            assert simulated.cuda.overlapping_maps() is None
+            if capability >= (8, 0):
+                simulation.run(simulated, problem, tensor_cores=True)
+                assert simulated.product_namespace() == "sm80"
+            assert simulated.maps_encoded() == 0
     finally:
         simulated.set_compute_capability(9, 0)
 
