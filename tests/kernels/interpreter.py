@@ -1,8 +1,8 @@
 """Repairs of Triton's interpreter (seen in 3.9): it truncates to bfloat16, and its products take bfloat16 for integers.
 
-A GPU rounds to nearest even and multiplies bfloat16 exactly. Importing this module gives the interpreter the same numbers. It
-also spares it a slow step: at every call of a device function it looks through all of triton.language for what it has to replace,
-which it has replaced already.
+A GPU rounds to nearest even and multiplies bfloat16 exactly. Importing this module gives the interpreter the same numbers. In 3.6
+its numbers are arrays of one element, which NumPy from 2.4 on refuses to take for an index. It is also spared a slow step: at
+every call of a device function it looks through all of triton.language for what it has to replace, which it has replaced already.
 """
 
 import numpy as np
@@ -12,6 +12,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 _cast, _dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+_patch_tensor = interpreter._patch_lang_tensor
 
 
 def _cast_rounded(self, source, target):
@@ -35,5 +36,11 @@ def _call_device_function(self, *args, **kwargs):
     return self.rewrite()(*args, **kwargs)
 
 
+def _patch_tensor_and_index(tensor, scope):
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
 InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = _cast_rounded, _dot_of_values
 InterpretedFunction.__call__ = _call_device_function
+interpreter._patch_lang_tensor = _patch_tensor_and_index
