@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import hubert_fast
+from hubert_fast import tf32
 
 from .architecture import ARCHITECTURES
 from .machine import describe, processor_flags
@@ -33,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
         from .compare import main_compare
 
         return main_compare(*options.compare, options.fail_above)
-    return _measure(options)
+    # PyTorch lets convolutions use TF32 and products not: implementations that compute one by the other would not be comparable.
+    with tf32.allowed(True):
+        return _measure(options)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -115,8 +118,6 @@ def _measure(options: argparse.Namespace) -> int:
     models = options.models or (["base", "large", "xlarge"] if device.type == "cuda" else ["base"])
     peers = PEERS if options.peers is None else tuple(by_name(name) for name in options.peers)
     torch.backends.cudnn.benchmark = True  # shapes repeat; peers that use cuDNN are to have its fastest
-    # PyTorch lets convolutions use TF32 and products not: implementations that compute one by the other would not be comparable.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     path = options.out / "bench.json"
     report = Report(describe(device), _settings(options, models, dtypes))
     interrupted = False
@@ -168,8 +169,8 @@ def _settings(options: argparse.Namespace, models: list[str], dtypes: list[torch
         "cases": options.cases,
         "batch": options.batch,
         "peers": options.peers,
-        "allow_tf32_in_products": torch.backends.cuda.matmul.allow_tf32,
-        "allow_tf32_in_convolutions": torch.backends.cudnn.allow_tf32,
+        "allow_tf32_in_products": tf32.in_products(),
+        "allow_tf32_in_convolutions": tf32.in_convolutions(),
         "environment": {key: os.environ[key] for key in _SETTINGS if key in os.environ},
         "backends": {each.operator: each.runs for each in hubert_fast.backend.report()},
     }

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hubert_fast import tf32
 from hubert_fast.kernels import dropout
 from hubert_fast.kernels import head_vectors as vectors
 from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
@@ -396,11 +397,10 @@ def masked_attention_backward(
 def _constants(qkv: Tensor, dropout_p: float) -> dict[str, object]:
     rows, _, heads, head_dim = qkv.shape
     width, rest = vectors.tiles(head_dim)
-    tf32 = qkv.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return {
         "rows": rows, "scale": _LOG2_E * head_dim**-0.5, "threshold": dropout.threshold(dropout_p), "HEADS": heads,
         "HEAD_DIM": head_dim, "WIDTH": width, "REST": rest, "DROPOUT": dropout_p > 0.0,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": "tf32" if qkv.dtype == torch.float32 and tf32.in_products() else "ieee",
     }  # fmt: skip
 
 

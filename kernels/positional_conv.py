@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hubert_fast import tf32
 from hubert_fast.kernels import weight_norm
 from hubert_fast.kernels.gelu import gelu, gelu_slope
 from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
@@ -319,7 +320,7 @@ def _filters_backward(x: Tensor, z_grad: Tensor, offsets: Tensor, packed: Tensor
 
 def _precision(x: Tensor) -> str:
     """As PyTorch's own convolutions, which use TF32 unless told otherwise."""
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if x.dtype == torch.float32 and tf32.in_convolutions() else "ieee"
 
 
 def _tile_columns(arch: int, width: int, taps: int, itemsize: int) -> tuple[int, int]:

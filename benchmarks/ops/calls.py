@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from hubert_fast import tf32
 
 from .case import Function, Inputs, OperatorCase, Side
 
@@ -89,7 +90,7 @@ class Calls:
     def _expected(self) -> list[Tensor]:
         if not self._truth:
             truth = self.case.truth
-            with _without_tf32():
+            with tf32.allowed(False):
                 inputs = truth.prepare(_widened(self.case.draw(0)))
                 self._truth = list(truth.canonical(self._results(truth.function, inputs)))
         return self._truth
@@ -128,19 +129,6 @@ def _difference(given: Tensor, wanted: Tensor) -> float:
     if not torch.equal(given.isfinite(), finite):
         return float("inf")
     return float((given - wanted)[finite].norm() / wanted[finite].norm().clamp(min=1e-30))
-
-
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [each.allow_tf32 for each in switches]
-    try:
-        for each in switches:
-            each.allow_tf32 = False
-        yield
-    finally:
-        for each, allowed in zip(switches, before):
-            each.allow_tf32 = allowed
 
 
 def _cache_bytes(device: str) -> int:

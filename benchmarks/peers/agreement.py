@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import hubert_fast
+from hubert_fast import tf32
 
 from ..batches import SAMPLE_RATE, Batch, make
 from .building import build
@@ -190,13 +191,5 @@ def _text(dtype: torch.dtype) -> str:
 @contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
     """Products in full float32; random numbers and settings are put back."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [each.allow_tf32 for each in backends]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            for each in backends:
-                each.allow_tf32 = False
-            yield
-        finally:
-            for each, allowed in zip(backends, before):
-                each.allow_tf32 = allowed
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), tf32.allowed(False):
+        yield

@@ -15,6 +15,7 @@ from benchmarks.peers.building import build
 from benchmarks.peers.ours import HubertFast, build_model
 from benchmarks.peers.ours_graph import GraphModel, HubertFastGraph, _Captured, _copy
 from benchmarks.peers.peer import Setting
+from hubert_fast import tf32
 
 CPU = torch.device("cpu")
 TINY = ARCHITECTURES["tiny"]
@@ -165,10 +166,10 @@ def test_a_check_leaves_random_numbers_backends_and_tf32_as_they_were():
     torch.manual_seed(3)
     wanted = torch.rand(3)
     torch.manual_seed(3)
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, hubert_fast.backend.report()
+    before = tf32.in_products(), tf32.in_convolutions(), hubert_fast.backend.report()
     with pytest.raises(DifferentWork):
         check(Wrong("loss", _one_percent_more), FLOAT32)
-    after = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, hubert_fast.backend.report()
+    after = tf32.in_products(), tf32.in_convolutions(), hubert_fast.backend.report()
     assert before == after
     assert torch.equal(torch.rand(3), wanted)
 

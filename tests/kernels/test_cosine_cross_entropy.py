@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hubert_fast import backend
+from hubert_fast import backend, tf32
 from hubert_fast.ops.cosine_cross_entropy import cosine_cross_entropy
 from hubert_fast.reference import cosine_cross_entropy as reference
 from tests.kernels.device import DEVICE
@@ -245,9 +245,5 @@ def test_the_models_shapes_are_as_precise_as_pytorch(shape, dtype):
         return x.to(dtype), embeddings
 
     functions = _functions(labels, frames_dtype=dtype)
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
+    with tf32.allowed(False):
         assert_kernels_as_precise(OPERATOR, *functions, draw, torch.float32, seeds=1, roundings=1.0)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed

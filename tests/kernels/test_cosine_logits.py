@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hubert_fast import backend
+from hubert_fast import backend, tf32
 from hubert_fast.ops.cosine_logits import cosine_logits
 from hubert_fast.reference import cosine_logits as reference
 from tests.kernels.device import DEVICE
@@ -177,9 +177,5 @@ def test_float64_is_refused_by_name():
 def test_the_models_shapes_are_as_precise_as_pytorch(shape, dtype):
     labels = _inputs(*shape)[2]
     draw = lambda seed: _inputs_on_cpu(*shape, seed)[:2]  # noqa: E731
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
+    with tf32.allowed(False):
         assert_kernels_as_precise(OPERATOR, *_functions(labels), draw, dtype, seeds=1)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hubert_fast import backend
+from hubert_fast import backend, tf32
 from hubert_fast.kernels import positional_conv as kernels
 from hubert_fast.kernels import weight_norm
 from hubert_fast.ops.positional_conv import positional_conv
@@ -189,10 +189,8 @@ def test_float64_is_refused_by_name():
 
 @pytest.fixture
 def _full_float32():
-    allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed
+    with tf32.allowed(False):
+        yield
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from hubert_fast import backend as backends
-from hubert_fast import extension
+from hubert_fast import extension, tf32
 from hubert_fast.cuda_backend import conv_frontend as backend
 from hubert_fast.ops.conv_frontend import conv_frontend
 from hubert_fast.reference import conv_frontend as reference
@@ -34,10 +34,8 @@ NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 @pytest.fixture(autouse=True)
 def _full_float32():
-    allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed
+    with tf32.allowed(False):
+        yield
 
 
 def on_gpu(problem, dtype):
