@@ -18,12 +18,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Optional
+from typing import Optional, Union
 
 AUTO = "auto"
 
 # Why an implementation cannot take these inputs, or None where it can.
 Objection = Optional[str]
+
+# The same whatever the inputs; or a function that finds out, which is called when somebody wants to know.
+Availability = Union[Objection, Callable[[], Objection]]
 
 
 class BackendError(RuntimeError):
@@ -36,9 +39,13 @@ class _Operator:
 
     name: str
     implementations: dict[str, str] = field(default_factory=dict)  # backend -> one line about it
-    unavailable: dict[str, str] = field(default_factory=dict)  # backend -> why it cannot run in this installation
+    unavailable: dict[str, Availability] = field(default_factory=dict)  # backend -> why it cannot run here at all
     on_gpu: frozenset[str] = frozenset()
     chosen: str = AUTO
+
+    def why_unavailable(self, name: str) -> Objection:
+        reason = self.unavailable.get(name)
+        return reason() if callable(reason) else reason
 
 
 # Every name that some operator has. One that an operator lacks leaves that operator at "auto".
@@ -52,19 +59,18 @@ def register(
     operator: str,
     implementations: dict[str, str],
     *,
-    unavailable: Mapping[str, Objection] = MappingProxyType({}),
+    unavailable: Mapping[str, Availability] = MappingProxyType({}),
     on_gpu: Collection[str] = (),
 ) -> None:
     """Declare an operator's implementations. For `hubert_fast.ops`.
 
     Args:
         implementations: fastest first, each with a line that says what it is.
-        unavailable: why one cannot run in this installation at all; None is no objection.
+        unavailable: why one cannot run in this installation at all, or a function that says so; None is no objection.
         on_gpu: those that run on a GPU only, which `report` needs to know.
     """
-    reasons = {name: reason for name, reason in unavailable.items() if reason is not None}
     chosen = AUTO if _default in _NAMES and _default not in implementations else _default
-    _operators[operator] = _Operator(operator, dict(implementations), reasons, frozenset(on_gpu), chosen)
+    _operators[operator] = _Operator(operator, dict(implementations), dict(unavailable), frozenset(on_gpu), chosen)
 
 
 def use(name: str, operator: Optional[str] = None) -> None:
@@ -104,7 +110,7 @@ def choose(operator: str, objection: Callable[[str], Objection]) -> str:
                 f"backend {entry.chosen!r} of operator {operator!r} does not exist; accepted are "
                 f"{[AUTO, *entry.implementations]} (HUBERT_FAST_BACKEND or hubert_fast.backend.use chose it)"
             )
-        reason = entry.unavailable.get(entry.chosen) or objection(entry.chosen)
+        reason = entry.why_unavailable(entry.chosen) or objection(entry.chosen)
         if reason is not None:
             raise BackendError(
                 f"backend {entry.chosen!r} of operator {operator!r} was asked for and cannot run: {reason} "
@@ -112,7 +118,9 @@ def choose(operator: str, objection: Callable[[str], Objection]) -> str:
             )
         return entry.chosen
     for name in entry.implementations:
-        if name not in entry.unavailable and objection(name) is None:
+        if isinstance(entry.unavailable.get(name), str) or objection(name) is not None:
+            continue
+        if entry.why_unavailable(name) is None:  # last: on a CPU nobody asks whether there is a driver for GPUs
             return name
     raise BackendError(f"no backend of operator {operator!r} supports these inputs")
 
@@ -154,7 +162,8 @@ def _reasons(entry: _Operator) -> dict[str, str]:
     """Why implementations cannot run in this installation on this machine."""
     import torch
 
-    reasons = dict(entry.unavailable)
+    reasons = {name: entry.why_unavailable(name) for name in entry.implementations}
+    reasons = {name: reason for name, reason in reasons.items() if reason is not None}
     if not torch.cuda.is_available():
         for each in entry.on_gpu:
             reasons.setdefault(each, "it runs on a GPU, and torch finds none here")

@@ -1,7 +1,9 @@
 """The compiled part of the package, ``hubert_fast._C``, and why it is absent where it is.
 
 Its kernels take pointers, sizes, strides and streams as integers and know nothing of torch; ``hubert_fast.cpu_backend`` and
-``hubert_fast.cuda_backend`` call them. Importing this module loads nothing; the first question does.
+``hubert_fast.cuda_backend`` call them. Importing this module loads nothing; the first question does. One about the CUDA kernels
+starts the driver, after which neither ``CUDA_VISIBLE_DEVICES`` nor a forked process can choose GPUs: none is asked before there
+are tensors on a GPU, or a user wants to know.
 """
 
 from __future__ import annotations
@@ -42,6 +44,11 @@ def why_not(part: str) -> Optional[str]:
     if getattr(module, part, None) is not None:
         return _driver_too_old(module.cuda) if part == "cuda" else None
     return f"the extension was built without CUDA: {module.build_facts()['cuda_why_not']}"
+
+
+# torch.compile calls it while tracing and keeps the answer, as after `torch.compiler.assume_constant_result`, which would import
+# the compiler here.
+why_not._dynamo_marked_constant = True
 
 
 def facts() -> Optional[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """`hubert_fast.backend`: which implementation runs, and why; nothing falls back silently."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -128,6 +129,45 @@ def test_a_backend_that_is_not_installed_is_passed_over_and_says_why_when_asked_
             backend.choose("test_only", lambda name: None)
     finally:
         del backend._operators["test_only"]
+
+
+def _availability_of_a_library(asked):
+    """A question about a library of C: torch.compile cannot trace it."""
+
+    def why_not():
+        asked.append(ctypes.CDLL(None).getpid() > 0)
+        return "its driver is too old"
+
+    why_not._dynamo_marked_constant = True  # as `hubert_fast.extension.why_not`
+    return why_not
+
+
+@pytest.fixture
+def asked():
+    """How often the availability of operator "test_only"'s backend "gpu" was asked for."""
+    asked = []
+    backend.register(
+        "test_only",
+        {"gpu": "needs a driver", "slow": "takes anything"},
+        unavailable={"gpu": _availability_of_a_library(asked)},
+    )
+    yield asked
+    del backend._operators["test_only"]
+
+
+def test_whether_a_backend_is_there_is_asked_only_where_it_would_take_the_inputs(asked):
+    assert backend.choose("test_only", lambda name: "on a CPU" if name == "gpu" else None) == "slow" and not asked
+    assert backend.choose("test_only", lambda name: None) == "slow" and asked
+    with backend.using("gpu", "test_only"), pytest.raises(backend.BackendError, match="its driver is too old"):
+        backend.choose("test_only", lambda name: None)
+
+
+def test_whether_a_backend_is_there_may_be_asked_first_inside_a_compiled_graph(asked):
+    def double_on_slow(x):
+        return 2 * x if backend.choose("test_only", lambda name: None) == "slow" else x
+
+    compiled = torch.compile(double_on_slow, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0)) and asked
 
 
 @pytest.mark.parametrize(

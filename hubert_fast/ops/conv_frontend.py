@@ -5,6 +5,7 @@ The strided convolutions of HuBERT with their norm (group norm after layer 0, or
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import List, Optional, Tuple
@@ -21,8 +22,6 @@ from hubert_fast.torch_backend import conv_frontend as torch_backend
 
 NORMS = ("group_norm", "layer_norm")
 
-_UNAVAILABLE = {"cuda": extension.why_not("cuda"), "cpu": extension.why_not("cpu")}
-
 backend.register(
     "conv_frontend",
     {
@@ -31,7 +30,7 @@ backend.register(
         "torch": "GEMMs in channels-last layout, layer 0 in closed form and recomputed in the backward",
         "reference": "conv1d, norm and GELU layer by layer",
     },
-    unavailable=_UNAVAILABLE,
+    unavailable={name: functools.partial(extension.why_not, name) for name in ("cuda", "cpu")},
     on_gpu=("cuda",),
 )
 
@@ -112,7 +111,7 @@ def _objection(
 def _say_why_not_faster(waveforms: Tensor, weights: Sequence[Tensor], strides: Sequence[int]) -> None:
     """Layers that the compiled kernels cannot take run slower, which is worth a warning (Python shows each once)."""
     name, module = ("cuda", cuda_backend) if waveforms.is_cuda else ("cpu", cpu_backend)
-    if _UNAVAILABLE[name] is not None:
+    if extension.why_not(name) is not None:
         return  # `hubert-fast info` tells
     reason = module.layers_objection(weights, strides)
     if reason is not None and backend.is_automatic("conv_frontend"):
