@@ -6,7 +6,7 @@ Sizes follow the machine. A GPU gets what the published recipes give one (175 s 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -116,7 +116,7 @@ def plan(
         scale: `GPU`, or what `cpu_scale` says.
         models: names of architectures; all cases are made for the first, and a training step for the others.
         dtypes: all cases are made in the first, and a training step in the others.
-        kinds: of "step", "inference", "scaling", "operators": others are left out.
+        kinds: of "step", "inference", "scaling", "operators": others are left out, and their time goes to the rest.
     """
     first, *others = (ARCHITECTURES[name] for name in models)
     main, *more = dtypes
@@ -138,7 +138,10 @@ def plan(
         order += [*larger[1:], few_classes, *in_other_dtypes]
     else:
         order = [step, *in_other_dtypes, inference, uneven, *operators, *growth, few_classes, *larger]
-    return [each for each in order if ("operators" if isinstance(each, Operators) else each.kind) in kinds]
+    chosen = [each for each in order if ("operators" if isinstance(each, Operators) else each.kind) in kinds]
+    # Shares are of the time for what was asked for: a few cases by themselves are not to leave most of it unused.
+    total = sum(each.share for each in chosen)
+    return chosen if total >= 1.0 else [replace(each, share=each.share / total) for each in chosen]
 
 
 def _even(

@@ -9,7 +9,7 @@ from benchmarks import suite as suite_module
 from benchmarks.architecture import ARCHITECTURES
 from benchmarks.batches import even
 from benchmarks.budget import Budget
-from benchmarks.cases import Case
+from benchmarks.cases import GPU, Case, plan
 from benchmarks.compare import compare
 from benchmarks.peers.ours import HubertFast, ObjectiveModel, build_model
 from benchmarks.report import Limits
@@ -210,3 +210,19 @@ def test_the_same_work_is_measured_once_and_stands_in_both_cases():
     assert scaling.seconds == step.seconds and (step.kind, scaling.kind) == ("step", "scaling")
     assert scaling.shape["axis"] == "utterance seconds" and scaling.shape["value"] == 0.5 and step.case != scaling.case
     assert measure(case(), case(kind="inference"), peers=[HubertFast()]).rows[1].seconds != step.seconds
+
+
+def test_operators_that_are_asked_for_alone_get_all_the_time(monkeypatch, virtual_time):
+    begun = []
+
+    def measure_operators(report, *, seconds_left, **settings):
+        while seconds_left() > 0.0:
+            virtual_time(1.0)
+            begun.append(settings["size"])
+
+    monkeypatch.setattr(suite_module.operators, "measure", measure_operators)
+    for kinds, seconds in ((["operators"], 60), (["operators", "inference"], 45)):
+        begun.clear()
+        suite = Suite(fabricated.report(), CPU, [], Budget(60.0, time.monotonic()), say=lambda *doing: None, save=lambda: None)
+        suite.run(plan(torch.device("cuda"), GPU, ["base"], [torch.bfloat16], kinds))
+        assert begun == ["base"] * seconds  # shares of 0.15 and 0.05
