@@ -18,9 +18,9 @@ from .peer import PeerModel, Setting, autocast
 
 _WARM_UP = 3  # steps; the first compiles kernels
 
-# Capacities have head room and are rounded up to so many parts of the grid: the number of masked frames is random, and a graph
-# is not to be captured anew in the middle of a measurement.
-_HEAD_ROOM, _PARTS = 1.1, 8
+# Masks that are drawn to find out how many frames one may have: those of most batches. For the one of some fifty that has more
+# there is a second graph, with this much room so that it is the last (NOTES.md). Rows follow from the lengths and need none.
+_DRAWS, _ROOM = 48, 1.05
 
 
 class _Key(NamedTuple):
@@ -48,6 +48,7 @@ class GraphModel(ObjectiveModel):
     def __init__(self, model: hubert_fast.HuBERTPretrainModel) -> None:
         super().__init__(model)
         self._captured: dict[_Key, _Captured] = {}
+        self._capacities: dict[tuple, list[int]] = {}  # masked frames that graphs have room for, by lengths; rising
 
     def forward_backward(self, batch: Batch, dtype: torch.dtype) -> None:
         key, plan = self._plan(batch, dtype)
@@ -66,9 +67,8 @@ class GraphModel(ObjectiveModel):
         model, frames = self.module.model, batch.labels.shape[1]
         valid = None if batch.lengths is None else model.wav2vec2.feature_extractor.output_lengths(batch.lengths)
         mask = model.mask_generator.draw(utterances, frames, valid)
-        grid = utterances * frames
-        rows = None if valid is None else _rounded_up(int(valid.sum()), grid)
-        kept = min(_rounded_up(int(mask.sum()), grid), rows or grid)
+        rows = None if valid is None else int(valid.sum())
+        kept = self._room_for(mask, valid)
         plan = self.module.plan(
             batch.labels,
             batch.lengths,
@@ -79,6 +79,19 @@ class GraphModel(ObjectiveModel):
             kept=kept,
         )
         return _Key(dtype, utterances, samples, rows, kept), plan
+
+    def _room_for(self, mask: Tensor, valid: Tensor | None) -> int:
+        """Masked frames that the graph for ``mask`` holds: the fewest of those that there are for its lengths and suffice."""
+        capacities = self._capacities.setdefault((*mask.shape, None if valid is None else tuple(valid.tolist())), [])
+        if not capacities:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                drawn = (self.module.model.mask_generator.draw(*mask.shape, valid) for _ in range(_DRAWS))
+                capacities.append(max(int(each.sum()) for each in drawn))
+        count = int(mask.sum())
+        if count > capacities[-1]:
+            capacities.append(min(math.ceil(_ROOM * count), mask.numel() if valid is None else int(valid.sum())))
+        return next(each for each in capacities if each >= count)
 
     def _capture(self, batch: Batch, plan: StepPlan, dtype: torch.dtype) -> _Captured:
         waveforms, plan = batch.waveforms.clone(), _copy(plan)
@@ -100,11 +113,6 @@ class GraphModel(ObjectiveModel):
         with autocast(waveforms.device, dtype):
             loss = self.module(waveforms, plan=plan).loss
         loss.backward()
-
-
-def _rounded_up(count: int, grid: int) -> int:
-    part = math.ceil(grid / _PARTS)
-    return min(grid, math.ceil(_HEAD_ROOM * count / part) * part)
 
 
 def _copy(plan: StepPlan) -> StepPlan:
