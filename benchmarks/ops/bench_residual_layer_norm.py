@@ -17,7 +17,7 @@ from hubert_fast.ops.residual_layer_norm import residual_layer_norm
 
 from ..sizes import Size
 from .case import OURS, Inputs, OperatorCase, Tensors, Work, both_ways, generator_on, ours, pytorch
-from .rows import parameter, rows, seed_on
+from .rows import parameter, rows, seed_on, stream_dtype
 
 OPERATOR = "residual_layer_norm"
 
@@ -30,35 +30,38 @@ def cases(size: Size, dtype: torch.dtype, device: str) -> Iterator[OperatorCase]
 
 
 def _block(size: Size, dtype: torch.dtype, device: str, dropout_p: float, *, with_sum: bool) -> Iterator[OperatorCase]:
-    """Post-norm, or pre-norm ``with_sum``."""
-    tensor_bytes = size.rows * size.dim * dtype.itemsize
+    """Post-norm, or pre-norm ``with_sum``. The update is a product's, in ``dtype``; what comes out is as wide as the stream."""
+    stream = stream_dtype(dtype, device, pre_norm=with_sum)
+    stream_bytes, update_bytes = (size.rows * size.dim * each.itemsize for each in (stream, dtype))
 
     def draw(seed: int) -> Inputs:
         generator = generator_on(device, seed)
-        residual, update = (rows(generator, size.rows, size.dim, dtype) for _ in range(2))
+        residual, update = (rows(generator, size.rows, size.dim, each) for each in (stream, dtype))
         vectors = [parameter(generator, size.dim) for _ in range(3)]
-        directions = [rows(generator, size.rows, size.dim, dtype).detach() for _ in range(1 + with_sum)]
+        directions = [rows(generator, size.rows, size.dim, stream).detach() for _ in range(1 + with_sum)]
         return Inputs((residual, update, *vectors, seed_on(device)), tuple(directions))
 
     functions = [partial(each, with_sum=with_sum) for each in (_our_block, _plain_block)]
     sides = {OURS: ours(OPERATOR, device, functions[0]), **pytorch("PyTorch", functions[1])}
+    block = f"{'pre' if with_sum else 'post'}-norm" + ("" if stream == dtype else ", float32 stream")
     case = OperatorCase(
-        name=f"{size.name}, {'pre' if with_sum else 'post'}-norm, {size.rows} x {size.dim}, dropout {dropout_p}",
+        name=f"{size.name}, {block}, {size.rows} x {size.dim}, dropout {dropout_p}",
         shape={
             "model": size.name, "rows": size.rows, "channels": size.dim, "pre_norm": with_sum, "dropout": dropout_p,
+            "stream": str(stream).removeprefix("torch."),
         },
         device=device,
         dtype=dtype,
         draw=draw,
         sides=sides,
         truth=sides["PyTorch"],
-        least=Work((3 + with_sum) * tensor_bytes),  # residual, update, normed, and the sum where it is wanted
+        least=Work((2 + with_sum) * stream_bytes + update_bytes),  # residual, normed, the sum where it is wanted; update
         dropout_p=dropout_p,
     )  # fmt: skip
     # The sum, where it is kept for this alone; gradient of normed, sum, gradient of the residual; gradient of the sum, and that
     # of the update where it is another.
-    kept = 1 - with_sum
-    yield from both_ways(case, Work((kept + 3 + with_sum + (dropout_p > 0.0)) * tensor_bytes))
+    kept, another = 1 - with_sum, dropout_p > 0.0 or stream != dtype
+    yield from both_ways(case, Work((kept + 3 + with_sum) * stream_bytes + another * update_bytes))
 
 
 def _our_block(tensors: Tensors, dropout_p: float, *, with_sum: bool) -> Tensors:
@@ -73,7 +76,7 @@ def _our_block(tensors: Tensors, dropout_p: float, *, with_sum: bool) -> Tensors
 def _plain_block(tensors: Tensors, dropout_p: float, *, with_sum: bool) -> Tensors:
     residual, update, weight, bias, update_bias, _ = tensors
     dtype, dim = residual.dtype, residual.shape[1:]
-    summed = residual + F.dropout(update + update_bias.to(dtype), dropout_p)
+    summed = residual + F.dropout(update + update_bias.to(update.dtype), dropout_p)
     normed = F.layer_norm(summed, dim, weight.to(dtype), bias.to(dtype))
     return (normed, summed) if with_sum else (normed,)
 

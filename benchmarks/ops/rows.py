@@ -18,6 +18,11 @@ def parameter(generator: torch.Generator, channels: int) -> Tensor:
     return randn(generator, channels).requires_grad_()
 
 
+def stream_dtype(dtype: torch.dtype, device: str, *, pre_norm: bool) -> torch.dtype:
+    """Of the residual stream under autocast in ``dtype``: a post-norm one is made of LayerNorm's results, float32 on CUDA."""
+    return dtype if pre_norm or torch.device(device).type != "cuda" else torch.float32
+
+
 def seed_on(device: str) -> Tensor:
     """Of dropout's mask."""
     return torch.tensor(0, device=device)
