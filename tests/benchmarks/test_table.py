@@ -1,7 +1,15 @@
 """The table says what the report says."""
 
+from dataclasses import replace
+
+import torch
+
+from benchmarks.operators import OPERATORS, cases_of
+from benchmarks.sizes import SIZES
 from benchmarks.table import columns, render, speedup
 from tests.benchmarks import fabricated
+
+_OTHERS = [("hubert_fast torch", 4e-3), ("PyTorch", 6e-3), ("PyTorch, compiled", 5e-3)]
 
 
 def test_the_table_has_each_row_with_its_ratio_to_torchaudio():
@@ -30,8 +38,28 @@ def test_operators_stand_in_a_table_with_their_floors():
     operator = fabricated.row(
         kind="operator", case="mask_fill: forward", median=2e-3, flops=None, bytes=1e7, audio_seconds=None
     )
-    line = next(line for line in render(fabricated.report(operator)).splitlines() if "mask_fill" in line)
-    assert "2.00 ms" in line and "1.00 ms" in line and "50%" in line
+    others = [replace(operator, implementation=name, seconds=fabricated.seconds(median)) for name, median in _OTHERS]
+    lines = render(fabricated.report(operator, *others)).splitlines()
+    ours, torch_backend, plain, compiled = lines[lines.index("mask_fill: forward") + 1 :]
+    assert " ".join(ours.split()) == "hubert_fast float32 2.00 ms 1.80 ms 2.20 ms 1.00 ms 50% 2.50"
+    assert torch_backend.split()[-1] == "1.25" and plain.split()[-1] == "17%" and compiled.split()[-1] == "20%"
+
+
+def test_lines_of_a_gpus_operators_fit_a_terminal():
+    """However long the names of cases are: they have lines of their own."""
+    shown = []
+    for operator in OPERATORS:
+        for case in cases_of(operator, SIZES["xlarge"], torch.bfloat16, "cuda"):
+            shown += [
+                fabricated.row(
+                    name, 12.3e-6, kind="operator", case=f"{operator}: {case.name}", device="cuda", dtype="bfloat16",
+                    flops=case.least.flops, bytes=case.least.bytes,
+                )
+                for name in case.sides
+            ]  # fmt: skip
+    lines = render(fabricated.report(*shown)).splitlines()
+    assert all(len(line) <= 120 for line in lines), max(lines, key=len)
+    assert len(lines) > len(shown) and all(len(line.split()) >= 8 for line in lines if line.startswith("  hubert_fast"))
 
 
 def test_columns_are_as_wide_as_their_widest_cell():
