@@ -35,6 +35,11 @@ def clock(device: torch.device | str) -> Callable[[], Any]:
     return Instant if torch.device(device).type == "cuda" else time.perf_counter
 
 
+def synchronize(device: torch.device | str) -> None:
+    """Wait until ``device`` has done what it was given; what went wrong there meanwhile is raised here."""
+    torch.get_device_module(device).synchronize()
+
+
 def fill_queue(device: torch.device | str) -> None:
     """Give a GPU something to do while the host prepares, so that what follows runs without waiting for the host."""
     if torch.device(device).type == "cuda":

@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from hubert_fast import tf32
 
 from .architecture import ARCHITECTURES
 from .machine import describe, processor_flags
+
+if TYPE_CHECKING:
+    from .report import Report
 
 _KINDS = ("step", "inference", "operators", "scaling")
 _SETTINGS = (
@@ -27,8 +31,9 @@ _DTYPES = ("bfloat16", "float16", "float32")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 1 where an implementation was rejected, or ``--fail-above`` says so; 130 where it
-    was interrupted."""
+    """Run the command; returns the exit status: 1 where an implementation was rejected, or ``--fail-above`` says so; 3 where one
+    made the device unusable; 130 where it was interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
     if options.compare:
         from .compare import main_compare
@@ -36,10 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
         return main_compare(*options.compare, options.fail_above)
     # PyTorch lets convolutions use TF32 and products not: implementations that compute one by the other would not be comparable.
     with tf32.allowed(True):
-        return _measure(options)
+        return _measure(options, arguments)
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "hubert-fast bench",
         description="Time and memory of HuBERT's pre-training beside torchaudio, transformers and others: "
@@ -74,6 +79,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fail-above", type=float, metavar="PERCENT", help="with --compare: exit 1 where something got slower by more"
     )
+    # The moment (time.monotonic) at which the run began that goes on in this process, from the bench.json that it left.
+    parser.add_argument("--go-on-since", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if not options.minutes > 0:
         parser.error(f"--minutes must be positive; got {options.minutes}")
@@ -90,6 +97,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(str(error))
     if options.fail_above is not None and not (options.compare and options.fail_above >= 0):
         parser.error("--fail-above goes with --compare, and must be at least 0")
+    if options.go_on_since is not None:
+        return options  # all that follows was true when the run began
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
     if not options.compare:
@@ -102,57 +111,85 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _measure(options: argparse.Namespace) -> int:
+def _measure(options: argparse.Namespace, arguments: list[str]) -> int:
     from .budget import Budget
     from .cases import GPU, cpu_scale, plan
     from .limits import measure_limits
+    from .lost_device import DeviceLost, works_here
     from .peers import PEERS, by_name
     from .progress import Progress
-    from .report import Report, save
+    from .report import Report, load, save
     from .suite import Suite
-    from .table import render
 
-    budget = Budget(60 * options.minutes)
+    since = options.go_on_since
+    budget = Budget(60 * options.minutes) if since is None else Budget(60 * options.minutes, since)
     device = _device(options.device)
     dtypes = [getattr(torch, name) for name in options.dtypes or _default_dtypes(device)]
     models = options.models or (["base", "large", "xlarge"] if device.type == "cuda" else ["base"])
     peers = PEERS if options.peers is None else tuple(by_name(name) for name in options.peers)
     torch.backends.cudnn.benchmark = True  # shapes repeat; peers that use cuDNN are to have its fastest
     path = options.out / "bench.json"
-    report = Report(describe(device), _settings(options, models, dtypes))
-    interrupted = False
+    report = Report(describe(device), _settings(options, models, dtypes)) if since is None else load(path)
+    interrupted = lost = None
     with Progress(budget) as progress:
         progress.say("limits")
-        for dtype in dtypes:
+        for dtype in [each for each in dtypes if _name(each) not in report.limits]:
             report.limits[_name(dtype)] = measure_limits(device, dtype)
         rate = report.limits[_name(dtypes[0])].flops_per_second
         scale = GPU if device.type == "cuda" else cpu_scale(options.minutes, rate)
         if options.batch is not None:
             scale = replace(scale, utterances=int(options.batch[0]), utterance_seconds=options.batch[1])
         suite = Suite(report, device, peers, budget, say=progress.say, save=lambda: save(report, path))
+        cases = plan(device, scale, models, dtypes, options.cases)
         try:
-            suite.run(plan(device, scale, models, dtypes, options.cases))
-        except KeyboardInterrupt:
-            interrupted = True
+            if since is None or works_here(device):
+                suite.run(cases)
+            else:
+                suite.give_up(cases, "the device does not answer in a fresh process either")
+        except KeyboardInterrupt as error:
+            interrupted = error
             print("interrupted: what was measured is kept", file=sys.stderr)
-        report.settings["seconds_taken"] = budget.spent()
-        save(report, path)
+        except DeviceLost as error:
+            lost = error  # and with it whatever lies on the device, which cannot be freed
+        finally:
+            report.settings["seconds_taken"] = budget.spent()
+            save(report, path)
+    if lost is not None:
+        print(f"{lost}\nwhat is left is measured in a fresh process", file=sys.stderr)
+        return _replace_process([*arguments, "--device", device.type, "--go-on-since", repr(budget.started)])
+    return _show(report, path, interrupted=interrupted is not None, plots=not options.no_plots)
+
+
+def _replace_process(arguments: list[str]) -> int:
+    """Start again as ``arguments`` say. Beside this process there would be no memory on the device for another."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", __package__, *arguments])
+
+
+def _show(report: Report, path: Path, *, interrupted: bool, plots: bool) -> int:
+    """Print the table and draw the pictures; returns the exit status."""
+    from .table import render
+
     print(render(report))
     print(f"\n{path}")
-    if not options.no_plots:
+    if plots:
         from .plots import draw
 
-        for plot in draw(report, options.out):
+        for plot in draw(report, path.parent):
             print(plot)
     if interrupted:
         return 130
+    if any(each.lost_device for each in report.left_out):
+        return 3
     return 1 if any(each.rejected for each in report.left_out) else 0
 
 
 def _device(chosen: str) -> torch.device:
+    found = torch.cuda.is_available()
     if chosen == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(chosen, torch.cuda.current_device()) if chosen == "cuda" else torch.device(chosen)
+        chosen = "cuda" if found else "cpu"
+    return torch.device(chosen, torch.cuda.current_device()) if chosen == "cuda" and found else torch.device(chosen)
 
 
 def _default_dtypes(device: torch.device) -> list[str]:

@@ -6,13 +6,14 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 
 from hubert_fast.backend import BackendError
 
 from .limits import measure_limits
+from .lost_device import answers, first_line, lost, why_no_more
 from .ops.calls import Calls, WrongResult
 from .ops.case import OURS, OperatorCase
 from .ops.turns import in_turn, peak_bytes
@@ -66,6 +67,8 @@ def measure(
 
     Raises:
         ValueError: for an unknown operator or size.
+        DeviceLost: an implementation made the device unusable; what was measured before is in the report, and what is there
+            is not measured again.
     """
     device, names = torch.device(device).type, OPERATORS if operators is None else tuple(operators)
     unknown = [name for name in names if name not in OPERATORS]
@@ -93,9 +96,8 @@ def _measure_in_time(
     """Those implementations of ``cases`` that are compiled, or those that are not; what there was no time for is left out."""
     skipped: dict[tuple[str, str], int] = {}
     for operator, case in cases:
-        names = [name for name, side in case.sides.items() if side.compiled is with_compiler]
-        if case.on_host and any(row.case == f"{operator}: {case.name}" for row in report.rows):
-            continue  # no dtype plays a part
+        settled = report.settled("operator", f"{operator}: {case.name}", case.dtype_name)
+        names = [name for name, side in case.sides.items() if side.compiled is with_compiler and name not in settled]
         if names and seconds_left() <= 0.0:
             skipped[operator, case.dtype_name] = skipped.get((operator, case.dtype_name), 0) + 1
         elif names:
@@ -130,22 +132,40 @@ def fastest_convolutions() -> Iterator[None]:
 def _measure(report: Report, operator: str, case: OperatorCase, names: Sequence[str]) -> None:
     calls, made = Calls(case), {}
     for name in names:
+        reason = why_no_more(report, name, lambda each: each.startswith(f"{operator}: "))
+        if reason is not None:
+            report.left_out.append(LeftOut(_title(operator, case), name, reason))
+            continue
         try:
             made[name] = _Made(calls, name)
         except Exception as error:  # one implementation that fails must not keep the others from being measured
-            rejected = isinstance(error, WrongResult) or (name == OURS and not isinstance(error, BackendError))
-            report.left_out.append(LeftOut(f"{operator}: {case.name}", name, _first_line(error), rejected))
-    if not made:
-        return
-    taken = in_turn({name: each.call for name, each in made.items()}, case.device, repeats=_REPEATS, seconds=_SECONDS)
+            _leave_out(report, operator, case, name, error)
+    taken, errors = in_turn(
+        {name: each.call for name, each in made.items()}, case.device, repeats=_REPEATS, seconds=_SECONDS
+    )
     limits = report.limits[case.dtype_name]
     rows = [
         row_of(operator, case, name, Seconds.of(seconds), limits, made[name].error, made[name].step_bytes)
         for name, seconds in taken.items()
     ]
-    same = [number for number, row in enumerate(report.rows) if (row.case, row.dtype) == (rows[0].case, rows[0].dtype)]
+    place = (f"{operator}: {case.name}", case.dtype_name)
+    same = [number for number, row in enumerate(report.rows) if (row.case, row.dtype) == place]
     end = same[-1] + 1 if same else len(report.rows)
     report.rows[end:end] = rows  # beside those of the same case that are there already
+    for name, error in reversed(errors.items()):  # a device that was lost was lost by the last
+        _leave_out(report, operator, case, name, error)
+
+
+def _leave_out(report: Report, operator: str, case: OperatorCase, name: str, error: Exception) -> None:
+    rejected = isinstance(error, WrongResult) or (name == OURS and not isinstance(error, BackendError))
+    if not answers(case.device):
+        raise lost(report, _title(operator, case), name, error, rejected=rejected) from error
+    report.left_out.append(LeftOut(_title(operator, case), name, first_line(error), rejected))
+
+
+def _title(operator: str, case: OperatorCase) -> str:
+    """What left-out ones call it."""
+    return f"{operator}: {case.name}, {case.dtype_name}"
 
 
 class _Made:
@@ -181,8 +201,3 @@ def row_of(
         limits=None if case.on_host else limits,
         check={"results": error},
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines: list[Any] = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

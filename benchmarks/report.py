@@ -95,6 +95,7 @@ class Row:
 
 
 NO_TIME = "no time"  # how the reason begins where more minutes would help
+ELSEWHERE = "compiled anew for every dtype, model and layout, so in one case at most"
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class LeftOut:
     implementation: str
     reason: str
     rejected: bool = False  # it does other work than the reference: an error, unlike something that is not installed
+    lost_device: bool = False  # it made the device unusable for its process; what came later was measured in another
 
 
 @dataclass
@@ -116,6 +118,12 @@ class Report:
     limits: dict[str, Limits] = field(default_factory=dict)  # by dtype
     rows: list[Row] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
+
+    def settled(self, kind: str, case: str, dtype: str) -> set[str]:
+        """Implementations of a case that were measured or left out; not those that a case of the same name may measure."""
+        measured = {row.implementation for row in self.rows if (row.kind, row.case, row.dtype) == (kind, case, dtype)}
+        of_case = [each for each in self.left_out if each.case == f"{case}, {dtype}" and each.reason != ELSEWHERE]
+        return measured | {each.implementation for each in of_case}
 
 
 _DERIVED = ("throughput", "flops_per_second", "bytes_per_second", "floor_seconds", "share_of_limit")

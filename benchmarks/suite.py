@@ -1,54 +1,48 @@
 """Runs cases within a time: builds the sides, checks that they do the same work, times them in turn, and notes what is left out.
 
 A side is timed only after `peers.agreement.check`. The first call compiles and warms up, the second measures memory; the turns
-after them are what is reported. A report is saved after every case, so that an interrupted run loses the case it was in.
+after them are what is reported. A report is saved after every case, so that an interrupted run loses the case it was in. What a
+report has already is not measured again, so that a run whose device was lost goes on in another process.
 """
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 
 import torch
-from torch import Tensor
-
-import hubert_fast
 
 from . import operators
-from .architecture import Architecture
 from .batches import Batch, make
 from .budget import Budget
 from .cases import Case, Operators
+from .fitting import Pace, hold_together, why_too_large
 from .flops import inference_flops, step_flops
 from .limits import measure_limits
-from .machine import available_bytes, memory_bytes
+from .lost_device import ALL, DeviceLost, answers, first_line, lost, why_no_more
 from .memory import held_by, peak_of
-from .peers.agreement import DifferentWork, check
-from .peers.building import build
+from .models import Models
+from .peers.agreement import DifferentWork
 from .peers.peer import Peer, PeerModel, Setting
-from .report import NO_TIME, LeftOut, Limits, Report, Row, Seconds
+from .report import ELSEWHERE, NO_TIME, LeftOut, Limits, Report, Row, Seconds
 from .stages import split
 from .training import TrainingStep, infer, one_pass, seconds_of
 
 OURS = "hubert_fast"
+
+# Of the random numbers of every call.
+_SEED = 0
 
 # Calls of each side: before they are timed, and timed at most and at least (fewer where many points make a curve).
 _UNTIMED = 2
 _MOST = {"cpu": 5, "cuda": 8}
 _FEWEST = {"step": 3, "inference": 3, "scaling": 2}
 
-# Seconds that building, checking and (where a peer is compiled) compiling take, until they are known better.
-_PREPARING = {"cpu": 6.0, "cuda": 6.0}
-_COMPILING = {"cpu": (40.0, 9.0), "cuda": (20.0, 5.0)}  # once, and for each layer
-
-# Sides run at this share of the rate of products, until they are known better.
-_USUAL_SHARE = 0.3
-
-# Of the free memory that broadcast logits may take: there is more in a step than they.
-_MEMORY_SHARE = 0.7
+# Of a case's time, at least so much goes to turns: compiling for the first time takes longer than was reckoned.
+_TURNS_SHARE = 0.3
 
 # Implementations whose time is split by stage in the first case of each dtype.
 _SPLIT = (OURS, "torchaudio", "transformers sdpa")
@@ -92,23 +86,46 @@ class Suite:
     ) -> None:
         self.report, self.device, self.peers = report, device, peers
         self.budget, self.say, self.save = budget, say, save
-        self._weights: dict[tuple[Architecture, int], dict[str, Tensor]] = {}
-        self._checked: dict[tuple[str, Architecture, torch.dtype], dict[str, float]] = {}
-        self._rejected: dict[tuple[str, Architecture, torch.dtype], DifferentWork] = {}
-        self._built: dict[tuple[str, Architecture, int], tuple[PeerModel, TrainingStep]] = {}
-        self._pace: dict[tuple[str, torch.dtype, str], float] = {}  # seconds a FLOP
-        self._split: set[torch.dtype] = set()
+        self._models, self._pace = Models(device), Pace(device)
         self._known: dict[tuple[str, tuple], Row] = {}  # by implementation and work
 
     def run(self, cases: Iterable[Case | Operators]) -> None:
+        """Measure ``cases``, but for what the report has of them already.
+
+        Raises:
+            DeviceLost: nothing more can be measured in this process; another may go on with the same report and cases.
+        """
+        for case in cases:
+            with self._losses_noted(_title(case)) as begin:
+                if begin:
+                    (self.measure_operators if isinstance(case, Operators) else self.measure)(case)
+            self.save()
+        with self._losses_noted("limits") as begin:
+            if begin:
+                self._models.forget_all()
+                self._measure_limits_again()
+
+    def give_up(self, cases: Iterable[Case | Operators], reason: str) -> None:
+        """Note of all that is not measured yet that it will not be."""
         for case in cases:
             if isinstance(case, Operators):
-                self.measure_operators(case)
-            else:
-                self.measure(case)
-            self.save()
-        self._free()
-        self._measure_limits_again()
+                self.report.left_out.append(LeftOut(_title(case), ALL, f"not run, or not to the end: {reason}"))
+                continue
+            for peer in self._that_can(case):
+                self._note(case, peer, f"not run: {reason}")
+
+    @contextmanager
+    def _losses_noted(self, case: str) -> Iterator[bool]:
+        """Notes a device that is lost beside any implementation. Gives whether to begin: not where that happened before."""
+        before = [each for each in self.report.left_out if each.lost_device and each.implementation == ALL]
+        try:
+            yield all(each.case != case for each in before)
+        except DeviceLost:
+            raise
+        except Exception as error:
+            if answers(self.device):
+                raise
+            raise lost(self.report, case, ALL, error) from error
 
     def measure_operators(self, case: Operators) -> None:
         self._measure_limits(case.dtype)
@@ -123,7 +140,7 @@ class Suite:
         )
 
     def measure(self, case: Case) -> None:
-        self._free(but=(case.architecture, case.num_classes))
+        self._models.forget_all(but=(case.architecture, case.num_classes))
         self._measure_limits(case.dtype)
         peers = self._that_fit(case, self._not_known(case, self._that_can(case)))
         if not peers:
@@ -133,13 +150,14 @@ class Suite:
             for number, lengths in enumerate(case.lengths)
         ]
         # Together they take turns. Where memory does not hold all models, one after the other.
-        groups = [peers] if self._hold_together(case, len(peers)) else [[peer] for peer in peers]
+        parameters = sum(each.numel() for each in self._models.weights(self._setting(case)).values())
+        groups = [peers] if hold_together(parameters, len(peers), self.device) else [[peer] for peer in peers]
         finish = time.monotonic() + min(case.share * self.budget.seconds, self.budget.left())
         for number, group in enumerate(groups):
             share = (finish - time.monotonic()) / (len(groups) - number)
-            self._measure_group(case, group, batches, until=time.monotonic() + share)
+            self._measure_group(case, group, batches, share)
             if len(groups) > 1:
-                self._free()
+                self._models.forget_all()
 
     def _measure_limits(self, dtype: torch.dtype) -> None:
         if _name(dtype) not in self.report.limits:
@@ -156,13 +174,17 @@ class Suite:
             for row in self.report.rows
         ]
 
-    def _measure_group(self, case: Case, peers: Sequence[Peer], batches: list[Batch], *, until: float) -> None:
+    def _measure_group(self, case: Case, peers: Sequence[Peer], batches: list[Batch], seconds: float) -> None:
+        started = time.monotonic()
         sides = [side for peer in peers if (side := self._prepare(case, peer, batches)) is not None]
         try:
-            self._take_turns(case, sides, batches, until)
-            if case.kind == "step" and case.layout == "even" and case.dtype not in self._split:
-                self._split.add(case.dtype)
+            self._take_turns(case, sides, batches, max(started + seconds, time.monotonic() + _TURNS_SHARE * seconds))
+            was_split = any(row.stages and row.dtype == _name(case.dtype) for row in self.report.rows)
+            if case.kind == "step" and case.layout == "even" and not was_split:
                 self._split_by_stage(case, [side for side in sides if side.peer.name in _SPLIT], batches)
+        except DeviceLost:  # another process times anew those that had few turns
+            sides = [side for side in sides if len(side.times) >= _FEWEST[case.kind]]
+            raise
         finally:  # an interrupted case keeps what it has
             flops = self._flops_of(case, batches)
             for side in (side for side in sides if side.times):
@@ -176,10 +198,9 @@ class Suite:
                 break
             for side in list(sides):
                 self.say(f"{case.name}, {_name(case.dtype)}: in turn", f"{turn + 1}, {side.peer.name}")
-                call = self._call(case, side, batches, seed=turn)
                 try:
-                    side.times.append(seconds_of(call, self.device) / len(batches))
-                except RuntimeError as error:  # memory that was there before, say
+                    side.times.append(seconds_of(self._call(case, side, batches), self.device) / len(batches))
+                except Exception as error:  # memory that was there before, say
                     sides.remove(side)
                     self._leave_out(case, side.peer, error)
 
@@ -188,11 +209,11 @@ class Suite:
         setting = self._setting(case)
         try:
             self.say(f"{case.name}, {_name(case.dtype)}: checking {peer.name}")
-            checked = self._check(peer, setting)
+            checked = self._models.check(peer, setting)
             self.say(f"{case.name}, {_name(case.dtype)}: building {peer.name}")
-            model, step = self._build(peer, setting)
+            model, step = self._models.build(peer, setting)
             side = _Side(peer, model, step, checked)
-            call = self._call(case, side, batches, seed=0)
+            call = self._call(case, side, batches)
             self.say(f"{case.name}, {_name(case.dtype)}: first call of {peer.name}")
             side.first_seconds = seconds_of(call, self.device)
             started = time.monotonic()
@@ -200,7 +221,7 @@ class Suite:
             # A graph's memory lies in a pool of its own, of which replaying it says nothing.
             side.step_bytes = None if model.overwrites_gradients else step_bytes
             flops = len(batches) * self._flops_of(case, batches)
-            self._pace[(peer.name, case.dtype, case.kind)] = (time.monotonic() - started) / flops
+            self._pace.learn(case, peer, time.monotonic() - started, flops)
         except DifferentWork as error:
             self._note(case, peer, f"rejected: {error}", rejected=True)
             return None
@@ -209,60 +230,24 @@ class Suite:
             return None
         return side
 
-    def _check(self, peer: Peer, setting: Setting) -> dict[str, float]:
-        known = self._known_check(peer, setting)
-        if known is None:
-            key = (peer.name, setting.architecture, setting.dtype)
-            if key in self._rejected:
-                raise self._rejected[key]
-            try:
-                known = self._checked[key] = check(peer, setting)
-            except DifferentWork as error:
-                self._rejected[key] = error
-                raise
-            finally:
-                self._release_memory()
-        return known
-
-    def _known_check(self, peer: Peer, setting: Setting) -> dict[str, float] | None:
-        """A check for a 16-bit dtype compares in float32 too, but for compiled peers."""
-        dtypes = [setting.dtype]
-        if setting.dtype == torch.float32 and not peer.compiled:
-            dtypes += [torch.bfloat16, torch.float16]
-        found = (self._checked.get((peer.name, setting.architecture, dtype)) for dtype in dtypes)
-        return next((each for each in found if each is not None), None)
-
-    def _build(self, peer: Peer, setting: Setting) -> tuple[PeerModel, TrainingStep]:
-        key = (peer.name, setting.architecture, setting.num_classes)
-        if key not in self._built:
-            model = build(peer, setting, self._weights_of(setting))
-            self._built[key] = model, TrainingStep(model)
-        return self._built[key]
-
-    def _weights_of(self, setting: Setting) -> dict[str, Tensor]:
-        key = (setting.architecture, setting.num_classes)
-        if key not in self._weights:
-            torch.manual_seed(0)
-            arguments = setting.architecture.factory_arguments(setting.num_classes)
-            with self.device:
-                self._weights = {key: hubert_fast.hubert_pretrain_model(**arguments).state_dict()}
-        return self._weights[key]
-
-    def _call(self, case: Case, side: _Side, batches: list[Batch], *, seed: int) -> Callable[[], None]:
+    def _call(self, case: Case, side: _Side, batches: list[Batch]) -> Callable[[], None]:
+        """The same masks every time: shapes follow from them, and a shape that is new may be compiled, captured or tuned for."""
         if case.kind == "inference":
-            return one_pass(partial(infer, side.model, device=self.device, dtype=case.dtype), batches, seed)
-        return one_pass(partial(side.step, dtype=case.dtype), batches, seed)
+            return one_pass(partial(infer, side.model, device=self.device, dtype=case.dtype), batches, _SEED)
+        return one_pass(partial(side.step, dtype=case.dtype), batches, _SEED)
 
     def _split_by_stage(self, case: Case, sides: list[_Side], batches: list[Batch]) -> None:
         for side in sides:
             if self.budget.left() < 4 * max(side.times):
                 return
             self.say(f"{case.name}, {_name(case.dtype)}: stages of {side.peer.name}")
-            call = self._call(case, side, batches[:1], seed=0)
+            call = self._call(case, side, batches[:1])
             try:
                 side.stages = split(side.model, call, self.device) or None
             except Exception as error:  # whatever a profiler does, the times are measured
-                self._note(case, side.peer, f"no split by stage: {type(error).__name__}: {error}".splitlines()[0])
+                if not answers(self.device):
+                    raise lost(self.report, _title(case), side.peer.name, error) from error
+                self._note(case, side.peer, f"no split by stage: {first_line(error)}")
 
     def _row(self, case: Case, side: _Side, flops: float) -> Row:
         optimizer = None if case.kind == "inference" else side.step.optimizer
@@ -288,14 +273,15 @@ class Suite:
 
     def _that_can(self, case: Case) -> list[Peer]:
         """Those that are asked for and can run the case; the others are noted with the reason."""
-        able = []
+        able, settled = [], self.report.settled(case.kind, case.name, _name(case.dtype))
         for peer in self.peers:
-            if case.peers is not None and peer.name not in case.peers:
+            if peer.name in settled or (case.peers is not None and peer.name not in case.peers):
                 continue
             if peer.name in case.without:
-                self._note(case, peer, "compiled anew for every dtype, model and layout, so in one case at most")
+                self._note(case, peer, ELSEWHERE)
                 continue
-            reason = peer.why_not(self._setting(case)) or self._too_large(case, peer)
+            reason = why_no_more(self.report, peer.name, _is_of_models) or peer.why_not(self._setting(case))
+            reason = reason or why_too_large(case, peer, self.device)
             if reason is None:
                 able.append(peer)
             else:
@@ -324,42 +310,9 @@ class Suite:
         return fitting
 
     def _seconds_needed(self, case: Case, peer: Peer) -> float:
-        usual = 1.0 / (_USUAL_SHARE * self.report.limits[_name(case.dtype)].flops_per_second)
-        # Inference and scaling go at the pace of steps until they have one of their own.
-        pace = self._pace.get(
-            (peer.name, case.dtype, case.kind), self._pace.get((peer.name, case.dtype, "step"), usual)
-        )
-        padding = case.grid_seconds / case.audio_seconds
-        flops = sum(step_flops(case.architecture, each, case.num_classes) for each in case.lengths)
-        if case.kind == "inference":
-            flops = sum(inference_flops(case.architecture, each) for each in case.lengths)
-        seconds = (_UNTIMED + _FEWEST[case.kind]) * pace * padding * flops
-        if self._known_check(peer, self._setting(case)) is None:
-            seconds += _PREPARING[self.device.type]
-        if peer.compiled and (peer.name, case.architecture, case.num_classes) not in self._built:
-            once, layer = _COMPILING[self.device.type]
-            seconds += once + layer * case.architecture.layers
-        return seconds
-
-    def _too_large(self, case: Case, peer: Peer) -> str | None:
-        """Logits by broadcasting hold about seven float32 tensors [classes + 1, frames, final_dim]; the system would kill us."""
-        available = available_bytes(self.device)
-        if not peer.broadcasts_logits or available is None or case.kind == "inference":
-            return None
-        frames = max(len(each) * case.architecture.frames(max(each)) for each in case.lengths)
-        needed = 7 * 4 * (case.num_classes + 1) * frames * case.architecture.final_dim
-        if self.device.type == "cuda":
-            return None  # running out of memory is an error there that can be caught
-        allowed = _MEMORY_SHARE * available
-        if needed < allowed:
-            return None
-        free = f"{_MEMORY_SHARE:.0%} of the {available / 1e9:.0f} GB that are free"
-        return f"its broadcast logits need about {needed / 1e9:.0f} GB, more than {free}"
-
-    def _hold_together(self, case: Case, peers: int) -> bool:
-        memory = memory_bytes(self.device)
-        weights = sum(each.numel() for each in self._weights_of(self._setting(case)).values())
-        return memory is None or 16 * weights * peers < 0.6 * memory  # weights, gradients, Adam's two moments
+        rate, setting = self.report.limits[_name(case.dtype)].flops_per_second, self._setting(case)
+        checked, built = self._models.known_check(peer, setting) is not None, self._models.is_built(peer, setting)
+        return self._pace.seconds(case, peer, _UNTIMED + _FEWEST[case.kind], rate, checked=checked, built=built)
 
     def _setting(self, case: Case) -> Setting:
         return Setting(case.architecture, case.num_classes, self.device, case.dtype, case.layout != "even")
@@ -377,27 +330,25 @@ class Suite:
 
     def _leave_out(self, case: Case, peer: Peer, error: Exception) -> None:
         """A failure of our own is an error of the whole run. The model goes: what it holds may be what the others lack."""
-        text = (str(error).strip() or repr(error)).splitlines()[0]
         broken = peer.name.startswith(OURS) and not _out_of_memory(error)
-        self._note(case, peer, f"{type(error).__name__}: {text}", rejected=broken)
-        self._built.pop((peer.name, case.architecture, case.num_classes), None)
-        self._release_memory()
+        if not answers(self.device):
+            raise lost(self.report, _title(case), peer.name, error, rejected=broken) from error
+        self._note(case, peer, first_line(error), rejected=broken)
+        self._models.forget(peer, self._setting(case))
 
     def _note(self, case: Case, peer: Peer, reason: str, *, rejected: bool = False) -> None:
-        self.report.left_out.append(LeftOut(f"{case.name}, {_name(case.dtype)}", peer.name, reason, rejected))
+        entry = LeftOut(_title(case), peer.name, reason, rejected)
+        if entry not in self.report.left_out:
+            self.report.left_out.append(entry)
 
-    def _free(self, but: tuple[Architecture, int] | None = None) -> None:
-        """Forget models that are not of the architecture and number of classes that come next."""
-        dropped = [key for key in self._built if key[1:] != but]
-        for key in dropped:
-            del self._built[key]
-        if dropped:
-            self._release_memory()
 
-    def _release_memory(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+def _title(case: Case | Operators) -> str:
+    """What left-out ones call it."""
+    return f"{'operators' if isinstance(case, Operators) else case.name}, {_name(case.dtype)}"
+
+
+def _is_of_models(title: str) -> bool:
+    return title.partition(": ")[0] not in operators.OPERATORS
 
 
 def _work(case: Case) -> tuple:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .batches import Batch
+from .clock import synchronize
 from .peers.peer import PeerModel, autocast
 
 
@@ -50,10 +51,8 @@ def one_pass(step: Callable[[Batch], None], batches: Sequence[Batch], seed: int)
 
 def seconds_of(call: Callable[[], None], device: torch.device) -> float:
     """Wall-clock time, with all that the device does for it: what a training loop sees."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start

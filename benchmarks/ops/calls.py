@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hubert_fast import tf32
 
+from ..clock import synchronize
 from .case import Function, Inputs, OperatorCase, Side
 
 # Relative to the norm of float32's results. A TF32 product is off by some 5e-4, and PyTorch's LayerNorm in bfloat16, which adds
@@ -37,6 +38,8 @@ class Calls:
     def make(self, name: str) -> tuple[Callable[[int], Any], float]:
         """``call(i)``, which works on the i-th set of inputs, and by how much its results differ from the truth's.
 
+        It has been called on every kind of inputs when this returns: whatever is compiled, tuned or loaded for them is there.
+
         Raises:
             WrongResult: where that is more than the case allows.
         """
@@ -44,10 +47,11 @@ class Calls:
         function = self._compiled(side.function) if side.compiled else side.function
         error = self._checked(name, side, function)
         sets = self._with_directions(function, self._sets_of(side))
-        dropout_p = self.case.dropout_p
-        if self.case.backward:
-            return lambda i: _with_gradients(function, sets[i % len(sets)], dropout_p), error
-        return lambda i: _without_gradients(function, sets[i % len(sets)], dropout_p), error
+        run, dropout_p = _with_gradients if self.case.backward else _without_gradients, self.case.dropout_p
+        for inputs in {_kind(each): each for each in sets}.values():
+            run(function, inputs, dropout_p)
+        synchronize(self.case.device)
+        return lambda i: run(function, sets[i % len(sets)], dropout_p), error
 
     def _compiled(self, function: Function) -> Callable[..., Any]:
         if not self._compiler_is_fresh:
@@ -111,6 +115,12 @@ def _with_gradients(function: Callable[..., Any], inputs: Inputs, dropout_p: flo
     outputs = function(inputs.tensors, dropout_p)
     leaves = [each for each in inputs.tensors if each.requires_grad]
     return *outputs, *torch.autograd.grad(outputs, leaves, inputs.directions)
+
+
+def _kind(inputs: Inputs) -> tuple[Any, ...]:
+    """What kernels are compiled and chosen by."""
+    tensors = [tensor for group in inputs for tensor in group]
+    return tuple((each.shape, each.stride(), each.dtype, each.data_ptr() % 16) for each in tensors)
 
 
 def _widened(inputs: Inputs) -> Inputs:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import machine, operators, table
+from ..lost_device import DeviceLost
 from ..report import Report, save
 from ..sizes import SIZES
 
@@ -16,11 +17,27 @@ def main(operator: str) -> None:
     """Measure ``operator`` as the command line says.
 
     Raises:
-        SystemExit: where an implementation computes something else, or ours fails.
+        SystemExit: where an implementation computes something else or loses the device, or ours fails.
     """
     arguments = _arguments(operator)
     device = torch.device(arguments.device)
     report = Report(machine.describe(device), {"operator": operator, "size": arguments.size})
+    lost = None
+    try:
+        _measure(report, operator, arguments, device)
+    except DeviceLost as error:
+        lost = error
+    print(table.render(report))
+    if arguments.json:
+        save(report, arguments.json)
+    rejected = [each for each in report.left_out if each.rejected]
+    if lost is not None:
+        raise SystemExit(str(lost))
+    if rejected:
+        raise SystemExit(f"{rejected[0].implementation} failed in {len(rejected)} cases: {rejected[0].reason}")
+
+
+def _measure(report: Report, operator: str, arguments: argparse.Namespace, device: torch.device) -> None:
     operators.measure(
         report,
         device=device,
@@ -31,12 +48,6 @@ def main(operator: str) -> None:
         operators=[operator],
         compiled=arguments.compiled,
     )
-    print(table.render(report))
-    if arguments.json:
-        save(report, arguments.json)
-    rejected = [each for each in report.left_out if each.rejected]
-    if rejected:
-        raise SystemExit(f"{rejected[0].implementation} failed in {len(rejected)} cases: {rejected[0].reason}")
 
 
 def _arguments(operator: str) -> argparse.Namespace:

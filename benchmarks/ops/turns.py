@@ -9,33 +9,50 @@ from typing import Any
 
 import torch
 
-from ..clock import clock, fill_queue
+from ..clock import clock, fill_queue, synchronize
+from ..lost_device import answers
 
-_UNTIMED = 1  # call of each implementation, after those by which it was checked
+_UNTIMED = 1  # call of each implementation, after those by which it was checked and warmed up
 _FEWEST = 3  # timed calls of each, however long they take
 
 Call = Callable[[int], Any]
 
 
-def in_turn(calls: Mapping[str, Call], device: str, *, repeats: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each timed call of each implementation.
+def in_turn(
+    calls: Mapping[str, Call], device: str, *, repeats: int, seconds: float
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """Seconds of each timed call of each implementation, and what the others raised.
 
     Args:
         calls: name -> ``call(i)``, which works on the i-th set of inputs.
         device: whose time is taken.
         repeats: timed calls of each.
-        seconds: after which no more turns begin, once each has three timed calls.
+        seconds: of timed turns, after which no more begin, once each has three timed calls.
+
+    Returns:
+        (times, errors), by name. An implementation is in one of them, and where its error leaves a device that does not
+        answer, those that had fewer than three calls are in neither.
     """
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    deadline = time.perf_counter() + seconds
+    errors: dict[str, Exception] = {}
+    started = time.perf_counter()
     for turn in range(_UNTIMED + repeats):
-        if turn >= _UNTIMED + _FEWEST and time.perf_counter() > deadline:
+        if turn <= _UNTIMED:
+            started = time.perf_counter()
+        elif turn >= _UNTIMED + _FEWEST and time.perf_counter() - started > seconds:
             break
-        for name, call in calls.items():
-            elapsed = once(call, turn, device)
-            if turn >= _UNTIMED:
-                taken[name].append(elapsed)
-    return taken
+        for name in list(taken):
+            try:
+                elapsed = once(calls[name], turn, device)
+            except Exception as error:  # one implementation that fails must not keep the others from being measured
+                errors[name] = error
+                del taken[name]
+                if not answers(device):
+                    return {each: times for each, times in taken.items() if len(times) >= _FEWEST}, errors
+            else:
+                if turn >= _UNTIMED:
+                    taken[name].append(elapsed)
+    return taken, errors
 
 
 def once(call: Call, i: int, device: str) -> float:
@@ -53,11 +70,11 @@ def peak_bytes(call: Call, device: str) -> int:
 
 
 def _cuda_peak(call: Call) -> int:
-    torch.cuda.synchronize()
+    synchronize("cuda")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call(0)
-    torch.cuda.synchronize()
+    synchronize("cuda")
     return torch.cuda.max_memory_allocated() - before
 
 

@@ -3,6 +3,30 @@
 import time
 
 import pytest
+import torch
+
+
+class LosableDevice:
+    """A stand-in for a CUDA context: once it is lost, whoever waits for the device gets the same error, in this process."""
+
+    def __init__(self):
+        self.is_lost = False
+
+    def lose(self):
+        self.is_lost = True
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA")
+
+    def synchronize(self, device=None):
+        if self.is_lost:
+            self.lose()
+
+
+@pytest.fixture
+def losable(monkeypatch):
+    """The CPU as a `LosableDevice`."""
+    device = LosableDevice()
+    monkeypatch.setattr(torch.cpu, "synchronize", device.synchronize)
+    return device
 
 
 @pytest.fixture

@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.operators import OPERATORS, cases_of
+from benchmarks.ops import bench_residual_layer_norm
 from benchmarks.ops.calls import Calls, WrongResult
 from benchmarks.ops.case import OURS, Inputs, OperatorCase, Side, Work, both_ways
+from benchmarks.ops.turns import in_turn
+from benchmarks.report import Seconds
 from benchmarks.sizes import SIZES, size_on
 
 TINY = size_on("cpu", "tiny")
@@ -88,6 +91,38 @@ def test_bytes_of_a_pass_are_its_tensors_once_each():
     assert both.least.bytes == 5 * tensor  # and the gradients of the result and of x
 
 
+@pytest.mark.parametrize(("dropout_p", "of_update"), [(0.1, True), (0.0, False)])
+def test_the_stream_of_a_post_norm_model_is_float32_on_a_gpu_and_its_bytes_count_so(dropout_p, of_update):
+    values = TINY.rows * TINY.dim
+    for device, stream in (("cuda", 4), ("cpu", 2)):
+        both, forward, pre_norm = (
+            next(case for case in cases_of("residual_layer_norm", TINY, torch.bfloat16, device) if wanted(case))
+            for wanted in (
+                lambda case: case.dropout_p == dropout_p and case.backward and "post-norm" in case.name,
+                lambda case: case.dropout_p == dropout_p and not case.backward and "post-norm" in case.name,
+                lambda case: not case.backward and "pre-norm" in case.name,
+            )
+        )
+        assert forward.least.bytes == (2 * stream + 2) * values  # residual and normed; update
+        backward = both.least.bytes - forward.least.bytes
+        another = of_update or stream == 4  # else the update has the residual's gradient
+        assert backward == (4 * stream + 2 * another) * values
+        assert pre_norm.least.bytes == 4 * 2 * values and pre_norm.shape["stream"] == "bfloat16"
+
+
+def test_a_float32_stream_and_its_16_bit_update_are_what_is_measured(monkeypatch):
+    monkeypatch.setattr(bench_residual_layer_norm, "stream_dtype", lambda dtype, device, pre_norm: torch.float32)
+    case = _cases("residual_layer_norm", torch.bfloat16)[0]
+    residual, update, *_ = case.draw(0).tensors
+    assert (residual.dtype, update.dtype) == (torch.float32, torch.bfloat16) and "float32 stream" in case.name
+    calls = Calls(case)
+    for name in (OURS, "PyTorch"):
+        call, error = calls.make(name)
+        normed, residual_grad, update_grad, *_ = call(0)
+        assert (normed.dtype, residual_grad.dtype, update_grad.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+        assert error < 0.02
+
+
 def _double(scale=1.0, gradient_scale=1.0, offset=0.0):
     """2 x, or something near it."""
 
@@ -135,6 +170,46 @@ def test_calls_work_on_other_inputs_in_turn():
     call, _ = Calls(_doubling()).make(OURS)
     assert not torch.equal(call(0)[0], call(1)[0])
     assert torch.equal(call(0)[0], call(64)[0])  # as many sets as there may be
+
+
+class _Compiling:
+    """2 x by a kernel that takes half a second when it first sees a shape and dtype, forward and backward each."""
+
+    def __init__(self, advance):
+        self.seen, self.advance, self.compiled = set(), advance, 0
+
+    def compile(self, direction, x):
+        if (direction, x.shape, x.dtype) not in self.seen:
+            self.seen.add((direction, x.shape, x.dtype))
+            self.compiled += 1
+            self.advance(0.5)
+        self.advance(0.001)
+
+    def __call__(self, tensors, dropout_p):
+        (x,) = tensors
+        self.compile("forward", x)
+        y = 2.0 * x
+        if y.requires_grad:
+            y.register_hook(lambda grad: self.compile("backward", grad))
+        return (y,)
+
+
+@pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_compiled_for_a_shape_falls_into_no_timed_call_and_not_into_their_time(virtual_time, backward, dtype):
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        x, direction = (torch.randn(1 + seed % 5, 3, generator=generator).to(dtype) for _ in range(2))
+        return Inputs((x.requires_grad_(),), (direction,))
+
+    kernel = _Compiling(virtual_time)
+    sides = {OURS: Side(kernel, "1")}
+    case = replace(_doubling(), draw=draw, sides=sides, truth=_double(), dtype=dtype, backward=backward)
+    call, _ = Calls(case).make(OURS)
+    assert kernel.compiled == 5 * (1 + backward)
+    taken, _ = in_turn({OURS: call}, "cpu", repeats=20, seconds=1.0)
+    seconds = Seconds.of(taken[OURS])
+    assert seconds.count == 20 and seconds.median == pytest.approx(seconds.p80) == pytest.approx(0.001 * (1 + backward))
 
 
 def test_dropout_is_on_in_calls_and_off_in_checks():
