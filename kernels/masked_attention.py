@@ -27,7 +27,8 @@ from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
 
 _LOG2_E = math.log2(math.e)
 _COLUMNS_BLOCK = 1024
-_VARYING = ["rows", "threshold", "max_frames"]  # from batch to batch: nothing is compiled anew for them
+# From batch to batch, and the alignment of a seed, which may be a view of several: nothing is compiled anew for them.
+_VARYING = ["rows", "threshold", "max_frames", "seed"]
 
 
 @triton.jit
@@ -39,7 +40,7 @@ def _keys_of(sequence, key_lengths, frames):
     return keys
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _draw_columns(columns, seed, max_frames, BLOCK: tl.constexpr):
     """The dropout bits of every key position."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
