@@ -2,15 +2,18 @@
 
     python -m tools.aot                                             # everything
     python -m tools.aot --operator masked_attention --arch 90 --size base --dtype bfloat16 --keep DIR
+    python -m tools.aot --warm --arch 90 --size base --dtype bfloat16 --jobs 16     # before a first step on an H100
 
 Each module of this package launches the kernels of its operator on meta tensors with the shapes of a model; the launches are
-recorded and compiled with the block sizes that they would have on that architecture.
+recorded, and Triton's own launcher compiles them, with the block sizes that they would have on that architecture, into the cache
+where it looks for them (TRITON_CACHE_DIR): a training step that finds them there compiles nothing. No driver is called.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,7 +21,7 @@ from pathlib import Path
 import triton
 
 from benchmarks.sizes import SIZES
-from tools.aot.compiling import SHARED_BYTES, Job, run
+from tools.aot.compiling import DTYPES, SHARED_BYTES, Job, key_of, launches_of, run
 
 _HERE = Path(__file__).parent
 OPERATORS = sorted(path.stem for path in _HERE.glob("*.py") if path.stem not in ("__main__", "compiling"))
@@ -35,27 +38,40 @@ def main() -> int:
     ]
     # Forking a process whose threads hold locks can hang it.
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        compiled = [each for result in pool.map(run, jobs, [arguments.keep] * len(jobs)) for each in result]
-    for each in compiled:
-        verdict = each.problem or "ok"
-        print(
-            f"sm_{each.job.arch} {each.job.size} {each.job.dtype} {each.kernel} [{each.variant}]: {each.registers} registers, "
-            f"{each.shared} bytes shared, {verdict}"
-        )
-    failures = sum(bool(each.problem) for each in compiled)
-    print(
-        f"{len(compiled)} kernels compiled with Triton {triton.__version__}, {failures} with spills or too much shared memory"
-    )
-    return 1 if failures or not compiled else 0
+        futures = [pool.submit(run, job, number, arguments.keep) for job, number in _distinct(jobs)]
+        results = [future.result() for future in futures]
+    for each in results:
+        if each.problem or not arguments.warm:
+            print(
+                f"sm_{each.job.arch} {each.job.size} {each.job.dtype} {each.kernel} [{each.variant}]: "
+                f"{each.registers} registers, {each.shared} bytes shared, {each.problem or 'ok'}"
+            )
+    failures = sum(bool(each.problem) for each in results)
+    print(f"{len(results)} kernels compiled with Triton {triton.__version__}, {failures} with problems")
+    return int(any(each.cannot_run if arguments.warm else each.problem for each in results))
+
+
+def _distinct(jobs: list[Job]) -> Iterator[tuple[Job, int]]:
+    """(job, number of the launch among its launches) of each kernel once."""
+    seen = set()
+    for job in jobs:
+        for number, launch in enumerate(launches_of(job)):
+            key = key_of(launch)
+            if key not in seen:
+                seen.add(key)
+                yield job, number
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--operator", nargs="+", choices=OPERATORS, default=OPERATORS)
     parser.add_argument("--size", nargs="+", choices=sorted(SIZES), default=list(SIZES))
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=["bfloat16"])
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bfloat16"])
     parser.add_argument("--arch", nargs="+", type=int, choices=sorted(SHARED_BYTES), default=[80, 90, 100])
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
+    parser.add_argument(
+        "--warm", action="store_true", help="only fill the cache: kernels that merely spill are named, and do not fail"
+    )
     parser.add_argument("--keep", type=Path, help="folder for the PTX and machine code of each kernel")
     return parser.parse_args()
 

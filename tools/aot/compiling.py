@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -15,7 +17,6 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
 
 from benchmarks.sizes import SIZES
 from hubert_fast.kernels.launch import Launch, options, recording
@@ -23,22 +24,14 @@ from hubert_fast.kernels.launch import Launch, options, recording
 # Bytes of shared memory that a program may have (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.int16: "*i16",
-    torch.uint8: "*u8",
-    torch.bool: "*i1",
-}
+# tf32 is float32 where PyTorch's switches allow TensorFloat-32.
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Job(NamedTuple):
     operator: str
     size: str
-    dtype: str
+    dtype: str  # of DTYPES
     arch: int
 
 
@@ -48,88 +41,116 @@ class Compiled(NamedTuple):
     job: Job
     kernel: str
     variant: str  # constants that tell it from the operator's others
-    registers: int
-    spilled: int  # bytes of local memory a thread
-    shared: int  # bytes a program
-    serialized: bool  # whether Hopper's matrix instructions wait for one another
+    error: str  # why it does not compile, or nothing
+    registers: int = 0
+    spilled: int = 0  # bytes of local memory a thread
+    shared: int = 0  # bytes a program
+    serialized: bool = False  # whether Hopper's matrix instructions wait for one another
 
     @property
-    def problem(self) -> str:
-        if self.spilled:
-            return f"{self.spilled} bytes a thread spilled"
-        if self.serialized:
-            return "wgmma instructions are serialized"
+    def cannot_run(self) -> str:
+        """Why, or nothing."""
+        if self.error:
+            return f"does not compile: {self.error}"
         if self.shared > SHARED_BYTES[self.job.arch]:
             return f"{self.shared} bytes of shared memory; sm_{self.job.arch} has {SHARED_BYTES[self.job.arch]}"
         return ""
 
+    @property
+    def problem(self) -> str:
+        """Why it cannot run, or what makes it slow; nothing where all is well."""
+        if self.spilled and not self.cannot_run:
+            return f"{self.spilled} bytes a thread spilled"
+        return self.cannot_run or ("wgmma instructions are serialized" if self.serialized else "")
 
-def run(job: Job, keep: Optional[Path] = None) -> list[Compiled]:
-    """Compile what ``job``'s operator launches."""
+
+class _NoGpu:
+    """What Triton's launcher asks of a driver before it compiles. It keeps kernels by device: each architecture is one."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@functools.cache
+def launches_of(job: Job) -> list[Launch]:
+    """What ``job``'s operator launches."""
     module = importlib.import_module(f"tools.aot.{job.operator}")
-    with recording(job.arch) as launches:
-        module.launches(SIZES[job.size], getattr(torch, job.dtype))
+    with recording(job.arch) as launches, tf32_allowed(job.dtype == "tf32"):
+        module.launches(SIZES[job.size], DTYPES[job.dtype])
     if not launches:
         raise SystemExit(f"tools/aot/{job.operator}.py launched nothing")
-    return list(compile_all(job, launches, keep))
+    return launches
 
 
-def compile_all(job: Job, launches: list[Launch], keep: Optional[Path] = None) -> Iterator[Compiled]:
-    seen = set()
-    for each in launches:
-        signature, constants, attributes = specialise(each)
-        key = (each.kernel.__name__, str(signature), str(constants), str(attributes), str(each.blocks))
-        if key in seen:
-            continue
-        seen.add(key)
-        source = ASTSource(each.kernel, signature, constants, attributes)
-        kernel = triton.compile(source, target=GPUTarget("cuda", each.architecture, 32), options=options(each.blocks))
-        registers, spilled = resources(kernel.asm["cubin"])
-        variant = ", ".join(f"{name[0]}={value}" for name, value in _by_name(each, constants) if value is not None)
-        if keep is not None:
-            keep.mkdir(parents=True, exist_ok=True)
-            stem = f"{job.operator}-{job.size}-{job.dtype}-sm{job.arch}-{each.kernel.__name__}-{len(seen)}"
-            (keep / f"{stem}.ptx").write_text(kernel.asm["ptx"])
-            (keep / f"{stem}.cubin").write_bytes(kernel.asm["cubin"])
-        serialized = is_serialized(kernel.asm["ptx"], each.architecture)
-        yield Compiled(job, each.kernel.__name__, variant, registers, spilled, kernel.metadata.shared, serialized)
+@contextmanager
+def tf32_allowed(allowed: bool) -> Iterator[None]:
+    """PyTorch's switches, inside."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [each.allow_tf32 for each in switches]
+    for each in switches:
+        each.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for each, value in zip(switches, before):
+            each.allow_tf32 = value
 
 
-def _by_name(launch: Launch, constants: dict) -> Iterator[tuple[tuple[str], Any]]:
-    for (index,), value in constants.items():
-        yield (launch.kernel.arg_names[index],), value
+def run(job: Job, number: int, keep: Optional[Path] = None) -> Compiled:
+    """What becomes of the launch ``number`` of ``job``."""
+    return compiled(job, launches_of(job)[number], keep)
 
 
-def specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
-    """(signature, constants, attributes) as Triton's own launcher would derive them from the arguments."""
-    given = {**launch.arguments, **launch.blocks.sizes}
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(launch.kernel.params):
-        value = given.pop(parameter.name)
-        kind = "constexpr" if parameter.is_constexpr or value is None else _kind(value)
-        plain = parameter.do_not_specialize
-        if kind != "constexpr" and not isinstance(value, (torch.Tensor, float)) and value == 1 and not plain:
-            kind = "constexpr"
-        signature[parameter.name] = kind
-        if kind == "constexpr":
-            constants[(index,)] = value
-        elif not plain and (isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    if given:
-        raise ValueError(f"{launch.kernel.__name__} has no parameters {sorted(given)}")
-    return signature, constants, attributes
+def key_of(launch: Launch) -> tuple[Any, ...]:
+    """By what Triton's launcher tells the machine code of ``launch`` from that of others. Compiles nothing."""
+    asked = []
+
+    def note(**details: Any) -> bool:
+        asked.append(details["compile"]["key"])
+        return True  # for the launcher: there is nothing to compile
+
+    before = triton.knobs.runtime.jit_cache_hook
+    triton.knobs.runtime.jit_cache_hook = note
+    try:
+        _warm_up(launch)
+    finally:
+        triton.knobs.runtime.jit_cache_hook = before
+    return launch.architecture, launch.kernel, *asked
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return _POINTERS[value.dtype]
-    if isinstance(value, bool):
-        return "i1"
-    if isinstance(value, int):
-        return "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
-    if isinstance(value, float):
-        return "fp32"
-    raise TypeError(f"a kernel cannot take {value!r}")
+def _warm_up(launch: Launch) -> Any:
+    """The kernel that Triton's launcher compiles for ``launch``: under the key by which it looks for it on a GPU."""
+    triton.runtime.driver.set_active(_NoGpu(launch.architecture))
+    settings = {**launch.arguments, **launch.blocks.sizes, **options(launch.blocks)}
+    return launch.kernel.run(grid=(1,), warmup=True, **settings)
+
+
+def compiled(job: Job, launch: Launch, keep: Optional[Path] = None) -> Compiled:
+    """What becomes of ``launch``, one of ``job``'s; its PTX and machine code go to the folder ``keep``."""
+    try:
+        kernel = _warm_up(launch)
+    except Exception as error:  # the others are still worth compiling
+        lines = str(error).strip().splitlines() or [""]
+        return Compiled(job, launch.kernel.__name__, "", error=f"{type(error).__name__}: {lines[-1]}")
+    constants = {launch.kernel.arg_names[index]: value for (index,), value in kernel.src.constants.items()}
+    variant = ", ".join(f"{name}={value}" for name, value in constants.items() if value is not None)
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        stem = f"{job.operator}-{job.size}-{job.dtype}-sm{job.arch}-{launch.kernel.__name__}-{kernel.hash[:8]}"
+        (keep / f"{stem}.ptx").write_text(kernel.asm["ptx"])
+        (keep / f"{stem}.cubin").write_bytes(kernel.asm["cubin"])
+    registers, spilled = resources(kernel.asm["cubin"])
+    serialized = is_serialized(kernel.asm["ptx"], job.arch)
+    return Compiled(job, launch.kernel.__name__, variant, "", registers, spilled, kernel.metadata.shared, serialized)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

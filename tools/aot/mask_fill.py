@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from benchmarks.sizes import Size
@@ -14,7 +16,7 @@ def launches(size: Size, dtype: torch.dtype) -> None:
     bias, embedding = (torch.empty(size.dim, device="meta") for _ in range(2))  # float32 under autocast
     mask, padding = (torch.empty(rows, dtype=torch.bool, device="meta") for _ in range(2))
     seed = torch.empty((), dtype=torch.int64, device="meta")
-    for dropout_p, fill in ((0.1, padding), (0.0, padding), (0.1, None)):
+    for dropout_p, fill in itertools.product((0.1, 0.0), (padding, None)):
         settings = embedding, mask, fill, dropout_p, seed if dropout_p else None
         kernels.mask_fill(x, bias, *settings)
         kernels.mask_fill_backward(torch.empty_like(x), bias, *settings)

@@ -1,6 +1,8 @@
-"""Launches of ``residual_layer_norm``: post-norm, pre-norm and packing, with and without dropout, in a model's shapes."""
+"""Launches of ``residual_layer_norm`` at each place of a model, post-norm and pre-norm, with and without dropout."""
 
 from __future__ import annotations
+
+from typing import Optional
 
 import torch
 
@@ -9,58 +11,57 @@ from hubert_fast.kernels import residual_layer_norm as kernels
 
 
 def launches(size: Size, dtype: torch.dtype) -> None:
+    for indexed in (True, False):  # features: packed, and where no frame is padding
+        _norm(size.batch * size.frames, size.rows if indexed else None, size.conv_channels, dtype, dtype)
+        _norm(size.batch * size.frames, size.rows if indexed else None, size.conv_channels, torch.float32, dtype)
     for dropout_p in (0.1, 0.0):
-        _block(size, dtype, dropout_p, keep_sum=False)  # post-norm
-        _block(size, dtype, dropout_p, keep_sum=True)  # pre-norm
-        _packing(size, dtype, dropout_p)
-    _packing(size, torch.float32, 0.1, out=dtype)  # where autocast meets float32 rows
-    _packing(size, dtype, 0.1, out=torch.float32)  # where its post-norm stream begins
+        for kept in (None, size.kept):  # of the last layer only the masked frames go on
+            # Post-norm, whose stream is float32 under autocast; pre-norm.
+            _sum(size, dtype, torch.float32, kept, dropout_p, sum_wanted=False)
+            _sum(size, dtype, dtype, kept, dropout_p, sum_wanted=True)
+        _norm(size.rows, None, size.dim, dtype, torch.float32, dropout_p)  # where a post-norm stream begins
+    _norm(size.rows, None, size.dim, dtype, dtype)  # before attention in a pre-norm layer
 
 
-def _block(size: Size, dtype: torch.dtype, dropout_p: float, *, keep_sum: bool) -> None:
-    update = torch.empty(size.rows, size.dim, dtype=dtype, device="meta")
-    # Autocast's post-norm stream is float32.
-    stream = dtype if keep_sum else torch.float32
-    residual = torch.empty_like(update, dtype=stream)
-    weight, bias, update_bias, seed = _vectors(size)
-    seed = seed if dropout_p else None
-    normed, summed, mean, rstd = kernels.residual_layer_norm(
-        residual, weight, bias, update, update_bias, None, dropout_p, 0.0, seed, 1e-5, stream, True
+def _norm(
+    positions: int, rows: Optional[int], channels: int, dtype: torch.dtype, out: torch.dtype, dropout_p: float = 0.0
+) -> None:
+    """Of a matrix as it is; ``rows`` of its positions where an index says which."""
+    residual = torch.empty(positions, channels, dtype=dtype, device="meta")
+    weight, bias, _, seed = _vectors(channels, dropout_p)
+    index = None if rows is None else _index(rows)
+    normed, _, mean, rstd = kernels.residual_layer_norm(
+        residual, weight, bias, None, None, index, 0.0, dropout_p, seed, 1e-5, out, False
     )
     kernels.residual_layer_norm_backward(
-        torch.empty_like(normed), torch.empty_like(summed) if keep_sum else None, residual, summed, None, mean, rstd,
-        weight, bias, update_bias, dropout_p, 0.0, seed, dtype, dropout_p == 0.0 and stream == dtype,
+        torch.empty_like(normed), None, residual, None, index, mean, rstd, weight, bias, None, 0.0, dropout_p, seed, out,
+        False,
     )  # fmt: skip
 
 
-def _packing(size: Size, dtype: torch.dtype, dropout_p: float, out: torch.dtype | None = None) -> None:
-    residual = torch.empty(size.batch * size.frames, size.dim, dtype=dtype, device="meta")
-    index = torch.empty(size.rows, dtype=torch.int64, device="meta")
-    weight, bias, _, seed = _vectors(size)
-    seed = seed if dropout_p else None
-    normed, _, mean, rstd = kernels.residual_layer_norm(
-        residual, weight, bias, None, None, index, 0.0, dropout_p, seed, 1e-5, out or dtype, False
+def _sum(
+    size: Size, dtype: torch.dtype, stream: torch.dtype, kept: Optional[int], dropout_p: float, *, sum_wanted: bool
+) -> None:
+    """Of the stream after an update."""
+    residual = torch.empty(size.rows, size.dim, dtype=stream, device="meta")
+    update = torch.empty(kept or size.rows, size.dim, dtype=dtype, device="meta")
+    weight, bias, update_bias, seed = _vectors(size.dim, dropout_p)
+    index = None if kept is None else _index(kept)
+    normed, summed, mean, rstd = kernels.residual_layer_norm(
+        residual, weight, bias, update, update_bias, index, dropout_p, 0.0, seed, 1e-5, stream, True
     )
+    one_gradient = index is None and dropout_p == 0.0 and stream == dtype
     kernels.residual_layer_norm_backward(
-        torch.empty_like(normed),
-        None,
-        residual,
-        None,
-        index,
-        mean,
-        rstd,
-        weight,
-        bias,
-        None,
-        0.0,
-        dropout_p,
-        seed,
-        normed.dtype,
-        False,
-    )
+        torch.empty_like(normed), torch.empty_like(summed) if sum_wanted else None, residual, summed, index, mean, rstd,
+        weight, bias, update_bias, dropout_p, 0.0, seed, dtype, one_gradient,
+    )  # fmt: skip
 
 
-def _vectors(size: Size) -> tuple[torch.Tensor, ...]:
-    """Weight, bias and bias of the update, float32 as they are under autocast, and a seed."""
-    vectors = (torch.empty(size.dim, device="meta") for _ in range(3))
-    return *vectors, torch.empty((), dtype=torch.int64, device="meta")
+def _index(rows: int) -> torch.Tensor:
+    return torch.empty(rows, dtype=torch.int64, device="meta")
+
+
+def _vectors(channels: int, dropout_p: float) -> tuple[Optional[torch.Tensor], ...]:
+    """Weight, bias and bias of the update, float32 as they are under autocast, and a seed where one is needed."""
+    vectors = (torch.empty(channels, device="meta") for _ in range(3))
+    return *vectors, torch.empty((), dtype=torch.int64, device="meta") if dropout_p else None

@@ -1,0 +1,110 @@
+"""Prints the launches of a training step that tools/aot compiles nothing for: by their keys in Triton's cache.
+
+    python -m tests.kernels.step_keys          (without TRITON_INTERPRET)
+
+A small batch of HuBERT Base, two layers of it, is trained on a CPU with every operator on its kernels; the launches are noted
+instead of made, and nothing is compiled, only keys are made.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Optional
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+import hubert_fast
+from benchmarks.architecture import ARCHITECTURES
+from hubert_fast.kernels.launch import Launch, options, recording
+from hubert_fast.models import encoder, plain
+from hubert_fast.ops import triton_backend
+from tools.aot.__main__ import OPERATORS
+from tools.aot.compiling import DTYPES, Job, compiled, launches_of, tf32_allowed
+
+_ARCH = 90
+_CLASSES = 500
+_FRAMES, _SAMPLES = 16, 16 * 320 + 80  # Triton specialises on multiples of 16: some steps have them, some have not
+
+
+class _Gpu:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", _ARCH, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+
+class _Keys:
+    """In place of Triton's compiler: notes the key that machine code has in the cache."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, str]] = []
+
+    def __call__(self, source, target, options, **others):
+        backend = triton.compiler.make_backend(target)
+        self.found.append((source.hash(), backend.parse_options(dict(options)).hash()))
+        raise InterruptedError("only the key was wanted")
+
+    def of_aot(self, dtype: str) -> set[tuple[str, str]]:
+        """Under which tools/aot compiles."""
+        self.found.clear()
+        for operator in OPERATORS:
+            job = Job(operator, "base", dtype, _ARCH)
+            for launch in launches_of(job):
+                compiled(job, launch)
+        return set(self.found)
+
+    def of_launcher(self, launch: Launch) -> tuple[str, str]:
+        """Which Triton's launcher looks up."""
+        self.found.clear()
+        triton.runtime.driver.set_active(_Gpu)
+        try:
+            launch.kernel[(1,)](**launch.arguments, **launch.blocks.sizes, **options(launch.blocks))
+        except InterruptedError:
+            pass
+        return self.found[0]
+
+
+def steps(dtype: torch.dtype) -> Iterator[list[Launch]]:
+    """Launches of a step with padding, without, and with room for more rows than there are."""
+    torch.manual_seed(0)
+    architecture = ARCHITECTURES["base"].changed(layers=2)
+    model = hubert_fast.hubert_pretrain_model(**architecture.factory_arguments(_CLASSES))
+    objective = hubert_fast.PretrainingObjective(model.train())
+    labels, full = torch.randint(0, _CLASSES, (2, _FRAMES)), torch.tensor([_SAMPLES, _SAMPLES])
+    for lengths, capacity in ((full - torch.tensor([0, 960]), None), (full, None), (full, 32)):
+        waveforms = torch.randn(2, _SAMPLES)
+        with recording(_ARCH) as launches, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            plan = objective.plan(labels, lengths, samples=_SAMPLES, device="cpu", rows=capacity, kept=capacity)
+            loss = objective(waveforms, plan=plan).loss
+        with recording(_ARCH) as backward:
+            loss.backward()
+        yield launches + backward
+
+
+def main() -> None:
+    keys = _Keys()
+
+    def stream_dtype(x: torch.Tensor) -> Optional[torch.dtype]:  # as on a GPU
+        return torch.float32 if torch.is_autocast_enabled("cpu") else None
+
+    with (
+        mock.patch.object(triton.compiler, "compile", keys),
+        mock.patch.object(triton_backend, "objection", lambda *_: None),  # that there is no GPU
+        mock.patch.object(plain, "stream_dtype", stream_dtype),
+        mock.patch.object(encoder, "stream_dtype", stream_dtype),
+    ):
+        for dtype in ("bfloat16", "float32", "tf32"):
+            known = keys.of_aot(dtype)
+            with tf32_allowed(dtype == "tf32"):
+                launches = list(itertools.chain(*steps(DTYPES[dtype])))
+            missing = [each for each in launches if keys.of_launcher(each) not in known]
+            for name in sorted({each.kernel.fn.__module__ + "." + each.kernel.__name__ for each in missing}):
+                print(f"{dtype}: {name} is not compiled ahead")
+            print(f"{dtype}: {len(launches)} launches looked up, {len(missing)} not compiled ahead")
+
+
+if __name__ == "__main__":
+    main()
