@@ -18,7 +18,7 @@ from benchmarks.lost_device import DeviceLost, answers
 from benchmarks.ops import turns
 from benchmarks.ops.case import OURS
 from benchmarks.peers.ours import HubertFast, ObjectiveModel
-from benchmarks.report import Limits, Report, load
+from benchmarks.report import Report, load
 from benchmarks.suite import Suite
 from tests.benchmarks import fabricated
 from tests.benchmarks.test_suite import CPU, TINY, Broken, Budget, Other, case
@@ -245,7 +245,7 @@ def test_turns_end_where_the_device_does_not_answer(losable):
 
 
 def test_limits_that_were_not_measured_again_are_lost_once(losable, monkeypatch):
-    limits = iter([Limits(1.0, 1.0)])
+    limits = iter([fabricated.LIMITS])
 
     def measure(device, dtype):
         found = next(limits, None)
