@@ -12,7 +12,7 @@ import sys
 import time
 
 from scripts.gpu_check.device import DEVICE, ON_GPU
-from scripts.gpu_check.facts import Facts, facts_of_process, first_line
+from scripts.gpu_check.facts import Facts, facts_of_process
 
 _PACKAGES = (
     "torch",
@@ -65,7 +65,7 @@ def _gpu(facts: Facts, torch) -> None:
     try:
         card = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired) as error:
-        card = first_line(error)
+        card = f"{type(error).__name__}: {error}"
     facts.note("gpu", name=properties.name, sms=properties.multi_processor_count, bytes=properties.total_memory,
                capability=torch.cuda.get_device_capability(), context_s=round(seconds, 2), card=card)  # fmt: skip
 

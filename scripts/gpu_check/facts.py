@@ -53,9 +53,3 @@ class Facts:
 def facts_of_process() -> Facts:
     """The facts of the stage that this process is: the first argument is OUT."""
     return Facts(Path(sys.argv[1]))
-
-
-def first_line(error: BaseException) -> str:
-    """An error as a fact tells it."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:500]}" if text else type(error).__name__

@@ -13,10 +13,11 @@ from torch.profiler import profile as profiler
 
 from benchmarks import stages
 from benchmarks.batches import Batch
+from benchmarks.clock import synchronize
 from benchmarks.peers.peer import Setting
 from benchmarks.predictions import PARTS, part_of
 from benchmarks.training import TrainingStep
-from scripts.gpu_check.device import ON_GPU, synchronize
+from scripts.gpu_check.device import DEVICE, ON_GPU
 from scripts.gpu_check.facts import Facts
 
 _STEPS = 2
@@ -44,7 +45,7 @@ def profile(facts: Facts, step: TrainingStep, batches: Sequence[Batch], chosen: 
     with profiler(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * ON_GPU) as run:
         for batch in batches[:_STEPS]:
             step(batch, chosen.dtype)
-        synchronize()
+        synchronize(DEVICE)
     events = run.events()
     name = f"{chosen.architecture.name}-{str(chosen.dtype).removeprefix('torch.')}"
     facts.note("profile", model=name, steps=_STEPS, step_ms=1e3 * seconds, **busy(events), calls=calls(events))

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 
-from scripts.gpu_check.device import ON_GPU, synchronize
+from scripts.gpu_check.device import DEVICE, ON_GPU
 from scripts.gpu_check.facts import facts_of_process
 
 _FOUND = 9  # exit code of the sanitizer's where it found something
@@ -52,9 +52,9 @@ def steps() -> None:
     import torch
 
     from benchmarks.batches import make
+    from benchmarks.clock import synchronize
     from benchmarks.peers.agreement import weights_of
     from benchmarks.peers.ours import ObjectiveModel, SwappedInModel, build_model
-    from scripts.gpu_check.device import DEVICE
     from scripts.gpu_check.models import NUM_CLASSES, architecture, setting
 
     for name in ("base", "large"):
@@ -66,7 +66,7 @@ def steps() -> None:
                 model = wrapped(build_model(built, weights_of(built)))
                 torch.manual_seed(3)
                 model.forward_backward(batch, built.dtype)
-                synchronize()
+                synchronize(DEVICE)
                 print("ran", name, dtype, wrapped.__name__, flush=True)
 
 

@@ -17,13 +17,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-import hubert_fast
+from benchmarks.lost_device import answers, first_line
 from benchmarks.peers.agreement import weights_of
 from benchmarks.peers.ours import ObjectiveModel, SwappedInModel, build_model
 from benchmarks.peers.peer import PeerModel, Setting, autocast
+from hubert_fast import tf32
 from scripts.gpu_check import isolated
-from scripts.gpu_check.device import ON_GPU, is_lost
-from scripts.gpu_check.facts import Facts, facts_of_process, first_line
+from scripts.gpu_check.device import DEVICE
+from scripts.gpu_check.facts import Facts, facts_of_process
 from scripts.gpu_check.models import OPERATORS, architecture, kernels_of, padded_batch, setting
 
 PART = "smoke"
@@ -82,7 +83,7 @@ def _run(facts: Facts, check: Check) -> None:
     try:
         found = _dropout(check) if check.dropout else _compare(check)
     except Exception as error:
-        lost = is_lost()
+        lost = not answers(DEVICE)
         facts.note(PART, item=check.name, done=True, ok=False, error=first_line(error), lost=lost)
         if lost:
             sys.exit(isolated.LOST)
@@ -175,8 +176,5 @@ def _errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, flo
 
 
 if __name__ == "__main__":
-    # Products and convolutions in full float32: the reference's are to be as exact as float32 gets.
-    if ON_GPU:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    assert hubert_fast  # registers the operators
-    sys.exit(main())
+    with tf32.allowed(False):  # the reference's products are to be as exact as float32 gets
+        sys.exit(main())

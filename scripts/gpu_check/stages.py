@@ -19,7 +19,7 @@ def _warm(out: Path, device: str) -> Optional[list[str]]:
         return None
     jobs = str(os.cpu_count() or 1)
     models = ["--size", "base", "large", "--dtype", "bfloat16", "float32", "--arch", "90"]
-    return [sys.executable, "-m", "tools.aot", *models, "--jobs", jobs]
+    return [sys.executable, "-m", "tools.aot", "--warm", *models, "--jobs", jobs]
 
 
 def _operators(out: Path, device: str) -> list[str]:

@@ -17,16 +17,19 @@ from typing import Optional
 import torch
 
 import hubert_fast
+from benchmarks.clock import synchronize
 from benchmarks.flops import step_flops
+from benchmarks.lost_device import answers, first_line
 from benchmarks.memory import held_by, peak_of
 from benchmarks.peers import by_name
 from benchmarks.peers.agreement import check
 from benchmarks.peers.building import build
 from benchmarks.peers.peer import PeerModel, Setting
 from benchmarks.training import TrainingStep
+from hubert_fast import tf32
 from scripts.gpu_check import isolated
-from scripts.gpu_check.device import DEVICE, ON_GPU, is_lost, synchronize
-from scripts.gpu_check.facts import Facts, facts_of_process, first_line
+from scripts.gpu_check.device import DEVICE, ON_GPU
+from scripts.gpu_check.facts import Facts, facts_of_process
 from scripts.gpu_check.models import NUM_CLASSES, architecture, full_batches, leave_out_broken, setting
 from scripts.gpu_check.profile import profile
 
@@ -60,8 +63,8 @@ def main() -> int:
     leave_out_broken(facts)
     # As the suite sets them: shapes repeat, and all sides compute in TF32 what they compute in float32.
     torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    _measure(facts, sides)
+    with tf32.allowed(True):
+        _measure(facts, sides)
     return 0
 
 
@@ -120,7 +123,7 @@ def _built(facts: Facts, part: str, name: str, chosen: Setting, weights, batches
         step = TrainingStep(model)
         started = time.monotonic()
         step(batches[0], chosen.dtype)
-        synchronize()
+        synchronize(DEVICE)
         first = round(time.monotonic() - started, 2)
         step(batches[1], chosen.dtype)
         memory = _memory(model, step, chosen, batches)
@@ -133,7 +136,7 @@ def _built(facts: Facts, part: str, name: str, chosen: Setting, weights, batches
 
 def _note_failure(facts: Facts, part: str, name: str, error: Exception) -> None:
     facts.note(part, item=name, failed=first_line(error))
-    if is_lost():
+    if not answers(DEVICE):
         sys.exit(isolated.LOST)
 
 
@@ -149,11 +152,11 @@ def _memory(model: PeerModel, step: TrainingStep, chosen: Setting, batches) -> d
 def _round(side: _Side, batches, chosen: Setting, *, seed: int) -> None:
     torch.manual_seed(seed)
     for batch in batches:
-        synchronize()
+        synchronize(DEVICE)
         started = time.perf_counter()
         side.step(batch, chosen.dtype)
         side.host_seconds.append(time.perf_counter() - started)
-        synchronize()
+        synchronize(DEVICE)
         side.seconds.append(time.perf_counter() - started)
 
 
