@@ -1,15 +1,37 @@
 """Settings shared by all tests: property tests draw the same examples every time, and no example has a time limit."""
 
 import os
+from importlib.util import find_spec
 
+import pytest
 import torch
-from hypothesis import HealthCheck, settings
+
+from tests import extras
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports the kernels
-    import tests.kernels.interpreter  # noqa: F401  (mends what it gets wrong in bfloat16)
+    if find_spec("triton") is not None:
+        import tests.kernels.interpreter  # noqa: F401  (mends what it gets wrong)
 
-settings.register_profile(
-    "repeatable", derandomize=True, deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("repeatable")
+if find_spec("hypothesis") is None:
+    extras.stand_in_for_hypothesis()
+else:
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "repeatable", derandomize=True, deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("repeatable")
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    return extras.Module.from_parent(parent, path=module_path)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Tests of modules that take tests.kernels.device run on the GPU where there is one: there they are GPU tests too."""
+    if torch.cuda.is_available():
+        for item in items:
+            if hasattr(getattr(item, "module", None), "DEVICE"):
+                item.add_marker(pytest.mark.gpu)
