@@ -431,7 +431,8 @@ def _query_backward_blocks(qkv: Tensor) -> list[Blocks]:
     if arch == INTERPRETER:
         return [_blocks(32, 32, 4, 1)]
     if qkv.dtype == torch.float32:
-        return [_blocks(32, 32, 8 if wide else 4, 2)]
+        # Triton 3.6 spills four warps' 32 keys.
+        return [_blocks(32, 32, 8, 2) if wide else _blocks(32, 16, 4, 2)]
     small, large = _blocks(64, 64, 4, 2), _blocks(128, 64, 8, 2)
     if arch == 90:
         return [small, large] if wide else [large, small]

@@ -92,14 +92,15 @@ def _forward(residual, update, update_bias, index, weight, bias, seed, normed, s
             if summed is not None:
                 _store_rows(summed, x, own, column, inside, CHANNELS)
         means = tl.sum(x, 1) / CHANNELS
+        # Statistics are written as soon as they are known: kept until the end they cost registers that ptxas spills.
+        tl.store(mean + row, means, mask=row < rows)
         centred = tl.where((column < CHANNELS)[None], x - means[:, None], 0.0)
         rstds = tl.rsqrt(tl.sum(centred * centred, 1) / CHANNELS + eps)
+        tl.store(rstd + row, rstds, mask=row < rows)
         value = centred * rstds[:, None] * gain + offset
         if OUTPUT_DROPOUT:
             value = _dropped(value, output_key, row, output_bits, output_threshold, output_scale)
         _store_rows(normed, value, own, column, inside, CHANNELS)
-        tl.store(mean + row, means, mask=row < rows)
-        tl.store(rstd + row, rstds, mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["rows", "seed"])
