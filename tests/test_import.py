@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 HEAVY = ["lhotse", "sklearn", "matplotlib", "tensorboard", "tyro", "soundfile", "scipy", "pandas", "torchaudio", "tqdm"]
-ALLOWED_SECONDS = 0.3
+ALLOWED_SHARE = 0.15  # of the time that `import torch` takes
 
 
 def _fresh_process(script):
@@ -14,16 +14,16 @@ def _fresh_process(script):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_import_takes_no_longer_than_torchs_plus_a_little():
-    """Both are timed in one process, so a busy machine slows both; the median of three is what counts."""
+def test_import_takes_a_small_share_of_what_torchs_takes():
+    """CPU time, and both in one process: other programs on the machine do not count, and a slow machine slows both."""
     script = (
         "import json, time\n"
-        "start = time.perf_counter(); import torch\n"
-        "middle = time.perf_counter(); import hubert_fast\n"
-        "print(json.dumps(time.perf_counter() - middle))"
+        "start = time.process_time(); import torch\n"
+        "middle = time.process_time(); import hubert_fast\n"
+        "print(json.dumps((time.process_time() - middle) / (middle - start)))"
     )
-    added = [_fresh_process(script) for _ in range(3)]
-    assert statistics.median(added) <= ALLOWED_SECONDS, added
+    shares = [_fresh_process(script) for _ in range(3)]
+    assert statistics.median(shares) <= ALLOWED_SHARE, shares
 
 
 def test_import_brings_in_none_of_the_extras():
