@@ -19,11 +19,12 @@ from triton.backends.compiler import GPUTarget
 
 import hubert_fast
 from benchmarks.architecture import ARCHITECTURES
+from hubert_fast import tf32
 from hubert_fast.kernels.launch import Launch, options, recording
 from hubert_fast.models import encoder, plain
 from hubert_fast.ops import triton_backend
 from tools.aot.__main__ import OPERATORS
-from tools.aot.compiling import DTYPES, Job, compiled, launches_of, tf32_allowed
+from tools.aot.compiling import DTYPES, Job, compiled, launches_of
 
 _ARCH = 90
 _CLASSES = 500
@@ -98,7 +99,7 @@ def main() -> None:
     ):
         for dtype in ("bfloat16", "float32", "tf32"):
             known = keys.of_aot(dtype)
-            with tf32_allowed(dtype == "tf32"):
+            with tf32.allowed(dtype == "tf32"):
                 launches = list(itertools.chain(*steps(DTYPES[dtype])))
             missing = [each for each in launches if keys.of_launcher(each) not in known]
             for name in sorted({each.kernel.fn.__module__ + "." + each.kernel.__name__ for each in missing}):

@@ -111,8 +111,7 @@ def test_a_stage_beside_others_ends_before_the_one_after_the_next(facts):
     assert statuses(facts) == {"next": "ok", "beside": "ok", "after": "ok"}
 
 
-def test_an_item_that_ends_its_process_is_named_and_the_others_are_done(facts, monkeypatch):
-    monkeypatch.setenv("GPU_CHECK_DEVICE", "cpu")
+def test_an_item_that_ends_its_process_is_named_and_the_others_are_done(facts):
     assert isolated.run(facts, "items", "tests.scripts.broken_stages", "items") == 0
     found = {each["item"]: each.get("failed", "done") for each in facts.of("items")}
     assert found == {
@@ -123,20 +122,17 @@ def test_an_item_that_ends_its_process_is_named_and_the_others_are_done(facts, m
     }
 
 
-def test_a_process_that_cannot_begin_is_not_begun_again(facts, monkeypatch):
-    monkeypatch.setenv("GPU_CHECK_DEVICE", "cpu")
+def test_a_process_that_cannot_begin_is_not_begun_again(facts):
     assert isolated.run(facts, "items", "tests.scripts.no_such_module") == 1
 
 
-def test_a_lost_device_costs_smoke_one_check(facts, monkeypatch):
-    monkeypatch.setenv("GPU_CHECK_DEVICE", "cpu")
+def test_a_lost_device_costs_smoke_one_check(facts):
     assert isolated.run(facts, "smoke", "tests.scripts.broken_stages", "smoke") == 0
     found = {each["item"]: each["ok"] for each in facts.of("smoke") if "ok" in each}
     assert found == {each.name: each.name != "all, float32" for each in smoke.checks()}
 
 
-def test_a_lost_device_costs_the_step_one_implementation(facts, monkeypatch):
-    monkeypatch.setenv("GPU_CHECK_DEVICE", "cpu")
+def test_a_lost_device_costs_the_step_one_implementation(facts):
     assert isolated.run(facts, "step", "tests.scripts.broken_stages", "step") == 0
     failed = {each["item"]: each["failed"] for each in facts.of("step") if "failed" in each}
     assert failed.pop("torchaudio").startswith("RuntimeError: CUDA error: an illegal memory access")

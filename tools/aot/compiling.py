@@ -8,8 +8,6 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -19,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
 from benchmarks.sizes import SIZES
+from hubert_fast import tf32
 from hubert_fast.kernels.launch import Launch, options, recording
 
 # Bytes of shared memory that a program may have (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
@@ -84,25 +83,11 @@ class _NoGpu:
 def launches_of(job: Job) -> list[Launch]:
     """What ``job``'s operator launches."""
     module = importlib.import_module(f"tools.aot.{job.operator}")
-    with recording(job.arch) as launches, tf32_allowed(job.dtype == "tf32"):
+    with recording(job.arch) as launches, tf32.allowed(job.dtype == "tf32"):
         module.launches(SIZES[job.size], DTYPES[job.dtype])
     if not launches:
         raise SystemExit(f"tools/aot/{job.operator}.py launched nothing")
     return launches
-
-
-@contextmanager
-def tf32_allowed(allowed: bool) -> Iterator[None]:
-    """PyTorch's switches, inside."""
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [each.allow_tf32 for each in switches]
-    for each in switches:
-        each.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        for each, value in zip(switches, before):
-            each.allow_tf32 = value
 
 
 def run(job: Job, number: int, keep: Optional[Path] = None) -> Compiled:
