@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-from scripts.gpu_check.device import DEVICE, ON_GPU
+from scripts.gpu_check.device import ON_GPU
 from scripts.gpu_check.facts import Facts, facts_of_process
 
 _PACKAGES = (
@@ -38,6 +38,7 @@ def main() -> None:
                import_torch_s=round(time.monotonic() - started, 2))  # fmt: skip
     if ON_GPU:
         _gpu(facts, torch)
+        _limits(facts)
     import hubert_fast
     from hubert_fast import extension
 
@@ -46,7 +47,6 @@ def main() -> None:
     facts.note("extension", facts=extension.facts(), why_not=why_not,
                overlapping_maps=kernels and kernels.overlapping_maps())  # fmt: skip
     facts.note("backends", **{each.operator: [each.runs, each.reasons] for each in hubert_fast.backend.report()})
-    _limits(facts)
 
 
 def _version(name: str) -> str | None:
@@ -75,7 +75,7 @@ def _limits(facts: Facts) -> None:
 
     from benchmarks.limits import measure_limits
 
-    found = measure_limits(DEVICE, torch.bfloat16)
+    found = measure_limits("cuda", torch.bfloat16)
     facts.note("limits", tflops_bf16=found.flops_per_second / 1e12, copy_tb_per_s=found.bytes_per_second / 1e12)
 
 

@@ -116,10 +116,13 @@ class Runner:
     def _environment(self) -> dict[str, str]:
         # Wheels that `install` puts there, before anything of the environment's own.
         paths = [str(wheels_folder()), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # Tiny sizes are done sooner by one thread, which waits for no other on a busy machine.
+        threads = {"OMP_NUM_THREADS": "1"} if self._device == "cpu" else {}
         return {
             # Kernels that `warm` compiles are found by all later processes, and by those alone.
             "TRITON_CACHE_DIR": str(Path(tempfile.gettempdir(), "gpu-check-triton")),
             **os.environ,
+            **threads,
             "PYTHONPATH": os.pathsep.join(paths),
             "PYTHONUNBUFFERED": "1",
             "GPU_CHECK_DEVICE": self._device,

@@ -9,6 +9,7 @@ than `_FLOORS`. Dropout is off, but for one check that only asks whether the los
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -101,13 +102,15 @@ def _compare(check: Check) -> dict[str, object]:
         mine = _errors(_loss_and_gradients(chosen, check.swapped_in), truth)
     floor = _FLOORS[check.dtype]
     allowed = {name: max(_TIMES_THE_REFERENCES * theirs[name], floor) for name in mine}
-    wrong = [name for name, error in mine.items() if not error <= allowed[name]]  # not a number is wrong
-    worst = sorted(mine, key=lambda name: mine[name] / allowed[name], reverse=True)[:3]
+    # The worst first; not a number is worst.
+    excess = {name: math.inf if math.isnan(error) else error / allowed[name] for name, error in mine.items()}
+    ordered = sorted(excess, key=excess.__getitem__, reverse=True)
+    wrong = [name for name in ordered if excess[name] > 1.0]
     return {
         "ok": not wrong,
         "loss_error": mine["loss"],
         "wrong": wrong[:6],
-        "worst": {name: [mine[name], theirs[name]] for name in worst},
+        "worst": {name: [mine[name], theirs[name]] for name in ordered[:3]},
     }
 
 

@@ -18,7 +18,7 @@ def _warm(out: Path, device: str) -> Optional[list[str]]:
     if device == "cpu":
         return None
     jobs = str(os.cpu_count() or 1)
-    models = ["--size", "base", "large", "--dtype", "bfloat16", "float32", "--arch", "90"]
+    models = ["--size", "base", "large", "--dtype", "bfloat16", "float32", "tf32", "--arch", "90"]
     return [sys.executable, "-m", "tools.aot", "--warm", *models, "--jobs", jobs]
 
 
