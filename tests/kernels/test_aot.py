@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 ROOT = Path(__file__).parents[2]
 LARGER_FOR = ("80", "90", "100") if os.environ.get("HUBERT_FAST_COMPILE_ALL") == "1" else ("90",)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 from hubert_fast import backend  # noqa: E402
 from hubert_fast.kernels import dropout, head_vectors  # noqa: E402

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 import hubert_fast
 from hubert_fast import backend
