@@ -15,9 +15,10 @@ from torch import Tensor
 
 import hubert_fast
 from benchmarks.architecture import Architecture
+from benchmarks.peers.peer import autocast
 from scripts.gpu_check.device import DEVICE, ON_GPU
 from scripts.gpu_check.facts import Facts, facts_of_process
-from scripts.gpu_check.models import FASTEST, architecture, leave_out_broken
+from scripts.gpu_check.models import DTYPE, FASTEST, architecture, leave_out_broken
 
 _STEPS = 300 if ON_GPU else 4
 _LAYERS = 4 if ON_GPU else 1
@@ -64,7 +65,7 @@ def losses(chosen: Architecture, batches: list[tuple[Tensor, ...]], backend: str
         if backend != "reference":
             leave_out_broken(facts)
         for number in range(_STEPS):
-            with torch.autocast(DEVICE, torch.bfloat16):
+            with autocast(torch.device(DEVICE), getattr(torch, DTYPE)):
                 result = objective(*batches[number % len(batches)])
             loss = result.loss / result.masked_count
             loss.backward()

@@ -11,7 +11,7 @@ from benchmarks.peers.agreement import weights_of
 from benchmarks.peers.ours import ObjectiveModel, build_model
 from benchmarks.training import TrainingStep
 from scripts.gpu_check.facts import facts_of_process
-from scripts.gpu_check.models import architecture, full_batches, leave_out_broken, setting
+from scripts.gpu_check.models import DTYPE, architecture, full_batches, leave_out_broken, setting
 
 _STEPS = 3
 
@@ -19,7 +19,7 @@ _STEPS = 3
 def main() -> None:
     facts = facts_of_process()
     leave_out_broken(facts)
-    chosen = setting(architecture("base"), "bfloat16")
+    chosen = setting(architecture("base"), DTYPE)
     batches, runs = full_batches(chosen.architecture, _STEPS), []
     for _ in range(2):
         model = ObjectiveModel(build_model(chosen, weights_of(chosen)))

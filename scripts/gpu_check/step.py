@@ -30,7 +30,7 @@ from hubert_fast import tf32
 from scripts.gpu_check import isolated
 from scripts.gpu_check.device import DEVICE, ON_GPU
 from scripts.gpu_check.facts import Facts, facts_of_process
-from scripts.gpu_check.models import NUM_CLASSES, architecture, full_batches, leave_out_broken, setting
+from scripts.gpu_check.models import DTYPE, NUM_CLASSES, architecture, full_batches, leave_out_broken, setting
 from scripts.gpu_check.profile import profile
 
 SIDES = {
@@ -76,7 +76,7 @@ def part_of_facts(sides: str) -> str:
 def _measure(facts: Facts, which: str) -> None:
     part = part_of_facts(which)
     items = isolated.Items(facts, part)
-    chosen = setting(architecture("base"), "bfloat16")
+    chosen = setting(architecture("base"), DTYPE)
     batches = full_batches(chosen.architecture, _BATCHES)
     weights = _weights(chosen)
     flops = step_flops(chosen.architecture, batches[0].samples, NUM_CLASSES, int(batches[0].mask.sum()))

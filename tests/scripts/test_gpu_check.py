@@ -192,7 +192,7 @@ def test_few_files_are_left_and_all_of_them_at_the_top(whole):
     assert names == [
         "bench-operators.json",
         "log.txt",
-        "profile-tiny-bfloat16.txt",
+        "profile-tiny-float32.txt",
         "results.jsonl",
         "summary.txt",
         "tests.jsonl",
