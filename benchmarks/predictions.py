@@ -1,7 +1,8 @@
 """What a training step is predicted to take on an H100, part by part: arithmetic, made before anything ran on a GPU.
 
 HuBERT Base, 175 s of audio (8,743 rows), bfloat16, 500 classes; matrix products at 798 TFLOP/s, copies at 3.0 TB/s. Times are
-of the GPU, in milliseconds. How each was counted is in NOTES.md; ``scripts/gpu-check`` prints what it measures beside them.
+of the GPU, in milliseconds. The steps that are measured do not clip gradients, which a part of the predicted ones does. How each
+was counted is in NOTES.md; ``scripts/gpu-check`` prints what it measures beside them.
 """
 
 from __future__ import annotations

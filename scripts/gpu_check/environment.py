@@ -43,10 +43,10 @@ def main() -> None:
     from hubert_fast import extension
 
     why_not = {part: extension.why_not(part) for part in ("cpu", "cuda")}
-    kernels = extension.cuda() if ON_GPU else None
-    facts.note("extension", facts=extension.facts(), why_not=why_not,
-               overlapping_maps=kernels and kernels.overlapping_maps())  # fmt: skip
+    facts.note("extension", facts=extension.facts(), why_not=why_not)
     facts.note("backends", **{each.operator: [each.runs, each.reasons] for each in hubert_fast.backend.report()})
+    if ON_GPU and extension.cuda() is not None:
+        facts.note("overlapping maps", used=extension.cuda().overlapping_maps())
 
 
 def _version(name: str) -> str | None:

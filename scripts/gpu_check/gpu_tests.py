@@ -1,6 +1,6 @@
 """The tests that want a GPU, by pytest; each result is a line of OUT/tests.jsonl the moment it is there.
 
-    python -m scripts.gpu_check.gpu_tests OUT most|large
+    python -m scripts.gpu_check.gpu_tests OUT most|kernels|large
 
 pytest-xdist shows tracebacks at the very end, which a run that is stopped never reaches. Here the process that hands the tests
 out writes, and what failed is noted again at the end.
@@ -11,6 +11,8 @@ from __future__ import annotations
 import collections
 import importlib.util
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +26,12 @@ LARGE = (
     "tests/ops/test_conv_frontend_gpu.py::test_more_than_two_to_the_31_activations",
     "tests/kernels/test_masked_attention.py::TestStepsOnGpu::test_rows_beyond_two_to_the_31_values",
 )
+
+# The kernels' tests are many, draw their shapes, and spend their time on compiling; so they come after all others.
+FOLDERS = {
+    "most": ("tests/ops", "tests/models", "tests/benchmarks/test_peers.py", "tests/kernels/test_row_passes_gpu.py"),
+    "kernels": ("tests/kernels",),
+}
 
 _PROCESSES = 12 if ON_GPU else 2
 _SHOWN = 12  # failures
@@ -58,24 +66,27 @@ def main() -> int:
     facts, which = facts_of_process(), sys.argv[2]
     path = facts.out / "tests.jsonl"
     before = len(_read(path))
-    code = 0
-    try:
-        code = pytest.main(arguments(which), plugins=[Recorder(path)])
-    finally:
+
+    def stop(*_: object) -> None:
+        """pytest-xdist takes longer to end by itself than a stage that is over its time is given."""
         _note(facts, which, _read(path)[before:])
-    # All of the tests may skip on a CPU; none collected is an error.
+        os._exit(2)
+
+    signal.signal(signal.SIGINT, stop)
+    code = pytest.main(arguments(which), plugins=[Recorder(path)])
+    _note(facts, which, _read(path)[before:])
     return int(code)
 
 
 def arguments(which: str) -> list[str]:
     """Those of pytest."""
-    common = ["-q", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu", "--timeout=60"]
+    common = ["-q", "--tb=short", "-p", "no:cacheprovider", "-m", "gpu", "--timeout=150"]  # some compile
     if which == "large":
         return [*common, *LARGE]
     common += [option for test in LARGE for option in ("--deselect", test)]
     if importlib.util.find_spec("xdist") is not None:
         common += ["-n", str(_PROCESSES), "--dist", "worksteal"]
-    return [*common, "tests" if ON_GPU else _ON_CPU]
+    return [*common, *(FOLDERS[which] if ON_GPU else [_ON_CPU])]
 
 
 def _read(path: Path) -> list[dict]:

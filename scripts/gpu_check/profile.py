@@ -51,6 +51,9 @@ def profile(facts: Facts, step: TrainingStep, batches: Sequence[Batch], chosen: 
     facts.note("profile", model=name, steps=_STEPS, step_ms=1e3 * seconds, **busy(events), calls=calls(events))
     for part, (launches, ms) in by_part(events).items():
         facts.note("part", name=part, launches=launches / _STEPS, ms=ms / _STEPS)
+    # Kernels whose launch has no operator around it are in no part.
+    total = sum(each.time_range.elapsed_us() for each in events if _is_kernel(each)) / 1e3 / _STEPS
+    facts.note("part", name="sum of all kernels", launches=sum(map(_is_kernel, events)) / _STEPS, ms=total)
     averages = run.key_averages()
     by_time = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
     tables = [
@@ -58,7 +61,8 @@ def profile(facts: Facts, step: TrainingStep, batches: Sequence[Batch], chosen: 
         for key in (by_time, "self_cpu_time_total")
     ]
     (facts.out / f"profile-{name}.txt").write_text("\n".join(tables))
-    for each in sorted(averages, key=lambda each: getattr(each, by_time), reverse=True)[:_KERNELS]:
+    kernels = [each for each in averages if _is_kernel(each)] if ON_GPU else averages
+    for each in sorted(kernels, key=lambda each: getattr(each, by_time), reverse=True)[:_KERNELS]:
         facts.note("kernel", name=each.key[:90], calls=each.count / _STEPS, ms=getattr(each, by_time) / _STEPS / 1e3)
     split = stages.split(step.model, lambda: step(batches[0], chosen.dtype), chosen.device)
     facts.note("stages", **{stage: round(1e3 * each, 3) for stage, each in split.items()})

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from scripts.gpu_check.facts import Facts
 from scripts.gpu_check.show import lines_of, render
@@ -71,11 +71,11 @@ class Runner:
         command = stage.command(self._facts.out, self._device)
         if command is None:
             return
-        limit = min(_PATIENCE[self._device] * stage.limit, self._seconds - self.spent())
+        limit = min(_PATIENCE[self._device] * stage.limit, self._seconds - self.spent() - _GRACE_SECONDS)
         if limit < _LEAST_SECONDS:
             self._note(stage, 0.0, "no time was left")
             return
-        running = _Running(stage, command, limit, self._log, self._environment())
+        running = _Running(stage, command, limit, self._log, self._environment(), len(self._facts.all()))
         if stage.beside:
             self._beside, self._waited = running, False
             return
@@ -84,10 +84,12 @@ class Runner:
     def finish(self) -> None:
         """End what runs beside, and print measured beside predicted, and how each stage ended."""
         if self._beside is not None:
+            if sys.exc_info()[0] is not None:  # interrupted: nothing is waited for
+                self._beside.kill()
             self._end_beside()
-        for line in (*render(self._facts), *self._summary):
-            print(line)
-        (self._facts.out / "summary.txt").write_text("\n".join((*self._summary, "", *render(self._facts))) + "\n")
+        lines = [*render(self._facts), *self._summary]
+        (self._facts.out / "summary.txt").write_text("\n".join(lines) + "\n")
+        print("\n".join(lines))
 
     def spent(self) -> float:
         """Seconds since the check began."""
@@ -105,7 +107,7 @@ class Runner:
             self._note(running.stage, running.seconds(), "interrupted")
             raise
         self._note(running.stage, running.seconds(), status)
-        for line in lines_of(self._facts, running.stage.shows):
+        for line in lines_of(running.facts(self._facts), running.stage.shows):
             print(line, flush=True)
 
     def _note(self, stage: Stage, seconds: float, status: str) -> None:
@@ -137,8 +139,10 @@ def wheels_folder() -> Path:
 class _Running:
     """A stage's process. Its output goes to the log."""
 
-    def __init__(self, stage: Stage, command: list[str], limit: float, log: Path, environment: dict[str, str]) -> None:
-        self.stage, self._limit, self._log = stage, limit, log
+    def __init__(
+        self, stage: Stage, command: list[str], limit: float, log: Path, environment: dict[str, str], before: int
+    ) -> None:
+        self.stage, self._limit, self._log, self._before = stage, limit, log, before
         self._started = time.monotonic()
         with log.open("a") as file:
             file.write(f"\n== {stage.name} ({limit:.0f} s at most): {' '.join(command)}\n")
@@ -147,11 +151,15 @@ class _Running:
             # A group of its own, so that what it started ends with it; no session, or it would outlive a check that is killed.
             self._process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
-                preexec_fn=os.setpgrp,
+                preexec_fn=_in_a_group,
             )  # fmt: skip
 
     def seconds(self) -> float:
         return time.monotonic() - self._started
+
+    def facts(self, facts: Facts) -> list[dict[str, Any]]:
+        """Those that were noted since it began."""
+        return facts.all()[self._before :]
 
     def wait(self) -> str:
         """How it ended: "ok", or what went wrong."""
@@ -170,7 +178,10 @@ class _Running:
 
     def kill(self) -> None:
         self._signal(signal.SIGKILL)
-        self._process.wait()
+        try:
+            self._process.wait(_GRACE_SECONDS)  # a process that hangs inside the driver may not end at all
+        except subprocess.TimeoutExpired:
+            pass
 
     def _signal(self, number: int) -> None:
         try:
@@ -186,6 +197,13 @@ class _Running:
         lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("{")]
         errors = [line for line in lines if _ERROR.search(line) and not _EMPTY_ERROR.search(line)]
         return (errors or lines or ["it said nothing"])[-1][:200]
+
+
+def _in_a_group() -> None:
+    os.setpgrp()
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # where the check itself was started with it ignored, Python would ignore it
 
 
 def module(name: str, *arguments: str) -> Callable[[Path, str], list[str]]:

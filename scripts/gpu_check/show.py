@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -18,14 +18,17 @@ _WIDTH = 300  # characters of a line
 _LINES = 24  # of a part
 
 
-def lines_of(facts: Facts, parts: Iterable[str]) -> Iterator[str]:
-    """The last facts of ``parts``, one a line."""
+def lines_of(facts: Sequence[dict[str, Any]], parts: Iterable[str]) -> Iterator[str]:
+    """The last of ``facts`` of ``parts``, one a line; of what is as it should be numbers alone."""
     for part in parts:
-        for each in facts.of(part)[-_LINES:]:
+        for each in [each for each in facts if each["part"] == part][-_LINES:]:
+            well = each.get("ok") is True
             shown = {
                 name: _short(value)
                 for name, value in each.items()
-                if name not in ("part", "s", "done") and value is not None
+                if name not in ("part", "s", "done")
+                and value is not None
+                and not (well and isinstance(value, (dict, list)))
             }
             yield f"  {part}: {json.dumps(shown, default=str)}"[:_WIDTH]
 
@@ -37,7 +40,9 @@ def render(facts: Facts) -> list[str]:
         return []
     gpu = next(iter(facts.of("gpu")), {"name": "no GPU: tiny sizes on a CPU, which no prediction is about"})
     limits = next(iter(facts.of("limits")), {})
+    left_out = [f"LEFT OUT: {each['operators']}: {each['why']}" for each in facts.of("left out")[-1:]]
     lines = [
+        *left_out,
         f"{gpu['name']}: products {_number(limits.get('tflops_bf16'))} TFLOP/s, "
         f"copies {_number(limits.get('copy_tb_per_s'))} TB/s; "
         f"predicted for an H100 at {predictions.TFLOPS:.0f} TFLOP/s, {predictions.COPY_TB_PER_S} TB/s",

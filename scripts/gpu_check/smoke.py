@@ -20,7 +20,8 @@ from torch import Tensor
 
 from benchmarks.lost_device import answers, first_line
 from benchmarks.peers.agreement import weights_of
-from benchmarks.peers.ours import ObjectiveModel, SwappedInModel, build_model
+from benchmarks.peers.building import build
+from benchmarks.peers.ours import HubertFast, HubertFastSwappedIn
 from benchmarks.peers.peer import PeerModel, Setting, autocast
 from hubert_fast import tf32
 from scripts.gpu_check import isolated
@@ -72,7 +73,8 @@ def checks() -> list[Check]:
 def main() -> int:
     facts = facts_of_process()
     if sys.argv[2:] != ["here"]:
-        return isolated.run(facts, PART, "scripts.gpu_check.smoke", "here")
+        code = isolated.run(facts, PART, "scripts.gpu_check.smoke", "here", item_seconds=25, first_seconds=50)
+        return code or int(any("failed" in each or each.get("ok") is False for each in facts.of(PART)))
     by_name = {each.name: each for each in checks()}
     for name in isolated.Items(facts, PART).left(by_name):
         _run(facts, by_name[name])
@@ -108,6 +110,7 @@ def _compare(check: Check) -> dict[str, object]:
     wrong = [name for name in ordered if excess[name] > 1.0]
     return {
         "ok": not wrong,
+        "not_finite": any(map(math.isnan, mine.values())),
         "loss_error": mine["loss"],
         "wrong": wrong[:6],
         "worst": {name: [mine[name], theirs[name]] for name in ordered[:3]},
@@ -168,8 +171,8 @@ def _loss_and_gradients(chosen: Setting, swapped_in: bool) -> dict[str, Tensor]:
 
 def _build(chosen: Setting, swapped_in: bool) -> PeerModel:
     # The weights and the mask do not depend on the dtype.
-    model = build_model(chosen, weights_of(replace(chosen, dtype=torch.float32)))
-    return SwappedInModel(model) if swapped_in else ObjectiveModel(model)
+    weights = weights_of(replace(chosen, dtype=torch.float32))
+    return build(HubertFastSwappedIn() if swapped_in else HubertFast(), chosen, weights)
 
 
 def _errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:

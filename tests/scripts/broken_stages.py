@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 from scripts.gpu_check import isolated
@@ -17,9 +18,11 @@ STEP_THAT_LOSES = 5
 
 
 def items() -> int:
-    """ "lost" loses its device, "killed" its process; the others are done."""
+    """The item "lost" loses its device, "killed" its process, "hangs" does not end; the others are done."""
     facts = facts_of_process()
-    for name in isolated.Items(facts, "items").left(["first", "lost", "killed", "last"]):
+    for name in isolated.Items(facts, "items").left(["first", "hangs", "lost", "killed", "last"]):
+        if name == "hangs":
+            time.sleep(60)
         if name == "lost":
             return isolated.LOST
         if name == "killed":

@@ -118,28 +118,39 @@ def test_a_stage_beside_others_ends_before_the_one_after_the_next(facts):
 
 
 def test_an_item_that_ends_its_process_is_named_and_the_others_are_done(facts):
-    assert isolated.run(facts, "items", "tests.scripts.broken_stages", "items") == 0
+    assert isolated.run(facts, "items", "tests.scripts.broken_stages", "items", first_seconds=120, item_seconds=2) == 0
     found = {each["item"]: each.get("failed", "done") for each in facts.of("items")}
     assert found == {
         "first": "done",
         "lost": "its process ended with 3",
         "killed": "its process ended with -9",
+        "hangs": "hung: it was not done within 2 s",
         "last": "done",
     }
 
 
+def test_what_was_running_when_the_time_was_over_is_named(facts):
+    code = (
+        "import sys; from pathlib import Path; from scripts.gpu_check import isolated; from scripts.gpu_check.facts import Facts;"
+        "isolated.run(Facts(Path(sys.argv[1])), 'items', 'tests.scripts.broken_stages', 'items', first_seconds=60, item_seconds=60)"
+    )
+    Runner(facts, seconds=60, device="cuda").run(stage("items", code, limit=6))
+    assert statuses(facts) == {"items": "stopped after 6 s"}
+    assert [each["item"] for each in facts.of("items") if "interrupted" in each.get("failed", "")] == ["hangs"]
+
+
 def test_a_process_that_cannot_begin_is_not_begun_again(facts):
-    assert isolated.run(facts, "items", "tests.scripts.no_such_module") == 1
+    assert isolated.run(facts, "items", "tests.scripts.no_such_module", first_seconds=120, item_seconds=2) == 1
 
 
 def test_a_lost_device_costs_smoke_one_check(facts):
-    assert isolated.run(facts, "smoke", "tests.scripts.broken_stages", "smoke") == 0
+    assert isolated.run(facts, "smoke", "tests.scripts.broken_stages", "smoke", first_seconds=120, item_seconds=60) == 0
     found = {each["item"]: each["ok"] for each in facts.of("smoke") if "ok" in each}
     assert found == {each.name: each.name != "all, float32" for each in smoke.checks()}
 
 
 def test_a_lost_device_costs_the_step_one_implementation(facts):
-    assert isolated.run(facts, "step", "tests.scripts.broken_stages", "step") == 0
+    assert isolated.run(facts, "step", "tests.scripts.broken_stages", "step", first_seconds=120, item_seconds=60) == 0
     failed = {each["item"]: each["failed"] for each in facts.of("step") if "failed" in each}
     assert failed.pop("torchaudio").startswith("RuntimeError: CUDA error: an illegal memory access")
     assert failed == {"hubert_fast graph": "CUDA graphs need a GPU"}
@@ -159,9 +170,9 @@ def test_a_line_that_was_cut_off_is_left_out(facts):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """One run of every stage on the CPU, but for the main job, which tests/pretrain runs."""
+    """One run on the CPU of every stage that has something of its own there: not the main job, which tests/pretrain runs."""
     out = tmp_path_factory.mktemp("gpu-check") / "out"
-    names = [name for name in stages.STAGES if name not in ("pretrain", "suite")]
+    names = [name for name in stages.STAGES if name not in ("kernels", "large", "racecheck", "pretrain", "suite")]
     done = subprocess.run(
         [ROOT / "scripts" / "gpu-check", str(out), *names, "--device", "cpu", "--seconds", "400"],
         env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=450,
@@ -224,6 +235,9 @@ def test_every_module_test_and_option_that_the_stages_name_exists(tmp_path):
         assert (ROOT / Path(*command[2].split("."))).with_suffix(".py").exists() or (
             ROOT / command[2].replace(".", "/")
         ).is_dir()
+    assert [
+        folder for folders in gpu_tests.FOLDERS.values() for folder in folders if not (ROOT / folder).exists()
+    ] == []
     shown = {part for each in stages.STAGES.values() for part in each.shows}
     sources = "".join(path.read_text() for path in (ROOT / "scripts" / "gpu_check").glob("*.py"))
     assert [part for part in shown if f'"{part}"' not in sources] == []
@@ -286,10 +300,13 @@ def test_operators_that_are_broken_run_by_pytorch_from_then_on(facts):
     facts.note("smoke", item="masked_attention, bfloat16", done=True, ok=False)
     facts.note("smoke", item="mask_fill, bfloat16", done=True, ok=True)
     facts.note("smoke", item="positional_conv, float32", failed="its process ended with -6")
+    facts.note("smoke", item="conv_frontend, float32", done=True, ok=False)  # not what is measured
     with hubert_fast.backend.using("auto"):
         assert models.leave_out_broken(facts) == ["masked_attention", "positional_conv"]
         chosen = {each.operator: each.chosen for each in hubert_fast.backend.report()}
     assert [name for name, backend in chosen.items() if backend == "torch"] == ["masked_attention", "positional_conv"]
+    facts.note("step", peer="hubert_fast", rounds=1, audio_s=175.0, ms=50.0, host_ms=48.0)
+    assert show.render(facts)[0].startswith("LEFT OUT: ['masked_attention', 'positional_conv']")
 
 
 def event(name, start=0.0, end=0.0, *, parent=None, kernels=(), device=DeviceType.CPU):
@@ -379,7 +396,11 @@ def test_what_the_sanitizer_finds_is_noted(facts, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["sanitize", str(facts.out), "memcheck"])
     assert sanitize.main() == 9
     (found,) = facts.of("sanitize")
-    assert found["summary"] == "ERROR SUMMARY: 3 errors" and "Invalid __global__ read" in found["errors"][0]
+    assert (
+        found["code"] == 9
+        and found["summary"] == "ERROR SUMMARY: 3 errors"
+        and "Invalid __global__ read" in found["errors"][0]
+    )
 
 
 def test_the_card_is_described_where_nvidia_smi_fails(facts, monkeypatch):

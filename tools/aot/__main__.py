@@ -15,13 +15,14 @@ import argparse
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import triton
 
 from benchmarks.sizes import SIZES
-from tools.aot.compiling import DTYPES, SHARED_BYTES, Job, key_of, launches_of, run
+from tools.aot.compiling import DTYPES, SHARED_BYTES, Job, fill_cache, key_of, launches_of, run
 
 _HERE = Path(__file__).parent
 OPERATORS = sorted(path.stem for path in _HERE.glob("*.py") if path.stem not in ("__main__", "compiling"))
@@ -38,7 +39,8 @@ def main() -> int:
     ]
     # Forking a process whose threads hold locks can hang it.
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(run, job, number, arguments.keep) for job, number in _distinct(jobs)]
+        work = fill_cache if arguments.warm else partial(run, keep=arguments.keep)
+        futures = [pool.submit(work, job, number) for job, number in _distinct(jobs)]
         results = [future.result() for future in futures]
     for each in results:
         if each.problem or not arguments.warm:
@@ -69,9 +71,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bfloat16"])
     parser.add_argument("--arch", nargs="+", type=int, choices=sorted(SHARED_BYTES), default=[80, 90, 100])
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
-    parser.add_argument(
-        "--warm", action="store_true", help="only fill the cache: kernels that merely spill are named, and do not fail"
-    )
+    parser.add_argument("--warm", action="store_true", help="only fill the cache, and name kernels that cannot run")
     parser.add_argument("--keep", type=Path, help="folder for the PTX and machine code of each kernel")
     return parser.parse_args()
 

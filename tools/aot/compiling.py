@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -15,6 +16,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
+from triton.backends.nvidia.driver import CudaLauncher
 
 from benchmarks.sizes import SIZES
 from hubert_fast import tf32
@@ -95,6 +97,25 @@ def run(job: Job, number: int, keep: Optional[Path] = None) -> Compiled:
     return compiled(job, launches_of(job)[number], keep)
 
 
+def fill_cache(job: Job, number: int) -> Compiled:
+    """`run`, but nothing is looked at: the launch and, where there is a driver to build it for, its launcher are compiled."""
+    launch = launches_of(job)[number]
+    try:
+        kernel = _warm_up(launch)
+    except Exception as error:
+        return _failed(job, launch, error)
+    # Triton has the host's compiler make a launcher for each signature, at the first launch. Without libcuda it cannot; then
+    # there will be no launch either.
+    with suppress(Exception):
+        CudaLauncher(kernel.src, kernel.metadata)
+    return Compiled(job, launch.kernel.__name__, "", "", shared=kernel.metadata.shared)
+
+
+def _failed(job: Job, launch: Launch, error: Exception) -> Compiled:
+    lines = str(error).strip().splitlines() or [""]
+    return Compiled(job, launch.kernel.__name__, "", error=f"{type(error).__name__}: {lines[-1]}")
+
+
 def key_of(launch: Launch) -> tuple[Any, ...]:
     """By what Triton's launcher tells the machine code of ``launch`` from that of others. Compiles nothing."""
     asked = []
@@ -124,8 +145,7 @@ def compiled(job: Job, launch: Launch, keep: Optional[Path] = None) -> Compiled:
     try:
         kernel = _warm_up(launch)
     except Exception as error:  # the others are still worth compiling
-        lines = str(error).strip().splitlines() or [""]
-        return Compiled(job, launch.kernel.__name__, "", error=f"{type(error).__name__}: {lines[-1]}")
+        return _failed(job, launch, error)
     constants = {launch.kernel.arg_names[index]: value for (index,), value in kernel.src.constants.items()}
     variant = ", ".join(f"{name}={value}" for name, value in constants.items() if value is not None)
     if keep is not None:
