@@ -7,7 +7,7 @@ namespace hubert_fast {
 
 // Goes up whenever a binding changes its name, arguments or meaning, together with INTERFACE in hubert_fast/extension.py:
 // the Python code refuses an extension that was built from other sources.
-inline constexpr int interface_version = 1;
+inline constexpr int interface_version = 2;
 
 // Adds the submodule `cpu` with the CPU kernels.
 void bind_cpu(pybind11::module_& module);

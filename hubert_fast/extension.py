@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, Optional
 
 # That of the bindings this package was written for: `interface_version` in csrc/bindings.h.
-INTERFACE = 1
+INTERFACE = 2
 
 _REBUILD = "rebuild it: `pip install .`, or `pip install -e .` in a source tree"
 

@@ -179,7 +179,16 @@ def test_the_driver_is_asked_once_a_device(simulated, takes):
     for _ in range(2):
         with simulation.driver(simulated, takes_overlapping_maps=takes):
             assert [simulated.cuda.overlapping_maps() for _ in range(3)] == [takes] * 3
-            assert simulated.maps_encoded() == 1
+            assert simulated.maps_encoded() == (1 if takes else 2)  # one that does not overlap too, where it refuses
+
+
+def test_a_driver_that_refuses_every_map_says_nothing_about_overlap(simulated):
+    problem = Problem(HUBERT, norm="group_norm", batch=1, samples=719, channels=64, dtype=torch.bfloat16)
+    with simulation.driver(simulated, takes_overlapping_maps=False, takes_maps=False):
+        assert simulated.cuda.overlapping_maps() is True
+        assert simulated.maps_encoded() == 2
+        with pytest.raises(RuntimeError, match="cuTensorMapEncodeTiled failed with CUresult 1"):
+            simulation.run(simulated, problem, tensor_cores=True)
 
 
 @pytest.mark.parametrize(("value", "expected", "asked"), [("0", False, 0), ("1", True, 0), ("", None, 1)])
@@ -188,7 +197,7 @@ def test_the_environment_overrules_the_driver(simulated, monkeypatch, value, exp
     monkeypatch.setenv("HUBERT_FAST_OVERLAPPING_MAPS", value)
     with simulation.driver(simulated, takes_overlapping_maps=takes):
         assert simulated.cuda.overlapping_maps() == (takes if expected is None else expected)
-        assert simulated.maps_encoded() == asked
+        assert simulated.maps_encoded() == (asked if takes else 2 * asked)
 
 
 def test_maps_that_are_used_against_the_drivers_word_fail(simulated, monkeypatch):
