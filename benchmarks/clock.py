@@ -37,7 +37,7 @@ def clock(device: torch.device | str) -> Callable[[], Any]:
 
 def synchronize(device: torch.device | str) -> None:
     """Wait until ``device`` has done what it was given; what went wrong there meanwhile is raised here."""
-    torch.get_device_module(device).synchronize()
+    torch.get_device_module(device).synchronize(device)
 
 
 def fill_queue(device: torch.device | str) -> None:
