@@ -13,7 +13,7 @@ Source: "TensorFloat-32 (TF32)" in PyTorch's notes on CUDA semantics; ``aten/src
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -34,52 +34,54 @@ def allowed(allow: bool) -> Iterator[None]:
     """Inside, products and convolutions in float32 on a GPU may use TF32, or may not, whatever was set.
 
     Afterwards every switch is as it was, older or newer, and follows what it followed. Inside, the older switch for products may
-    be read, as PyTorch does itself, but not the one for cuDNN. The switches belong to the process: other threads see them change.
+    be read, as PyTorch does itself, but not the one for cuDNN: reading `torch.backends.cudnn.allow_tf32` raises an error where it
+    was not ``allow`` before, and so does `torch.backends.cudnn.flags(...)`, which reads it. The switches belong to the process: other threads see them change.
     """
     wanted = "tf32" if allow else "ieee"
     cuda, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    of_cuda = _own(cuda, above=torch.backends)
-    cuda.fp32_precision = wanted
-    of_products, older = _own(matmul, above=cuda), _older_precision()
-    # Those that do not follow. One that does is left alone: PyTorch's own setting of convolutions cannot be set again.
-    others = [(each, each.fp32_precision) for each in (cuda.conv, cuda.rnn) if each.fp32_precision != wanted]
-    try:
+    with ExitStack() as undo:  # in the opposite order, and also where an error or an interrupt comes before all is set
+        undo.callback(setattr, cuda, "fp32_precision", _own(cuda, above=torch.backends))
+        cuda.fp32_precision = wanted
+        undo.callback(setattr, matmul, "fp32_precision", _own(matmul, above=cuda))
+        older = _older_precision()
+        # Those that do not follow. One that does is left alone: PyTorch's own setting of convolutions cannot be set again.
+        others = [(each, each.fp32_precision) for each in (cuda.conv, cuda.rnn) if each.fp32_precision != wanted]
         if allow != (older != "highest"):
+            undo.callback(_set_older_precision, older)
             matmul.allow_tf32 = allow
-        for each in (matmul, *(each for each, _ in others)):
+        matmul.fp32_precision = wanted
+        for each, precision in others:
+            undo.callback(setattr, each, "fp32_precision", precision)
             each.fp32_precision = wanted
         yield
-    finally:
-        for each, precision in others:
-            each.fp32_precision = precision
-        if allow != (older != "highest"):
-            _set_older_precision(older)
-        matmul.fp32_precision = of_products
-        cuda.fp32_precision = of_cuda
 
 
 def _own(switch: Any, *, above: Any) -> str:
     """What ``switch`` was set to: "none" where it follows ``above``, which itself follows nothing."""
     before = above.fp32_precision
     answers = set()
-    for precision in ("ieee", "tf32"):
-        above.fp32_precision = precision
-        answers.add(switch.fp32_precision)
-    above.fp32_precision = before
+    try:
+        for precision in ("ieee", "tf32"):
+            above.fp32_precision = precision
+            answers.add(switch.fp32_precision)
+    finally:
+        above.fp32_precision = before
     return "none" if len(answers) > 1 else answers.pop()
 
 
 def _older_precision() -> str:
     """`torch.get_float32_matmul_precision`, where newer switches contradict it too."""
     matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    before = matmul.fp32_precision
     precision = "highest"
     try:
+        matmul.fp32_precision = "tf32"
         precision = "high" if matmul.allow_tf32 else "highest"
         precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # of the first line: it is "highest"; of the second: a switch of oneDNN's is against it
+    except RuntimeError:  # of allow_tf32: it is "highest"; of the last line: a switch of oneDNN's is against it
         pass
-    matmul.fp32_precision = before
+    finally:
+        matmul.fp32_precision = before
     return precision
 
 
