@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -130,7 +131,7 @@ def _measure(options: argparse.Namespace, arguments: list[str]) -> int:
     torch.backends.cudnn.benchmark = True  # shapes repeat; peers that use cuDNN are to have its fastest
     path = options.out / "bench.json"
     report = Report(describe(device), _settings(options, models, dtypes)) if since is None else load(path)
-    interrupted = lost = None
+    interrupted, lost = False, None
     with Progress(budget) as progress:
         progress.say("limits")
         for dtype in [each for each in dtypes if _name(each) not in report.limits]:
@@ -146,8 +147,8 @@ def _measure(options: argparse.Namespace, arguments: list[str]) -> int:
                 suite.run(cases)
             else:
                 suite.give_up(cases, "the device does not answer in a fresh process either")
-        except KeyboardInterrupt as error:
-            interrupted = error
+        except KeyboardInterrupt:
+            interrupted = True
             print("interrupted: what was measured is kept", file=sys.stderr)
         except DeviceLost as error:
             lost = error  # and with it whatever lies on the device, which cannot be freed
@@ -157,14 +158,15 @@ def _measure(options: argparse.Namespace, arguments: list[str]) -> int:
     if lost is not None:
         print(f"{lost}\nwhat is left is measured in a fresh process", file=sys.stderr)
         return _replace_process([*arguments, "--device", device.type, "--go-on-since", repr(budget.started)])
-    return _show(report, path, interrupted=interrupted is not None, plots=not options.no_plots)
+    return _show(report, path, interrupted=interrupted, plots=not options.no_plots)
 
 
 def _replace_process(arguments: list[str]) -> int:
     """Start again as ``arguments`` say. Beside this process there would be no memory on the device for another."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", __package__, *arguments])
+    flags = subprocess._args_from_interpreter_flags()  # as multiprocessing passes them on
+    os.execv(sys.executable, [sys.executable, *flags, "-m", __package__, *arguments])
 
 
 def _show(report: Report, path: Path, *, interrupted: bool, plots: bool) -> int:
