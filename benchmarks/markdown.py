@@ -14,12 +14,12 @@ _NOTHING = "–"
 
 LEGEND = """\
 Medians, and the 20th and 80th percentile, of calls of all implementations in one process, in turn where memory holds them
-together, and none of them the first. A step is forward, backward and optimizer; the same loss from the same weights was checked
-before anything was timed. Seconds of audio are counted without padding. `x torchaudio` is torchaudio's median over this one's
-in the same case, `x fastest other` that of the fastest that is not ours. Memory is the peak, weights, gradients and optimizer
-included. MFU is the model's FLOPs, counted by formula, over the rate of a large matrix product in that dtype in the same run;
-what the loss does not need counts too, though ours leaves some of it out. LayerDrop is off, dropout is on; the audio is noise.
-On a GPU float32 means products and convolutions in TF32 on all sides.
+together, and none of them the first; every call of a case draws the same masks. A step is forward, backward and optimizer; the
+same loss from the same weights was checked before anything was timed. Seconds of audio are counted without padding.
+`x torchaudio` is torchaudio's median over this one's in the same case, `x fastest other` that of the fastest that is not ours.
+Memory is the peak, weights, gradients and optimizer included. MFU is the model's FLOPs, counted by formula, over the rate of a
+large matrix product in that dtype in the same run; what the loss does not need counts too, though ours leaves some of it out.
+LayerDrop is off, dropout is on; the audio is noise. On a GPU float32 means products and convolutions in TF32 on all sides.
 
 `hubert_fast` is the objective, `hubert_fast swapped in` what changing the import alone gives, `hubert_fast graph` the objective
 in a CUDA graph. `torchaudio` runs its recipe, `torchaudio masked only` leaves out the logits that the recipe's loss does not

@@ -88,6 +88,7 @@ class Suite:
         self.budget, self.say, self.save = budget, say, save
         self._models, self._pace = Models(device), Pace(device)
         self._known: dict[tuple[str, tuple], Row] = {}  # by implementation and work
+        self._split: set[torch.dtype] = set()  # in which a split by stage was tried in this process
 
     def run(self, cases: Iterable[Case | Operators]) -> None:
         """Measure ``cases``, but for what the report has of them already.
@@ -99,6 +100,8 @@ class Suite:
             with self._losses_noted(_title(case)) as begin:
                 if begin:
                     (self.measure_operators if isinstance(case, Operators) else self.measure)(case)
+                elif isinstance(case, Case):
+                    self.give_up([case], "the device was lost in this case, by no implementation in particular")
             self.save()
         with self._losses_noted("limits") as begin:
             if begin:
@@ -180,7 +183,9 @@ class Suite:
         try:
             self._take_turns(case, sides, batches, max(started + seconds, time.monotonic() + _TURNS_SHARE * seconds))
             was_split = any(row.stages and row.dtype == _name(case.dtype) for row in self.report.rows)
+            was_split = was_split or case.dtype in self._split
             if case.kind == "step" and case.layout == "even" and not was_split:
+                self._split.add(case.dtype)
                 self._split_by_stage(case, [side for side in sides if side.peer.name in _SPLIT], batches)
         except DeviceLost:  # another process times anew those that had few turns
             sides = [side for side in sides if len(side.times) >= _FEWEST[case.kind]]
