@@ -68,8 +68,9 @@ def test_no_kernel_is_left_out():
 
 def test_a_training_step_looks_up_the_keys_under_which_kernels_are_compiled_ahead():
     done = _python("-m", "tests.kernels.step_keys")
-    found = re.findall(r"^(\w+): (\d+) launches looked up, 0 not compiled ahead$", done.stdout, re.MULTILINE)
-    assert [dtype for dtype, _ in found] == ["bfloat16", "float32", "tf32"], done.stdout + done.stderr
+    found = re.findall(r"^(\w+, \w+): (\d+) launches looked up, 0 not compiled ahead$", done.stdout, re.MULTILINE)
+    looked_up = ["base, bfloat16", "base, float32", "base, tf32", "large, bfloat16"]
+    assert [which for which, _ in found] == looked_up, done.stdout + done.stderr
     assert all(int(launches) > 100 for _, launches in found)
 
 
