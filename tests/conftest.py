@@ -30,8 +30,10 @@ def pytest_pycollect_makemodule(module_path, parent):
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
-    """Tests of modules that take tests.kernels.device run on the GPU where there is one: there they are GPU tests too."""
+    """Tests of modules that take DEVICE of tests.kernels.device run on a GPU where there is one: there they are GPU tests too."""
     if torch.cuda.is_available():
+        from tests.kernels.device import DEVICE
+
         for item in items:
-            if hasattr(getattr(item, "module", None), "DEVICE"):
+            if getattr(getattr(item, "module", None), "DEVICE", None) is DEVICE:
                 item.add_marker(pytest.mark.gpu)

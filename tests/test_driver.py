@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from hubert_fast import extension
+from tests import extras
 from tests.build.repository import ROOT
 
 STAND_IN = r"""
@@ -91,7 +92,7 @@ print(json.dumps(found))
 
 
 def test_the_trainers_modules_and_loaders_leave_it_alone(stand_in, tmp_path):
-    pytest.importorskip("lhotse")
+    extras.need_pretrain()
     script = """
 import importlib, pathlib, pkgutil
 import hubert_fast.pretrain

@@ -66,11 +66,11 @@ def test_implementations_take_turns_and_the_first_is_not_timed():
     assert [len(each) for each in taken.values()] == [4, 4] and not errors
 
 
-def test_turns_end_in_time_but_not_before_three():
-    taken, _ = turns.in_turn({"slow": lambda i: time.sleep(0.01)}, "cpu", repeats=100, seconds=0.0)
-    assert len(taken["slow"]) == 3
-    taken, _ = turns.in_turn({"slow": lambda i: time.sleep(0.01)}, "cpu", repeats=100, seconds=0.1)
-    assert 3 < len(taken["slow"]) < 30
+def test_turns_end_in_time_but_not_before_three(virtual_time):
+    calls = {"slow": lambda i: virtual_time(0.25)}
+    for seconds, count in ((0.0, 3), (1.0, 5), (1.2, 5), (1.25, 6)):  # a turn that begins in time is done
+        taken, _ = turns.in_turn(calls, "cpu", repeats=100, seconds=seconds)
+        assert taken["slow"] == count * [0.25]
 
 
 def test_memory_is_the_most_that_a_call_holds_at_a_time(capfd):
