@@ -35,7 +35,8 @@ def allowed(allow: bool) -> Iterator[None]:
 
     Afterwards every switch is as it was, older or newer, and follows what it followed. Inside, the older switch for products may
     be read, as PyTorch does itself, but not the one for cuDNN: reading `torch.backends.cudnn.allow_tf32` raises an error where it
-    was not ``allow`` before, and so does `torch.backends.cudnn.flags(...)`, which reads it. The switches belong to the process: other threads see them change.
+    was not ``allow`` before, and so does `torch.backends.cudnn.flags(...)`, which reads it. The switches belong to the
+    process: other threads see them change.
     """
     wanted = "tf32" if allow else "ieee"
     cuda, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
