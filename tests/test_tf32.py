@@ -105,6 +105,7 @@ print(json.dumps(["second", step(compiled)]))
 
 def test_allowed_holds_inside_and_leaves_every_switch_as_it_was():
     script = """
+from unittest import mock
 from hubert_fast import tf32
 
 def read(switch):
@@ -144,8 +145,13 @@ def check():
                 raise KeyError
         except KeyError:
             found.append(states() == before)
+        try:
+            with mock.patch.object(tf32, "_older_precision", side_effect=KeyError), tf32.allowed(allow):
+                pass
+        except KeyError:  # before all switches are set
+            found.append(states() == before)
     return found
 
 in_a_fork_each(check)
 """
-    assert _run(script) == {switches: 10 * [True] for switches in CASES}
+    assert _run(script) == {switches: 12 * [True] for switches in CASES}
