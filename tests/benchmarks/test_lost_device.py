@@ -236,6 +236,14 @@ def test_the_fresh_process_is_one(tmp_path):
     assert json.loads((tmp_path / "bench.json").read_text())["settings"]["seconds_taken"] > 0
 
 
+def test_the_fresh_process_has_the_interpreters_flags():
+    script = "import os; from benchmarks import command_line; os.execv = print; command_line._replace_process(['--out', 'x'])"
+    command = [sys.executable, "-B", "-X", "dev", "-W", "ignore", "-c", script]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600)
+    assert done.stdout.endswith("'-m', 'benchmarks', '--out', 'x']\n"), done.stderr
+    assert all(f"'{flag}'" in done.stdout for flag in ("-B", "-Wignore", "dev")), done.stdout
+
+
 def test_turns_end_where_the_device_does_not_answer(losable):
     def call(i):
         return losable.lose() if i == 3 else None

@@ -103,6 +103,13 @@ def test_every_side_is_a_row_with_what_was_measured():
     assert saved == [2]
 
 
+def test_a_split_that_finds_nothing_is_not_tried_again_in_that_dtype(monkeypatch):
+    tried = []
+    monkeypatch.setattr(suite_module, "split", lambda *arguments: tried.append(1))
+    measure(case(), case(num_classes=9), peers=[HubertFast()])
+    assert tried == [1]
+
+
 def test_a_wrong_peer_is_rejected_and_not_timed():
     report = measure(case(), peers=[HubertFast(), Wrong()])
     assert [row.implementation for row in report.rows] == ["hubert_fast"]
