@@ -32,7 +32,7 @@ class Items:
 
     def __init__(self, facts: Facts, part: str) -> None:
         self._facts, self._part = facts, part
-        self._running = _running(facts, part)
+        self._running, self._begun = _running(facts, part), 0
 
     def left(self, names: Iterable[str]) -> Iterator[str]:
         """Those of ``names`` that no fact says are done or broken, each named as the running one before it is given."""
@@ -43,7 +43,8 @@ class Items:
 
     def begin(self, name: str) -> None:
         """Name the item that is to be held responsible if this process dies or hangs from here on."""
-        self._running.write_text(name)
+        self._begun += 1
+        self._running.write_text(f"{self._begun} {name}")
 
 
 def run(facts: Facts, part: str, module: str, *arguments: str, item_seconds: float, first_seconds: float) -> int:
@@ -78,12 +79,11 @@ def run(facts: Facts, part: str, module: str, *arguments: str, item_seconds: flo
 
 def _watch(process: subprocess.Popen, running: Path, item_seconds: float, first_seconds: float) -> str | None:
     """Wait for the end of ``process``; what was wrong where it had to be killed."""
-    began, begun, at = time.monotonic(), 0, None
+    began, at = time.monotonic(), 0
     while process.poll() is None:
-        now = running.stat().st_mtime_ns if running.exists() else None
-        if now != at:
-            at, begun = now, begun + 1
-            began = time.monotonic() if begun > 1 else began
+        begun, _ = _read(running)
+        if begun > max(at, 1):
+            at, began = begun, time.monotonic()
         limit = first_seconds if begun <= 1 else item_seconds
         if time.monotonic() - began > limit:
             process.kill()
@@ -98,11 +98,17 @@ def _watch(process: subprocess.Popen, running: Path, item_seconds: float, first_
 
 def _note(facts: Facts, part: str, running: Path, failed: str) -> str | None:
     """Note that the item that was running failed, unless it said so itself; returns its name."""
-    item = running.read_text() if running.exists() else None
+    _, item = _read(running)
     running.unlink(missing_ok=True)
     if item is not None and item not in _over(facts, part):
         facts.note(part, item=item, failed=failed)
     return item
+
+
+def _read(running: Path) -> tuple[int, str | None]:
+    """How many items the process has begun, and the name of the last."""
+    begun, _, item = running.read_text().partition(" ") if running.exists() else ("", "", "")
+    return (int(begun), item) if item else (0, None)  # nothing where it is just being written
 
 
 def _running(facts: Facts, part: str) -> Path:

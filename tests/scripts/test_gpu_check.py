@@ -131,8 +131,8 @@ def test_an_item_that_ends_its_process_is_named_and_the_others_are_done(facts):
 
 def test_what_was_running_when_the_time_was_over_is_named(facts):
     code = (
-        "import sys; from pathlib import Path; from scripts.gpu_check import isolated; from scripts.gpu_check.facts import Facts;"
-        "isolated.run(Facts(Path(sys.argv[1])), 'items', 'tests.scripts.broken_stages', 'items', first_seconds=60, item_seconds=60)"
+        "import pathlib, sys; from scripts.gpu_check import facts, isolated; out = facts.Facts(pathlib.Path(sys.argv[1]));"
+        "isolated.run(out, 'items', 'tests.scripts.broken_stages', 'items', first_seconds=60, item_seconds=60)"
     )
     Runner(facts, seconds=60, device="cuda").run(stage("items", code, limit=6))
     assert statuses(facts) == {"items": "stopped after 6 s"}
