@@ -201,9 +201,8 @@ class _Running:
 
 def _in_a_group() -> None:
     os.setpgrp()
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # where the check itself was started with it ignored, Python would ignore it
+    # Where the check itself was started with the signal ignored, Python would ignore it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def module(name: str, *arguments: str) -> Callable[[Path, str], list[str]]:

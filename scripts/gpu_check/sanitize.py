@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from scripts.gpu_check.device import DEVICE, ON_GPU
 from scripts.gpu_check.facts import facts_of_process
@@ -21,21 +22,7 @@ from scripts.gpu_check.facts import facts_of_process
 _FOUND = 9  # exit code of the sanitizer's where it found something
 _SUMMARY = re.compile(r"=+ (?:ERROR|RACECHECK) SUMMARY: .*")
 _ERRORS_NOTED = 4
-# racecheck knows little of the barriers of cuBLAS's and cuDNN's kernels: it watches the front end's and Triton's, which are ours.
-_OURS = (
-    "hubert_fast",
-    "_forward",
-    "_backward",
-    "_kernel",
-    "_convolve",
-    "_filters_gradient",
-    "_activation_gradient",
-    "_unit_rows",
-)
-_KERNELS = {
-    "memcheck": [],
-    "racecheck": [option for name in _OURS for option in ("--kernel-name", f"kernel_substring={name}")],
-}
+_ROOT = Path(__file__).parents[2]
 
 
 def main() -> int:
@@ -48,7 +35,8 @@ def main() -> int:
         facts.note("sanitize", tool=tool, summary="no GPU: not watched")
         return subprocess.run(watched).returncode
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    command = [program, "--tool", tool, "--error-exitcode", str(_FOUND), *_KERNELS[tool], *watched]
+    filters = _our_kernels() if tool == "racecheck" else []
+    command = [program, "--tool", tool, "--error-exitcode", str(_FOUND), *filters, *watched]
     said = facts.out / f"{tool}.txt"
     # Each tensor an allocation of its own, or memcheck sees nothing outside of PyTorch's large ones.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -70,6 +58,14 @@ def main() -> int:
             "sanitize", tool=tool, code=code, ran=ran, summary=summary.strip("= "), errors=errors[:_ERRORS_NOTED]
         )
     return code
+
+
+def _our_kernels() -> list[str]:
+    """Options that leave out what is not ours: racecheck knows little of the barriers of cuBLAS's and cuDNN's kernels."""
+    sources = (path.read_text() for path in (_ROOT / "kernels").glob("*.py") if path.name != "launch.py")
+    triton = {name for source in sources for name in re.findall(r"\blaunch\(\s*(\w+),", source)}
+    filters = ["kernel_substring=hubert_fast", *(f"kernel_name={name}" for name in sorted(triton))]
+    return [option for each in filters for option in ("--kernel-name", each)]
 
 
 def steps() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from scripts.gpu_check import isolated
 from scripts.gpu_check.facts import facts_of_process
 
-STEP_THAT_LOSES = 5
+STEP_THAT_LOSES = 8  # the first is timed by itself, four warm up, one is for memory
 
 
 def items() -> int:

@@ -403,6 +403,12 @@ def test_what_the_sanitizer_finds_is_noted(facts, monkeypatch, tmp_path):
     )
 
 
+def test_racecheck_watches_our_kernels_alone():
+    options = sanitize._our_kernels()
+    assert set(options[::2]) == {"--kernel-name"}
+    assert {"kernel_substring=hubert_fast", "kernel_name=_key_backward", "kernel_name=_convolve"} <= set(options[1::2])
+
+
 def test_the_card_is_described_where_nvidia_smi_fails(facts, monkeypatch):
     monkeypatch.setenv("PATH", "")
     cuda = SimpleNamespace(
