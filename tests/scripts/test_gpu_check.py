@@ -174,8 +174,8 @@ def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("gpu-check") / "out"
     names = [name for name in stages.STAGES if name not in ("kernels", "large", "racecheck", "pretrain", "suite")]
     done = subprocess.run(
-        [ROOT / "scripts" / "gpu-check", str(out), *names, "--device", "cpu", "--seconds", "400"],
-        env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=450,
+        [ROOT / "scripts" / "gpu-check", str(out), *names, "--device", "cpu", "--seconds", "560"],
+        env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, timeout=590,
     )  # fmt: skip
     return SimpleNamespace(done=done, facts=Facts(out), names=names)
 
