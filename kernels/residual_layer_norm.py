@@ -212,6 +212,10 @@ def residual_layer_norm_backward(
     vectors = [weight, bias] if update_bias is None else [weight, bias, update_bias]
     parts = new_parts(grad, rows, len(vectors), _PARTS)
     x, x_index = (residual.contiguous(), index) if summed is None else (summed, None)
+    blocks = _blocks(architecture(grad), channels)
+    # Dropout behind the norm alone, where a post-norm stream begins: with four rows at a time ptxas spills 8 bytes a thread.
+    if output_dropout_p > 0.0 and summed is None and len(blocks) > 1:
+        blocks = blocks[1:]
     arguments = {
         "grad": grad, "sum_grad": sum_grad, "x": x, "x_index": x_index, "index": index, "mean": mean, "rstd": rstd,
         "weight": weight, "seed": seed, "residual_grad": residual_grad, "update_grad": update_grad, "parts": parts,
@@ -221,7 +225,7 @@ def residual_layer_norm_backward(
         _backward,
         lambda _: (parts_of(rows, _PARTS),),
         arguments | _dropout_settings(0.0 if summed is None else update_dropout_p, output_dropout_p),
-        _blocks(architecture(grad), channels),
+        blocks,
     )
     weight_grad, bias_grad, update_bias_grad = [*sum_parts(parts, vectors), None][:3]
     return residual_grad, update_grad, update_bias_grad, weight_grad, bias_grad
