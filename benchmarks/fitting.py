@@ -1,4 +1,4 @@
-"""What fits into the time and the memory that there are: estimates, which what was measured replaces."""
+"""Estimates of the time and memory that cases need; measured times replace them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Pace:
     def seconds(
         self, case: Case, peer: Peer, calls: int, flops_per_second: float, *, checked: bool, built: bool
     ) -> float:
-        """That ``calls`` calls take with all that comes before them.
+        """Seconds that ``calls`` calls take, with all that comes before them.
 
         Args:
             flops_per_second: of products in the case's dtype.

@@ -18,7 +18,7 @@ from .training import TrainingStep
 
 
 class Models:
-    """Those on one device, by peer, architecture and number of classes; all of one architecture have the same weights."""
+    """Models on one device, by peer, architecture and number of classes; all of one architecture have the same weights."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

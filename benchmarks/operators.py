@@ -164,7 +164,7 @@ def _leave_out(report: Report, operator: str, case: OperatorCase, name: str, err
 
 
 def _title(operator: str, case: OperatorCase) -> str:
-    """What left-out ones call it."""
+    """The case as entries of what was left out name it."""
     return f"{operator}: {case.name}, {case.dtype_name}"
 
 

@@ -348,7 +348,7 @@ class Suite:
 
 
 def _title(case: Case | Operators) -> str:
-    """What left-out ones call it."""
+    """The case as entries of what was left out name it."""
     return f"{'operators' if isinstance(case, Operators) else case.name}, {_name(case.dtype)}"
 
 

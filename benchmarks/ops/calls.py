@@ -118,7 +118,7 @@ def _with_gradients(function: Callable[..., Any], inputs: Inputs, dropout_p: flo
 
 
 def _kind(inputs: Inputs) -> tuple[Any, ...]:
-    """What kernels are compiled and chosen by."""
+    """The properties of inputs by which kernels are compiled and chosen."""
     tensors = [tensor for group in inputs for tensor in group]
     return tuple((each.shape, each.stride(), each.dtype, each.data_ptr() % 16) for each in tensors)
 

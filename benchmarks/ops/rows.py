@@ -19,7 +19,7 @@ def parameter(generator: torch.Generator, channels: int) -> Tensor:
 
 
 def stream_dtype(dtype: torch.dtype, device: str, *, pre_norm: bool) -> torch.dtype:
-    """Of the residual stream under autocast in ``dtype``: a post-norm one is made of LayerNorm's results, float32 on CUDA."""
+    """The residual stream's dtype under autocast: post-norm, it is made of LayerNorm's results, float32 on CUDA."""
     return dtype if pre_norm or torch.device(device).type != "cuda" else torch.float32
 
 
