@@ -73,8 +73,32 @@ def test_equals_a_weight_normalised_convolution_of_each_sequence(name, taps):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("normalised", [True, False])
 def test_as_precise_as_pytorch(normalised, dtype):
-    function = embed([50, 31, 9])
-    assert_as_precise(OPERATOR, function, lambda seed: inputs(92, 2, 8, 16, normalised=normalised, seed=seed), dtype)
+    lengths = [50, 31, 9]
+
+    def draw(seed):
+        return inputs(92, 2, 8, 16, normalised=normalised, seed=seed)
+
+    assert_as_precise(OPERATOR, embed(lengths), draw, dtype, plain=_of_a_padded_batch(lengths))
+
+
+def _of_a_padded_batch(lengths):
+    """The operator with PyTorch's operations, all sequences in one convolution.
+
+    oneDNN takes another kernel for a batch than for a sequence by itself, and on some processors that one alone adds in an
+    order that errs 1.6 times as much, whoever calls it.
+    """
+
+    def function(x, weight, bias, gain=None):
+        if gain is not None:
+            weight = gain * weight / torch.linalg.vector_norm(weight, dim=(0, 1), keepdim=True)
+        left, frames = weight.shape[2] // 2, max(lengths)
+        sequences = x[: sum(lengths)].split(lengths)
+        batch = torch.stack([F.pad(each.T, (left, frames - len(each) + weight.shape[2] - 1 - left)) for each in sequences])
+        z = F.conv1d(batch, weight.to(x.dtype), bias.to(x.dtype), groups=2)
+        outputs = [F.gelu(each[:, : len(frames_)].T) + frames_ for each, frames_ in zip(z, sequences)]
+        return torch.cat([*outputs, torch.zeros_like(x[sum(lengths) :])])
+
+    return function
 
 
 @pytest.mark.parametrize("name", BACKENDS)
