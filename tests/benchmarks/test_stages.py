@@ -29,6 +29,8 @@ from hubert_fast.torch_backend import (
     positional_conv,
 )
 
+pytestmark = pytest.mark.timing
+
 TINY, CPU, CLASSES = ARCHITECTURES["tiny"].changed(layers=1), torch.device("cpu"), 10
 NAP = 0.15  # seconds, at the least: longer than all else in a step
 

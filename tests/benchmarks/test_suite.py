@@ -128,6 +128,7 @@ def test_a_failure_of_our_own_is_an_error(monkeypatch):
     assert measure(case(), peers=[Broken()]).left_out[0].rejected
 
 
+@pytest.mark.timing
 def test_a_slowdown_in_an_operator_shows_in_the_comparison(monkeypatch):
     peers = [HubertFast(), Slow()]
     before = measure(case(), peers=peers)

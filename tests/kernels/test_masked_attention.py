@@ -12,6 +12,7 @@ pytest.importorskip("triton", minversion="3.6")
 from hubert_fast import backend  # noqa: E402
 from hubert_fast.kernels import dropout, head_vectors  # noqa: E402
 from hubert_fast.kernels import masked_attention as kernels  # noqa: E402
+from hubert_fast.kernels.launch import ARCHITECTURES  # noqa: E402
 from hubert_fast.ops.masked_attention import masked_attention  # noqa: E402
 from tests.kernels import dropout_twin  # noqa: E402
 from tests.kernels.device import DEVICE  # noqa: E402
@@ -123,6 +124,13 @@ def test_as_precise_as_pytorch_in_each_gradient_at_the_models_head_dims(head_dim
             errors.append([error(*pair) for pair in zip(results, truth)])
     ours, pytorchs = (torch.tensor(each).square().mean(0).sqrt() for each in (ours, pytorchs))
     assert (ours <= 1.5 * pytorchs).all(), (ours, pytorchs)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.float32), (80, torch.float32), (64, torch.bfloat16)])
+def test_the_blocks_of_every_gpu_are_as_precise_as_pytorch(head_dim, dtype, architecture, monkeypatch):
+    monkeypatch.setattr(kernels, "architecture", lambda tensor: architecture)
+    _assert_as_precise(dtype, (150, 3, 1, head_dim), [70, 0, 3, 75], [50, 0, 0, 75], 0.1, seeds=1)
 
 
 def test_forward_and_backward_drop_what_the_generator_says():
