@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 import triton
@@ -11,16 +11,19 @@ from torch import Tensor
 
 from hubert_fast.kernels import dropout
 from hubert_fast.kernels.column_tiles import (
-    blocks,
     contiguous,
+    launch_parts,
+    launch_tiles,
     load_columns,
     new_parts,
-    parts_of,
     store_part,
     sum_parts,
     within,
 )
-from hubert_fast.kernels.launch import architecture, launch
+from hubert_fast.torch_backend.bias_dropout_residual import residual_gradient
+
+if TYPE_CHECKING:
+    from hubert_fast.ops.bias_dropout_residual import Arguments
 
 
 @triton.jit(do_not_specialize=["rows", "seed"])
@@ -71,47 +74,24 @@ def _backward(grad, seed, x_grad, parts, rows, threshold, scale, CHANNELS: tl.co
         store_part(parts, 0, tl.sum(sums, 0), column, CHANNELS, 1)
 
 
-def bias_dropout_residual(
-    x: Tensor,  # [rows, channels]
-    bias: Optional[Tensor],  # [channels]
-    residual: Tensor,  # [positions, channels]
-    index: Optional[Tensor],  # [rows] int64
-    dropout_p: float,
-    seed: Optional[Tensor],  # [] int64
-) -> Tensor:
-    x, bias, residual, index = contiguous(x, bias, residual, index)
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
+    x, bias, residual, index = contiguous(*arguments[:4])
     out = torch.empty_like(x)
-    arguments = {"x": x, "bias": bias, "residual": residual, "index": index, "out": out}
-
-    def grid(sizes):
-        return triton.cdiv(len(x), sizes["ROWS"] * sizes["TILES"]), triton.cdiv(x.shape[1], sizes["COLUMNS"])
-
-    launch(_forward, grid, arguments | _settings(x, dropout_p, seed), blocks(architecture(x), x.shape[1]))
-    return out
+    tensors = {"x": x, "bias": bias, "residual": residual, "index": index, "out": out}
+    launch_tiles(_forward, x, {**tensors, **dropout.settings(arguments.dropout_p, arguments.seed)})
+    return (out,), []
 
 
-def dropped_gradient(
-    grad: Tensor, bias: Optional[Tensor], dropout_p: float, seed: Optional[Tensor]
-) -> tuple[Tensor, Optional[Tensor]]:
-    """Gradients of ``x``, in the dtype of ``grad`` ([rows, channels]: of the result), and of ``bias``."""
+def backward(
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
+) -> tuple[Tensor, Optional[Tensor], Tensor]:
+    (grad,), bias = gradients, arguments.bias
+    residual_grad = residual_gradient(grad, arguments.residual, arguments.index)
+    if bias is None and arguments.dropout_p == 0.0:
+        return grad, None, residual_grad
     grad = grad.contiguous()
     x_grad = torch.empty_like(grad)
     parts = new_parts(grad, len(grad), 0 if bias is None else 1)
-    arguments = {"grad": grad, "x_grad": x_grad, "parts": parts}
-
-    def grid(sizes):
-        return parts_of(len(grad)), triton.cdiv(grad.shape[1], sizes["COLUMNS"])
-
-    launch(_backward, grid, arguments | _settings(grad, dropout_p, seed), blocks(architecture(grad), grad.shape[1]))
-    return x_grad, None if bias is None else sum_parts(parts, [bias])[0]
-
-
-def _settings(x: Tensor, dropout_p: float, seed: Optional[Tensor]) -> dict[str, Any]:
-    return {
-        "seed": seed,
-        "rows": len(x),
-        "threshold": dropout.threshold(dropout_p),
-        "scale": dropout.scale(dropout_p),
-        "CHANNELS": x.shape[1],
-        "DROPOUT": dropout_p > 0.0,
-    }
+    tensors = {"grad": grad, "x_grad": x_grad, "parts": parts}
+    launch_parts(_backward, grad, {**tensors, **dropout.settings(arguments.dropout_p, arguments.seed)})
+    return x_grad, None if bias is None else sum_parts(parts, [bias])[0], residual_grad

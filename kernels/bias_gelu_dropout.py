@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 import triton
@@ -11,17 +11,19 @@ from torch import Tensor
 
 from hubert_fast.kernels import dropout
 from hubert_fast.kernels.column_tiles import (
-    blocks,
     contiguous,
+    launch_parts,
+    launch_tiles,
     load_columns,
     new_parts,
-    parts_of,
     store_part,
     sum_parts,
     within,
 )
 from hubert_fast.kernels.gelu import gelu, gelu_slope
-from hubert_fast.kernels.launch import architecture, launch
+
+if TYPE_CHECKING:
+    from hubert_fast.ops.bias_gelu_dropout import Arguments
 
 
 @triton.jit(do_not_specialize=["rows", "seed"])
@@ -75,41 +77,21 @@ def _backward(grad, x, bias, seed, x_grad, parts, rows, threshold, scale, CHANNE
         store_part(parts, 0, tl.sum(sums, 0), column, CHANNELS, 1)
 
 
-def bias_gelu_dropout(x: Tensor, bias: Optional[Tensor], dropout_p: float, seed: Optional[Tensor]) -> Tensor:
-    """``x`` [rows, channels], ``bias`` [channels] or None, ``seed`` [] int64: [rows, channels] in the dtype of ``x``."""
-    x, bias = contiguous(x, bias)
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
+    x, bias = contiguous(arguments.x, arguments.bias)
     out = torch.empty_like(x)
-    arguments = {"x": x, "bias": bias, "out": out} | _settings(x, dropout_p, seed)
-
-    def grid(sizes):
-        return triton.cdiv(len(x), sizes["ROWS"] * sizes["TILES"]), triton.cdiv(x.shape[1], sizes["COLUMNS"])
-
-    launch(_forward, grid, arguments, blocks(architecture(x), x.shape[1]))
-    return out
+    launch_tiles(
+        _forward, x, {"x": x, "bias": bias, "out": out, **dropout.settings(arguments.dropout_p, arguments.seed)}
+    )
+    return (out,), []
 
 
-def bias_gelu_dropout_backward(
-    grad: Tensor, x: Tensor, bias: Optional[Tensor], dropout_p: float, seed: Optional[Tensor]
+def backward(
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """Gradients of ``x`` and ``bias``."""
-    grad, x, bias = contiguous(grad, x, bias)
+    grad, x, bias = contiguous(*gradients, arguments.x, arguments.bias)
     x_grad = torch.empty_like(x)
     parts = new_parts(x, len(x), 0 if bias is None else 1)
-    arguments = {"grad": grad, "x": x, "bias": bias, "x_grad": x_grad, "parts": parts}
-
-    def grid(sizes):
-        return parts_of(len(x)), triton.cdiv(x.shape[1], sizes["COLUMNS"])
-
-    launch(_backward, grid, arguments | _settings(x, dropout_p, seed), blocks(architecture(x), x.shape[1]))
+    tensors = {"grad": grad, "x": x, "bias": bias, "x_grad": x_grad, "parts": parts}
+    launch_parts(_backward, x, {**tensors, **dropout.settings(arguments.dropout_p, arguments.seed)})
     return x_grad, None if bias is None else sum_parts(parts, [bias])[0]
-
-
-def _settings(x: Tensor, dropout_p: float, seed: Optional[Tensor]) -> dict[str, Any]:
-    return {
-        "seed": seed,
-        "rows": len(x),
-        "threshold": dropout.threshold(dropout_p),
-        "scale": dropout.scale(dropout_p),
-        "CHANNELS": x.shape[1],
-        "DROPOUT": dropout_p > 0.0,
-    }

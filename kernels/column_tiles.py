@@ -10,8 +10,8 @@ batch compiles anew.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Optional
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
 
 import torch
 import triton
@@ -25,13 +25,15 @@ from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
 _PARTS = 128
 _ROWS_OF_A_PART = 32
 
+_ELEMENTS = 4096  # of a tile
+
 
 def parts_of(rows: int, most: int = _PARTS) -> int:
     """How many programs share ``rows`` where their sum is wanted."""
     return min(most, triton.cdiv(rows, _ROWS_OF_A_PART))
 
 
-def blocks(arch: int, channels: int, elements: int = 4096) -> list[Blocks]:
+def blocks(arch: int, channels: int, elements: int = _ELEMENTS) -> list[Blocks]:
     """Tiles for passes without sums along a row: ROWS x COLUMNS at a time, TILES times a program where it has no loop.
 
     ``elements`` is what a tile best has: less for kernels that hold several sums in registers.
@@ -120,3 +122,23 @@ def new_parts(x: Tensor, rows: int, vectors: int, most: int = _PARTS) -> Optiona
     if vectors == 0:
         return None
     return x.new_empty(parts_of(rows, most), vectors, x.shape[1], dtype=torch.float32)
+
+
+def launch_tiles(kernel: Any, x: Tensor, arguments: Mapping[str, Any], *, elements: int = _ELEMENTS) -> None:
+    """Start ``kernel`` on tiles of the matrix ``x``: a forward, which sums nothing."""
+    rows, channels = x.shape
+
+    def grid(sizes: Mapping[str, int]) -> tuple[int, ...]:
+        return triton.cdiv(rows, sizes["ROWS"] * sizes["TILES"]), triton.cdiv(channels, sizes["COLUMNS"])
+
+    launch(kernel, grid, {**arguments, "rows": rows, "CHANNELS": channels}, blocks(architecture(x), channels, elements))
+
+
+def launch_parts(kernel: Any, x: Tensor, arguments: Mapping[str, Any], *, elements: int = _ELEMENTS) -> None:
+    """Start ``kernel`` with the rows of ``x`` dealt over programs that sum, a part each (`new_parts`): a backward."""
+    rows, channels = x.shape
+
+    def grid(sizes: Mapping[str, int]) -> tuple[int, ...]:
+        return parts_of(rows), triton.cdiv(channels, sizes["COLUMNS"])
+
+    launch(kernel, grid, {**arguments, "rows": rows, "CHANNELS": channels}, blocks(architecture(x), channels, elements))

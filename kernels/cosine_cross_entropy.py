@@ -9,7 +9,7 @@ Powers are of 2: scores carry a factor log2(e).
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 import triton
@@ -35,6 +35,9 @@ from hubert_fast.kernels.launch import Blocks, architecture, launch
 from hubert_fast.kernels.unit_rows import parts_shape, unit_rows_backward
 from hubert_fast.reference.cosine_logits import TEMPERATURE
 
+if TYPE_CHECKING:
+    from hubert_fast.ops.cosine_cross_entropy import Arguments
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 # The score of a class that is left out: its power is 0, and so is its product with that power.
@@ -42,32 +45,24 @@ _EXCLUDED = tl.constexpr(-10000.0)
 _FINISH_ROWS = 1024
 
 
-def saved_shapes(rows: int, classes: int, dim: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what the forward saves for the backward."""
+def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    rows = len(arguments.labels if arguments.index is None else arguments.index)
     return [
         ((rows,), torch.float32),  # base-2 log of the sum of exponentials; infinity where a frame is left out
         ((rows,), torch.float32),  # 1 / |frame|
-        (parts_shape(classes, dim), torch.bfloat16),  # directions of the classes
-        ((classes,), torch.int32),  # classes with equal embeddings
+        (parts_shape(*arguments.label_embeddings.shape), torch.bfloat16),  # directions of the classes
+        ((len(arguments.label_embeddings),), torch.int32),  # classes with equal embeddings
     ]
 
 
-def cosine_cross_entropy(
-    frames: Tensor,  # [frames, dim] float32, bfloat16 or float16
-    label_embeddings: Tensor,  # [classes, dim] likewise
-    labels: Tensor,  # [frames] int64; a negative one leaves its frame out
-    index: Optional[Tensor],  # [selected] int64, unique, or None for all
-) -> tuple[Tensor, Tensor, list[Tensor]]:  # [] float32, [] int64, what the backward needs
-    """Sum of losses, and how many frames score highest with their own class.
-
-    A label that is no class makes the loss infinite: the device cannot raise an error.
-    """
-    scored = Scored(frames, label_embeddings, labels, index)
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+    """A label that is no class makes the loss infinite: the device cannot raise an error."""
+    scored = Scored(*arguments)
     rows = scored.rows
     splits, split_classes = class_splits(scored.classes)
     inverse_norms = scored.empty(rows)
     partial = scored.empty(3, splits, rows)
-    arguments = scored.arguments | {
+    given = scored.arguments | {
         "index": scored.index,
         "inverse_norms": inverse_norms,
         "partial": partial,
@@ -75,11 +70,11 @@ def cosine_cross_entropy(
         "splits": splits,
         "ORDER": 3,
     }
-    blocks = score_blocks(architecture(frames), scored.frame_parts)
-    launch(_partial_sums, lambda sizes: (triton.cdiv(rows, sizes["BLOCK_R"]), splits), arguments, blocks)
+    blocks = score_blocks(architecture(scored.frames), scored.frame_parts)
+    launch(_partial_sums, lambda sizes: (triton.cdiv(rows, sizes["BLOCK_R"]), splits), given, blocks)
     loss, correct = scored.empty(), scored.empty(dtype=torch.int64)
     lse = scored.empty(rows)
-    arguments = {
+    given = {
         "partial": partial,
         "labels": scored.arguments["labels"],
         "index": scored.index,
@@ -91,8 +86,8 @@ def cosine_cross_entropy(
         "splits": splits,
         "BLOCK": _FINISH_ROWS,
     }
-    launch(_finish, lambda _: (1,), arguments, [Blocks(warps=8)])
-    return loss, correct, [lse, inverse_norms, scored.parts, scored.groups]
+    launch(_finish, lambda _: (1,), given, [Blocks(warps=8)])
+    return (loss, correct), [lse, inverse_norms, scored.parts, scored.groups] if save else []
 
 
 @triton.jit
@@ -202,21 +197,14 @@ def _finish(
     tl.store(correct, tl.sum(hits, 0))
 
 
-def cosine_cross_entropy_backward(
-    grad: Tensor,  # [] floating point: of the loss
-    frames: Tensor,  # these four as in the forward
-    label_embeddings: Tensor,
-    labels: Tensor,
-    index: Optional[Tensor],
-    lse: Tensor,  # these four as the forward saved them
-    inverse_norms: Tensor,
-    parts: Tensor,
-    groups: Tensor,
-) -> tuple[Tensor, Tensor]:  # the gradients of the frames and of the embeddings, in their dtypes
-    scored = Scored(frames, label_embeddings, labels, index, parts, groups)
-    arguments = scored.arguments | {"index": scored.index, "inverse_norms": inverse_norms, "lse": lse}
-    frames_grad = _frames_gradient(scored, arguments, grad, frames)
-    directions_grad = _directions_gradient(scored, arguments, order_for(label_embeddings.dtype))
+def backward(
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Optional[Tensor], ...], wanted: list[bool]
+) -> tuple[Tensor, Tensor]:
+    (grad, _), (lse, inverse_norms, parts, groups) = gradients, saved
+    scored = Scored(*arguments, parts, groups)
+    given = scored.arguments | {"index": scored.index, "inverse_norms": inverse_norms, "lse": lse}
+    frames_grad = _frames_gradient(scored, given, grad, arguments.frames)
+    directions_grad = _directions_gradient(scored, given, order_for(arguments.label_embeddings.dtype))
     return frames_grad, unit_rows_backward(directions_grad, scored.label_embeddings, 1 / TEMPERATURE, grad)
 
 

@@ -6,6 +6,8 @@ norms. The one of the embeddings is added up over splits of the frames whose num
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -28,27 +30,26 @@ from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
 from hubert_fast.kernels.unit_rows import parts_shape, unit_rows_backward
 from hubert_fast.reference.cosine_logits import TEMPERATURE
 
+if TYPE_CHECKING:
+    from hubert_fast.ops.cosine_logits import Arguments
 
-def saved_shapes(rows: int, classes: int, dim: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what the forward saves for the backward."""
+
+def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
     return [
-        ((rows,), torch.float32),  # 1 / |frame|
-        (parts_shape(classes, dim), torch.bfloat16),  # directions of the classes
-        ((classes,), torch.int32),  # classes with equal embeddings
+        ((len(arguments.labels),), torch.float32),  # 1 / |frame|
+        (parts_shape(*arguments.label_embeddings.shape), torch.bfloat16),  # directions of the classes
+        ((len(arguments.label_embeddings),), torch.int32),  # classes with equal embeddings
     ]
 
 
-def cosine_logits(
-    frames: Tensor,  # [frames, dim] float32, bfloat16 or float16
-    label_embeddings: Tensor,  # [classes, dim] likewise
-    labels: Tensor,  # [frames] int64
-) -> tuple[Tensor, list[Tensor]]:  # [frames, 1 + classes] in the dtype of frames, what the backward needs
-    """Logits. A label that is no class makes column 0 of its row NaN: the device cannot raise an error."""
-    scored = Scored(frames, label_embeddings, labels)
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
+    """A label that is no class makes column 0 of its row NaN: the device cannot raise an error."""
+    frames = arguments.frames
+    scored = Scored(*arguments)
     splits, split_classes = class_splits(scored.classes)
     inverse_norms = scored.empty(scored.rows)
     logits = scored.empty(scored.rows, 1 + scored.classes, dtype=frames.dtype)
-    arguments = scored.arguments | {
+    given = scored.arguments | {
         "inverse_norms": inverse_norms,
         "logits": logits,
         "split_classes": split_classes,
@@ -56,8 +57,8 @@ def cosine_logits(
     }
     # The smallest blocks: addresses of what is stored take the registers of larger ones.
     blocks = score_blocks(architecture(frames), scored.frame_parts)[-1:]
-    launch(_logits, lambda sizes: (triton.cdiv(scored.rows, sizes["BLOCK_R"]), splits), arguments, blocks)
-    return logits, [inverse_norms, scored.parts, scored.groups]
+    launch(_logits, lambda sizes: (triton.cdiv(scored.rows, sizes["BLOCK_R"]), splits), given, blocks)
+    return (logits,), [inverse_norms, scored.parts, scored.groups] if save else []
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -111,24 +112,19 @@ def _logits(
     tl.store(row_pointers, positive.to(logits.dtype.element_ty), mask=inside & (holder == split))
 
 
-def cosine_logits_backward(
-    grad: Tensor,  # [frames, 1 + classes] of the logits
-    frames: Tensor,  # these three as in the forward
-    label_embeddings: Tensor,
-    labels: Tensor,
-    inverse_norms: Tensor,  # these three as the forward saved them
-    parts: Tensor,
-    groups: Tensor,
-) -> tuple[Tensor, Tensor]:  # the gradients of the frames and of the embeddings, in their dtypes
-    scored = Scored(frames, label_embeddings, labels, parts=parts, groups=groups)
-    arguments = {
+def backward(
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
+) -> tuple[Tensor, Tensor]:
+    (grad,), (inverse_norms, parts, groups) = gradients, saved
+    scored = Scored(*arguments, parts=parts, groups=groups)
+    given = {
         "grad": grad,
         "grad_row_stride": grad.stride(0),
         "grad_column_stride": grad.stride(1),
         **{name: scored.arguments[name] for name in ("labels", "groups", "rows", "classes", "DIM")},
     }
-    frames_grad = unit_rows_backward(_frames_gradient(scored, arguments), scored.frames, 1 / TEMPERATURE)
-    directions_grad = _directions_gradient(scored, arguments, inverse_norms)
+    frames_grad = unit_rows_backward(_frames_gradient(scored, given), scored.frames, 1 / TEMPERATURE)
+    directions_grad = _directions_gradient(scored, given, inverse_norms)
     return frames_grad, unit_rows_backward(directions_grad, scored.label_embeddings, 1 / TEMPERATURE)
 
 

@@ -8,8 +8,11 @@ tests/kernels/test_dropout.py says what was tested of the result.
 
 from __future__ import annotations
 
+from typing import Any, Optional
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 _LEVELS = 1 << 32
 
@@ -22,6 +25,11 @@ def threshold(p: float) -> int:
 def scale(p: float) -> float:
     """What kept values are multiplied by, so that the expectation is unchanged."""
     return _LEVELS / ((_LEVELS >> 1) - threshold(p))
+
+
+def settings(p: float, seed: Optional[Tensor]) -> dict[str, Any]:
+    """What a kernel with one mask is given, by name."""
+    return {"seed": seed, "threshold": threshold(p), "scale": scale(p), "DROPOUT": p > 0.0}
 
 
 @triton.jit

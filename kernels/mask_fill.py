@@ -5,7 +5,7 @@ Rows that are replaced are not read: of a batch with half of its frames masked, 
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 import triton
@@ -14,16 +14,20 @@ from torch import Tensor
 
 from hubert_fast.kernels import dropout
 from hubert_fast.kernels.column_tiles import (
-    blocks,
     contiguous,
+    launch_parts,
+    launch_tiles,
     load_columns,
     new_parts,
-    parts_of,
     store_part,
     sum_parts,
     within,
 )
-from hubert_fast.kernels.launch import architecture, launch
+
+if TYPE_CHECKING:
+    from hubert_fast.ops.mask_fill import Arguments
+
+_ELEMENTS = 2048  # of a tile, each of which stands in several sums
 
 
 @triton.jit
@@ -91,63 +95,24 @@ def _backward(grad, mask, padding, seed, x_grad, parts, rows, threshold, scale, 
         store_part(parts, 1, tl.sum(bias_sums, 0), column, CHANNELS, VECTORS)
 
 
-def mask_fill(
-    x: Tensor,  # [rows, channels]
-    bias: Optional[Tensor],  # [channels]
-    embedding: Tensor,  # [channels]
-    mask: Tensor,  # [rows] bool
-    padding: Optional[Tensor],  # [rows] bool
-    dropout_p: float,
-    seed: Optional[Tensor],  # [] int64
-) -> Tensor:
-    x, bias, embedding, mask, padding = contiguous(x, bias, embedding, mask, padding)
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
+    x, bias, embedding, mask, padding = contiguous(*arguments[:5])
     out = torch.empty_like(x)
-    arguments = {"x": x, "bias": bias, "embedding": embedding, "out": out} | _settings(
-        x, mask, padding, dropout_p, seed
-    )
-
-    def grid(sizes):
-        return triton.cdiv(len(x), sizes["ROWS"] * sizes["TILES"]), triton.cdiv(x.shape[1], sizes["COLUMNS"])
-
-    launch(_forward, grid, arguments, blocks(architecture(x), x.shape[1], elements=2048))
-    return out
+    tensors = {"x": x, "bias": bias, "embedding": embedding, "mask": mask, "padding": padding, "out": out}
+    launch_tiles(_forward, x, {**tensors, **dropout.settings(arguments.dropout_p, arguments.seed)}, elements=_ELEMENTS)
+    return (out,), []
 
 
-def mask_fill_backward(
-    grad: Tensor,  # [rows, channels]
-    bias: Optional[Tensor],
-    embedding: Tensor,
-    mask: Tensor,
-    padding: Optional[Tensor],
-    dropout_p: float,
-    seed: Optional[Tensor],
+def backward(
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
 ) -> tuple[Tensor, Optional[Tensor], Tensor]:
-    """Gradients of ``x``, ``bias`` and ``embedding``."""
-    grad, mask, padding = contiguous(grad, mask, padding)
+    bias, embedding = arguments.bias, arguments.embedding
+    grad, mask, padding = contiguous(*gradients, arguments.mask, arguments.padding)
     x_grad = torch.empty_like(grad)
     vectors = [embedding] if bias is None else [embedding, bias]
     parts = new_parts(grad, len(grad), len(vectors))
-    arguments = {"grad": grad, "x_grad": x_grad, "parts": parts, "VECTORS": len(vectors)}
-
-    def grid(sizes):
-        return parts_of(len(grad)), triton.cdiv(grad.shape[1], sizes["COLUMNS"])
-
-    settings = _settings(grad, mask, padding, dropout_p, seed)
-    launch(_backward, grid, arguments | settings, blocks(architecture(grad), grad.shape[1], elements=2048))
+    tensors = {"grad": grad, "mask": mask, "padding": padding, "x_grad": x_grad, "parts": parts}
+    settings = {"VECTORS": len(vectors), **dropout.settings(arguments.dropout_p, arguments.seed)}
+    launch_parts(_backward, grad, {**tensors, **settings}, elements=_ELEMENTS)
     embedding_grad, bias_grad = [*sum_parts(parts, vectors), None][:2]
     return x_grad, bias_grad, embedding_grad
-
-
-def _settings(
-    x: Tensor, mask: Tensor, padding: Optional[Tensor], dropout_p: float, seed: Optional[Tensor]
-) -> dict[str, Any]:
-    return {
-        "mask": mask,
-        "padding": padding,
-        "seed": seed,
-        "rows": len(x),
-        "threshold": dropout.threshold(dropout_p),
-        "scale": dropout.scale(dropout_p),
-        "CHANNELS": x.shape[1],
-        "DROPOUT": dropout_p > 0.0,
-    }

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Optional
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -24,6 +24,9 @@ from hubert_fast import tf32
 from hubert_fast.kernels import dropout
 from hubert_fast.kernels import head_vectors as vectors
 from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
+
+if TYPE_CHECKING:
+    from hubert_fast.ops.masked_attention import Arguments
 
 _LOG2_E = math.log2(math.e)
 _COLUMNS_BLOCK = 1024
@@ -328,54 +331,35 @@ def _key_backward(
     vectors.store(key_grad + HEAD_STRIDE, value_sums, frames - first_key, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
 
 
-def masked_attention(
-    qkv: Tensor,  # [rows, 3, heads, head_dim] float32, bfloat16 or float16
-    offsets: Tensor,  # [sequences + 1] int64, on the device of qkv, as are the following
-    key_lengths: Optional[Tensor],  # [sequences] int64
-    max_frames: int,
-    dropout_p: float,
-    seed: Optional[Tensor],  # [] int64, where dropout_p > 0
-    save: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """The output ``[rows, heads, head_dim]`` and, where ``save``, what the backward takes: see `saved_tensors`."""
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
+    _, offsets, key_lengths, max_frames, dropout_p, seed = arguments
+    qkv = arguments.qkv.contiguous()
     rows, _, heads, head_dim = qkv.shape
-    qkv = qkv.contiguous()
     out = qkv.new_empty(rows, heads, head_dim)
-    saved = [qkv.new_empty(size, dtype=dtype) for size, dtype in saved_tensors(rows, heads, max_frames, dropout_p)]
+    saved = [qkv.new_empty(shape, dtype=dtype) for shape, dtype in saved_tensors(arguments)]
     lse, columns = saved if dropout_p > 0.0 else (*saved, None)
     if columns is not None:
-        arguments = {"columns": columns, "seed": seed, "max_frames": max_frames, "BLOCK": _COLUMNS_BLOCK}
-        launch(_draw_columns, lambda _: (triton.cdiv(max_frames, _COLUMNS_BLOCK),), arguments, [Blocks()])
-    arguments = {
+        given = {"columns": columns, "seed": seed, "max_frames": max_frames, "BLOCK": _COLUMNS_BLOCK}
+        launch(_draw_columns, lambda _: (triton.cdiv(max_frames, _COLUMNS_BLOCK),), given, [Blocks()])
+    given = {
         "qkv": qkv, "offsets": offsets, "key_lengths": key_lengths, "out": out, "lse": lse if save else None,
         "columns": columns, "seed": seed, "keep_scale": dropout.scale(dropout_p), **_constants(qkv, dropout_p),
     }  # fmt: skip
-    launch(_forward, _grid("BLOCK_QUERIES", qkv, offsets, max_frames), arguments, _forward_blocks(qkv, dropout_p))
-    return out, saved if save else []
+    launch(_forward, _grid("BLOCK_QUERIES", arguments), given, _forward_blocks(qkv, dropout_p))
+    return (out,), saved if save else []
 
 
-def saved_tensors(
-    rows: int, heads: int, max_frames: int, dropout_p: float
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of what the forward keeps for the backward: log-sum-exp of each row, random bits of each key position."""
+def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Log-sum-exp of each row, and with dropout random bits of each key position."""
+    rows, _, heads, _ = arguments.qkv.shape
     lse = ((heads, rows), torch.float32)
-    return [lse, ((max_frames,), torch.int32)] if dropout_p > 0.0 else [lse]
+    return [lse, ((arguments.max_frames,), torch.int32)] if arguments.dropout_p > 0.0 else [lse]
 
 
-def masked_attention_backward(
-    grad: Tensor,  # [rows, heads, head_dim]
-    qkv: Tensor,
-    out: Tensor,
-    saved: list[Tensor],
-    offsets: Tensor,
-    key_lengths: Optional[Tensor],
-    max_frames: int,
-    dropout_p: float,
-    seed: Optional[Tensor],
-) -> Tensor:
-    """The gradient of ``qkv``: [rows, 3, heads, head_dim], contiguous."""
-    qkv, grad = qkv.contiguous(), grad.contiguous()
-    lse, columns = saved if dropout_p > 0.0 else (*saved, None)
+def backward(arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]) -> tuple[Tensor]:
+    _, offsets, key_lengths, _, dropout_p, seed = arguments
+    qkv, grad = arguments.qkv.contiguous(), gradients[0].contiguous()
+    out, lse, columns = saved if dropout_p > 0.0 else (*saved, None)
     constants, keep_scale = _constants(qkv, dropout_p), dropout.scale(dropout_p)
     qkv_grad = torch.empty_like(qkv)
     shared = {
@@ -384,15 +368,10 @@ def masked_attention_backward(
         "row_bits": None if columns is None else torch.empty_like(lse, dtype=torch.int32), **constants,
     }  # fmt: skip
     of_queries = {"out": out, "seed": seed, "inverse_keep_scale": 1 / keep_scale}
-    launch(
-        _query_backward,
-        _grid("BLOCK_QUERIES", qkv, offsets, max_frames),
-        shared | of_queries,
-        _query_backward_blocks(qkv),
-    )
+    launch(_query_backward, _grid("BLOCK_QUERIES", arguments), shared | of_queries, _query_backward_blocks(qkv))
     of_keys = {"keep_scale": keep_scale}
-    launch(_key_backward, _grid("BLOCK_KEYS", qkv, offsets, max_frames), shared | of_keys, _key_backward_blocks(qkv))
-    return qkv_grad
+    launch(_key_backward, _grid("BLOCK_KEYS", arguments), shared | of_keys, _key_backward_blocks(qkv))
+    return (qkv_grad,)
 
 
 def _constants(qkv: Tensor, dropout_p: float) -> dict[str, object]:
@@ -405,9 +384,10 @@ def _constants(qkv: Tensor, dropout_p: float) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _grid(block: str, qkv: Tensor, offsets: Tensor, max_frames: int) -> Callable[[Mapping[str, int]], tuple[int, ...]]:
+def _grid(block: str, arguments: Arguments) -> Callable[[Mapping[str, int]], tuple[int, ...]]:
     """Blocks of the longest sequence x heads x sequences; one more sequence stands for dead rows."""
-    return lambda sizes: (triton.cdiv(max(max_frames, 1), sizes[block]), qkv.shape[2], len(offsets))
+    longest, heads, sequences = max(arguments.max_frames, 1), arguments.qkv.shape[2], len(arguments.offsets)
+    return lambda sizes: (triton.cdiv(longest, sizes[block]), heads, sequences)
 
 
 def _forward_blocks(qkv: Tensor, dropout_p: float) -> list[Blocks]:

@@ -17,7 +17,7 @@ gradient of the filters is, a group, the product of x, shifted by each tap, with
 from __future__ import annotations
 
 import math
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 import triton
@@ -26,8 +26,12 @@ from torch import Tensor
 
 from hubert_fast import tf32
 from hubert_fast.kernels import weight_norm
+from hubert_fast.kernels.column_tiles import contiguous
 from hubert_fast.kernels.gelu import gelu, gelu_slope
 from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
+
+if TYPE_CHECKING:
+    from hubert_fast.ops.positional_conv import Arguments
 
 # Programs that share the sum over rows for the gradient of the bias, whatever the GPU: their order decides the last bits.
 PARTS = 64
@@ -199,54 +203,39 @@ def _filters_gradient(x, z_grad, table, filters_grad, rows, CHANNELS: tl.constex
     tl.store(filters, sums, mask=(out[:, None] < WIDTH) & (place[None] < TAPS * WIDTH))
 
 
-def new_saved(x: Tensor, weight: Tensor, gain: Optional[Tensor]) -> list[Tensor]:
-    """What the backward needs besides the inputs: preactivation, packed filters, and with a gain parts of the squared norms."""
+def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Preactivation, packed filters, and with a gain parts of the squared norms."""
+    x, weight = arguments.x, arguments.weight
     channels, width, taps = weight.shape
-    saved = [x.new_empty(x.shape), x.new_empty(channels // width, taps, width, width)]
-    return saved if gain is None else [*saved, weight_norm.new_parts(weight)]
+    saved = [(tuple(x.shape), x.dtype), ((channels // width, taps, width, width), x.dtype)]
+    return saved if arguments.gain is None else [*saved, (weight_norm.parts_shape(weight), torch.float32)]
 
 
-def positional_conv(
-    x: Tensor,  # [rows, channels]
-    weight: Tensor,  # [channels, channels / groups, taps]
-    bias: Tensor,  # [channels]
-    gain: Optional[Tensor],  # [1, 1, taps]
-    offsets: Tensor,  # [sequences + 1] int64, on the device of x
-    save: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """The output ``[rows, channels]`` and, where ``save``, `new_saved`. All tensors are contiguous."""
-    preactivation, packed, *squares = new_saved(x, weight, gain)
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
+    x, weight, bias, gain = contiguous(*arguments[:4])
+    new = [x.new_empty(shape, dtype=dtype) for shape, dtype in saved_tensors(arguments)]
+    preactivation, packed, *squares = new
     weight_norm.pack(weight, gain, squares[0] if squares else None, packed)
     out = torch.empty_like(x)
-    _launch_convolve(x, packed, bias, x, offsets, out, preactivation if save else None)
-    return out, [preactivation, packed, *squares] if save else []
+    _launch_convolve(x, packed, bias, x, arguments.offsets, out, preactivation if save else None)
+    return (out,), new if save else []
 
 
-def positional_conv_backward(
-    grad: Tensor,  # [rows, channels]
-    x: Tensor,  # [rows, channels]
-    weight: Tensor,  # [channels, channels / groups, taps]
-    bias: Tensor,  # [channels]
-    gain: Optional[Tensor],  # [1, 1, taps]
-    offsets: Tensor,  # [sequences + 1] int64, on the device of x
-    saved: list[Tensor],
-    *,
-    x_wanted: bool,
-    parameters_wanted: bool,
-) -> list[Tensor]:
-    """The gradients wanted: of x; of weight, bias and, if there is one, gain; each in the dtype of what it belongs to."""
-    preactivation, packed, *squares = saved
+def backward(
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
+) -> tuple[Optional[Tensor], ...]:
+    grad, x, weight, bias, gain = contiguous(*gradients, *arguments[:4])
+    offsets, (preactivation, packed, *squares) = arguments.offsets, saved
     z_grad, bias_parts = _activation_backward(grad, preactivation, offsets)
-    gradients = []
-    if x_wanted:
-        gradients.append(torch.empty_like(x))
-        _launch_convolve(z_grad, packed, None, grad, offsets, gradients[0], None)
-    if parameters_wanted:
+    x_grad = weight_grad = bias_grad = gain_grad = None
+    if wanted[0]:
+        x_grad = torch.empty_like(x)
+        _launch_convolve(z_grad, packed, None, grad, offsets, x_grad, None)
+    if any(wanted[1:]):
         filters_grad = _filters_backward(x, z_grad, offsets, packed)
         weight_grad, gain_grad = weight_norm.pack_backward(filters_grad, weight, gain, squares[0] if squares else None)
-        gradients += [weight_grad, bias_parts.sum(0).to(bias.dtype)]
-        gradients += [] if gain_grad is None else [gain_grad]
-    return gradients
+        bias_grad = bias_parts.sum(0).to(bias.dtype)
+    return x_grad, weight_grad, bias_grad, gain_grad
 
 
 def _run_table(offsets: Tensor, rows: int, fold: int) -> Tensor:

@@ -7,7 +7,7 @@ order writing and reading it moves the bytes that reading residual and update ag
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 import triton
@@ -25,6 +25,9 @@ from hubert_fast.kernels.column_tiles import (
     within,
 )
 from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
+
+if TYPE_CHECKING:
+    from hubert_fast.ops.residual_layer_norm import Arguments
 
 # A program needs whole rows, so that programs are not also dealt over columns: twice as many share the rows.
 _PARTS = 256
@@ -150,89 +153,77 @@ def _backward(grad, sum_grad, x, x_index, index, mean, rstd, weight, seed, resid
         store_part(parts, 2, update_sums, column, CHANNELS, VECTORS)
 
 
-def residual_layer_norm(
-    residual: Tensor,  # [positions, channels]
-    weight: Tensor,  # [channels]
-    bias: Tensor,  # [channels]
-    update: Optional[Tensor],  # [rows, channels]
-    update_bias: Optional[Tensor],  # [channels]
-    index: Optional[Tensor],  # [rows] int64
-    update_dropout_p: float,
-    output_dropout_p: float,
-    seed: Optional[Tensor],  # [] int64
-    eps: float,
-    dtype: torch.dtype,
-    keep_sum: bool,
-) -> tuple[Tensor, Optional[Tensor], Tensor, Tensor]:
-    """The normed sum in ``dtype``, the sum (None without an update, and unless ``keep_sum``), and each row's mean and
-    reciprocal deviation, float32."""
-    residual, weight, bias, update, update_bias, index = contiguous(residual, weight, bias, update, update_bias, index)
-    rows, channels = len(residual) if index is None else len(index), residual.shape[1]
-    normed = residual.new_empty(rows, channels, dtype=dtype)
-    summed = torch.empty_like(normed) if update is not None and keep_sum else None
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor, Optional[Tensor]], list[Tensor]]:
+    residual, weight, bias, update, update_bias, index = contiguous(*arguments[:6])
+    rows, channels = arguments.shape
+    normed = residual.new_empty(rows, channels, dtype=arguments.dtype)
+    summed = torch.empty_like(normed) if update is not None and (save or arguments.with_sum) else None
     mean, rstd = (residual.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    arguments = {
+    tensors = {
         "residual": residual, "update": update, "update_bias": update_bias, "index": index, "weight": weight, "bias": bias,
-        "seed": seed, "normed": normed, "summed": summed, "mean": mean, "rstd": rstd, "rows": rows, "eps": eps,
-        "CHANNELS": channels,
+        "normed": normed, "summed": summed, "mean": mean, "rstd": rstd,
     }  # fmt: skip
     launch(
         _forward,
         lambda sizes: (triton.cdiv(rows, sizes["ROWS"] * sizes["TILES"]),),
-        arguments | _dropout_settings(update_dropout_p, output_dropout_p),
+        {**tensors, "rows": rows, "eps": arguments.eps, "CHANNELS": channels, **_dropout_settings(arguments)},
         _blocks(architecture(residual), channels),
     )
-    return normed, summed, mean, rstd
+    return (normed, summed), [mean, rstd] if save else []
 
 
-def residual_layer_norm_backward(
-    grad: Tensor,  # [rows, channels]: of the normed sum
-    sum_grad: Optional[Tensor],  # [rows, channels]: of the sum
-    residual: Tensor,
-    summed: Optional[Tensor],
-    index: Optional[Tensor],
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    update_bias: Optional[Tensor],
-    update_dropout_p: float,
-    output_dropout_p: float,
-    seed: Optional[Tensor],
-    update_dtype: torch.dtype,
-    one_gradient: bool,
-) -> tuple[Tensor, Optional[Tensor], Optional[Tensor], Tensor, Tensor]:
-    """Gradients of ``residual``, of the update (None without one, and where it is that of ``residual``: ``one_gradient``),
-    of ``update_bias``, ``weight`` and ``bias``."""
-    grad, sum_grad, weight, index = contiguous(grad, sum_grad, weight, index)
-    rows, channels = grad.shape
+def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Each row's mean and reciprocal deviation."""
+    return [(arguments.shape[:1], torch.float32)] * 2
+
+
+def backward(
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Optional[Tensor], ...], wanted: list[bool]
+) -> tuple[Optional[Tensor], ...]:
+    residual, _, bias, update, update_bias, _ = arguments[:6]
+    summed, mean, rstd = saved
+    grad, sum_grad, weight, index = contiguous(*gradients, arguments.weight, arguments.index)
+    rows, channels = arguments.shape
+    if grad is None:
+        grad = residual.new_zeros(rows, channels, dtype=arguments.dtype)
     fresh = torch.empty_like if index is None else torch.zeros_like
     residual_grad = fresh(residual, memory_format=torch.contiguous_format)
-    update_grad = None if summed is None or one_gradient else torch.empty_like(summed, dtype=update_dtype)
+    x, x_index, update_grad = summed, None, None
+    if update is None:
+        x, x_index, sum_grad = residual.contiguous(), index, None
+    elif not arguments.one_gradient:
+        update_grad = torch.empty_like(summed, dtype=update.dtype)
     vectors = [weight, bias] if update_bias is None else [weight, bias, update_bias]
     parts = new_parts(grad, rows, len(vectors), _PARTS)
-    x, x_index = (residual.contiguous(), index) if summed is None else (summed, None)
     blocks = _blocks(architecture(grad), channels)
     # Dropout behind the norm alone, where a post-norm stream begins: with four rows at a time ptxas spills 8 bytes a thread.
-    if output_dropout_p > 0.0 and summed is None and len(blocks) > 1:
+    if arguments.output_dropout_p > 0.0 and update is None and len(blocks) > 1:
         blocks = blocks[1:]
-    arguments = {
+    tensors = {
         "grad": grad, "sum_grad": sum_grad, "x": x, "x_index": x_index, "index": index, "mean": mean, "rstd": rstd,
-        "weight": weight, "seed": seed, "residual_grad": residual_grad, "update_grad": update_grad, "parts": parts,
-        "rows": rows, "CHANNELS": channels, "VECTORS": len(vectors),
+        "weight": weight, "residual_grad": residual_grad, "update_grad": update_grad, "parts": parts,
     }  # fmt: skip
     launch(
         _backward,
         lambda _: (parts_of(rows, _PARTS),),
-        arguments | _dropout_settings(0.0 if summed is None else update_dropout_p, output_dropout_p),
+        {**tensors, "rows": rows, "CHANNELS": channels, "VECTORS": len(vectors), **_dropout_settings(arguments)},
         blocks,
     )
     weight_grad, bias_grad, update_bias_grad = [*sum_parts(parts, vectors), None][:3]
-    return residual_grad, update_grad, update_bias_grad, weight_grad, bias_grad
+    return (
+        residual_grad,
+        weight_grad,
+        bias_grad,
+        residual_grad if arguments.one_gradient else update_grad,
+        update_bias_grad,
+    )
 
 
-def _dropout_settings(update_p: float, output_p: float) -> dict[str, float]:
+def _dropout_settings(arguments: Arguments) -> dict[str, Any]:
+    update_p = 0.0 if arguments.update is None else arguments.update_dropout_p
+    output_p = arguments.output_dropout_p
     return {
+        "seed": arguments.seed,
         "update_threshold": dropout.threshold(update_p),
         "update_scale": dropout.scale(update_p),
         "UPDATE_DROPOUT": update_p > 0.0,

@@ -100,9 +100,9 @@ def _unpack_gradient(filters_grad, weight, gain, squares, products, weight_grad,
         tl.store(weight_grad + place, scale[:, None] * grad, mask=mask)
 
 
-def new_parts(weight: Tensor) -> Tensor:
-    """Room for the parts of a sum over channels: ``[PARTS, taps]`` float32."""
-    return weight.new_empty(PARTS, weight.shape[2], dtype=torch.float32)
+def parts_shape(weight: Tensor) -> tuple[int, int]:
+    """Of the parts of a sum over channels, float32."""
+    return PARTS, weight.shape[2]
 
 
 def pack(
@@ -134,7 +134,7 @@ def pack_backward(
     sizes = {"WIDTH": width, "TAPS": taps, "PARTS": PARTS}
     weight_grad, gain_grad, products = torch.empty_like(weight), None, None
     if gain is not None:
-        gain_grad, products = torch.empty_like(gain), new_parts(weight)
+        gain_grad, products = torch.empty_like(gain), weight.new_empty(parts_shape(weight), dtype=torch.float32)
         arguments = {"weight": weight, "filters_grad": filters_grad, "parts": products, "CHANNELS": channels, **sizes}
         launch(_products, lambda a: (PARTS, triton.cdiv(taps, a["BLOCK_TAPS"])), arguments, blocks)
     arguments = {

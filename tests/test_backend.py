@@ -24,10 +24,10 @@ def _call():
 def called(monkeypatch):
     """The names of the backends that computed something."""
     names = []
-    for name, module in (("torch", torch_backend), ("reference", reference)):
-        function = module.cosine_logits
+    for name, module, attribute in (("torch", torch_backend, "forward"), ("reference", reference, "cosine_logits")):
+        function = getattr(module, attribute)
         monkeypatch.setattr(
-            module, "cosine_logits", lambda *a, name=name, function=function: names.append(name) or function(*a)
+            module, attribute, lambda *a, name=name, function=function: names.append(name) or function(*a)
         )
     return names
 

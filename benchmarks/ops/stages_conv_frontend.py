@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hubert_fast import extension
 from hubert_fast.cuda_backend import conv_frontend as backend
+from hubert_fast.ops.conv_frontend import Arguments
 
 from ..clock import Instant
 from ..limits import measure_limits
@@ -97,21 +98,20 @@ class _Case:
             [torch.ones(_CHANNELS, device="cuda") for _ in range(norms)],
             [torch.zeros(_CHANNELS, device="cuda") for _ in range(norms)],
         ]
-        self.settings = [stride for _, stride in _LAYERS], self.norm, None, self.dtype
-        self.frames = backend.frames_of_layers(samples, *zip(*_LAYERS))
+        strides = [stride for _, stride in _LAYERS]
+        self.arguments = Arguments(self.waveforms, *self.groups, strides, self.norm, None, self.dtype)
+        self.frames = self.arguments.frames
         self.batch = arguments.batch
         self.direction = randn(self.batch, self.frames[-1], _CHANNELS).to(self.dtype)
 
     @torch.no_grad()
-    def forward(self, kernels: Any = None) -> tuple[Tensor, list[Tensor]]:
-        return backend.conv_frontend(self.waveforms, *self.groups, *self.settings, True, kernels=kernels)
+    def forward(self, kernels: Any = None) -> tuple[tuple[Tensor], list[Tensor]]:
+        return backend.forward(self.arguments, True, kernels=kernels)
 
     @torch.no_grad()
     def both(self, kernels: Any = None) -> None:
         _, saved = self.forward(kernels)
-        backend.conv_frontend_backward(
-            self.direction, self.waveforms, *self.groups, saved, *self.settings, kernels=kernels
-        )
+        backend.backward(self.arguments, saved, (self.direction,), [True] * 4, kernels=kernels)
 
     def flops(self) -> float:
         """Of the convolutions: the forward once, the later layers' backward twice, layer 0's filters once more."""

@@ -13,15 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor
 
 from hubert_fast import extension
-from hubert_fast.reference.conv_frontend import NORM_EPS, output_length
+from hubert_fast.reference.conv_frontend import NORM_EPS
 from hubert_fast.torch_backend import first_layer
-from hubert_fast.torch_backend.conv_frontend import Gradients
+from hubert_fast.torch_backend.conv_frontend import Gradients, saved_tensors
+
+if TYPE_CHECKING:
+    from hubert_fast.ops.conv_frontend import Arguments
+
+__all__ = ["backward", "forward", "layers_objection", "objection", "saved_tensors"]
 
 # Rows of a GEMM: few enough that the operands of a chunk stay in the last-level cache, and in the backward enough that adding a
 # chunk's product to the weight's gradient (1.5 M values for kernel 3) costs little beside the product.
@@ -34,17 +39,16 @@ _MAX_TAPS = getattr(extension.cpu(), "max_taps", 0)
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-def objection(
-    waveforms: Tensor, weights: Sequence[Tensor], strides: Sequence[int], dtype: torch.dtype
-) -> Optional[str]:
+def objection(arguments: Arguments) -> Optional[str]:
     """Why this backend, which is there, cannot take these inputs, or None where it can."""
+    waveforms, dtype = arguments.waveforms, arguments.dtype
     if waveforms.device.type != "cpu":
         return f"it runs on a CPU, and the waveforms are on {waveforms.device}"
     if dtype not in _DTYPES:
         return f"it computes in {' or '.join(map(str, _DTYPES))}, not {dtype}"
     if waveforms.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it reads waveforms of at most 32 bits, not {waveforms.dtype}"
-    return layers_objection(weights, strides)
+    return layers_objection(arguments.weights, arguments.strides)
 
 
 def layers_objection(weights: Sequence[Tensor], strides: Sequence[int]) -> Optional[str]:
@@ -60,29 +64,19 @@ def layers_objection(weights: Sequence[Tensor], strides: Sequence[int]) -> Optio
 class _Frontend:
     """The parameters in the layouts that kernels and GEMMs want, and the calls that forward and backward share."""
 
-    def __init__(
-        self,
-        waveforms: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
-        norm_weights: Sequence[Tensor],
-        norm_biases: Sequence[Tensor],
-        strides: Sequence[int],
-        norm: str,
-        valid_samples: Optional[Tensor],
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, arguments: Arguments) -> None:
+        waveforms, weights, biases, norm_weights, norm_biases, strides, _, valid_samples, dtype = arguments
         kernels = extension.cpu()
         assert kernels is not None, extension.why_not("cpu")
         self.c: ModuleType = kernels
         self.threads = torch.get_num_threads()
         self.dtype = dtype
-        self.layer_norm = norm == "layer_norm"
+        self.layer_norm = arguments.layer_norm
         self.waveforms = waveforms.float().contiguous()
         self.kernels = [weight.shape[2] for weight in weights]
         self.channels = [weight.shape[0] for weight in weights]
         self.strides = list(strides)
-        self.frames = [output_length(waveforms.shape[1], self.kernels[: i + 1], strides) for i in range(len(weights))]
+        self.frames = arguments.frames
         # [out, in, kernel] -> [out, kernel, in]: the order of a window in channels-last layout.
         self.weights = [weight.detach().permute(0, 2, 1).to(dtype).contiguous() for weight in weights[1:]]
         self.biases = [bias.to(dtype) for bias in biases]
@@ -168,21 +162,9 @@ def _chunks(rows: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, rows)
 
 
-def conv_frontend(
-    waveforms: Tensor,  # [batch, samples]
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    norm_weights: Sequence[Tensor],
-    norm_biases: Sequence[Tensor],
-    strides: Sequence[int],
-    norm: str,
-    valid_samples: Optional[Tensor],
-    dtype: torch.dtype,
-    save: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """The features ``[batch, frames, channels]`` in ``dtype`` and, where ``save``, what the backward needs."""
-    frontend = _Frontend(waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype)
-    batch, preactivations = len(waveforms), frontend.preactivations
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
+    frontend = _Frontend(arguments)
+    batch, preactivations = len(arguments.waveforms), frontend.preactivations
     for layer in frontend.layers():
         out = frontend.empty(batch, frontend.frames[layer], frontend.channels[layer])
         weight = frontend.weights[layer - 1].flatten(1).T
@@ -211,7 +193,7 @@ def conv_frontend(
     for row in range(batch):
         plain = frontend.c.Windows(data=features[row].data_ptr(), kernel=1, stride=1, rows=frames)
         frontend.c.forward(**frontend.pass_over(last, row), start=0, stop=frames, windows=plain)
-    return features, preactivations if save else []
+    return (features,), preactivations if save else []
 
 
 class _DataGradient:
@@ -383,34 +365,15 @@ class _Backward:
         return Gradients(weights, biases if f.biases else [], norm_weights, norm_biases)
 
 
-def conv_frontend_backward(
-    grad: Tensor,  # [batch, frames, channels]
-    waveforms: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    norm_weights: Sequence[Tensor],
-    norm_biases: Sequence[Tensor],
-    preactivations: Sequence[Tensor],
-    strides: Sequence[int],
-    norm: str,
-    valid_samples: Optional[Tensor],
-    dtype: torch.dtype,
-) -> Gradients:
-    """Gradients of every parameter, each in its own dtype; sums over chunks and rows run in float32 or wider.
+def backward(
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
+) -> tuple[list[Tensor], ...]:
+    """Sums over chunks and rows run in float32 or wider.
 
     Under group norm the bias of layer 0 has no effect on the output and its gradient is exactly 0.
     """
-    frontend = _Frontend(waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype)
-    frontend.preactivations = list(preactivations)
-    backward = _Backward(frontend)
-    backward.run(grad)
-    parameters = (weights, biases, norm_weights, norm_biases)
-    return Gradients(
-        *(
-            [
-                torch.empty_like(parameter, memory_format=torch.contiguous_format).copy_(each)
-                for each, parameter in zip(group, of)
-            ]
-            for group, of in zip(backward.gradients(), parameters)
-        )
-    )
+    frontend = _Frontend(arguments)
+    frontend.preactivations = saved
+    walk = _Backward(frontend)
+    walk.run(*gradients)
+    return walk.gradients().like(arguments.parameters)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from torch import Tensor
 from hubert_fast import extension
 from hubert_fast.reference.conv_frontend import NORM_EPS
 from hubert_fast.torch_backend.conv_frontend import Gradients
+
+if TYPE_CHECKING:
+    from hubert_fast.ops.conv_frontend import Arguments
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_TAPS = 16
@@ -58,19 +61,18 @@ def _runs_on(capability: tuple[int, int], built: str) -> bool:
 _BUILT_FOR = _built_for()
 
 
-def objection(
-    waveforms: Tensor, weights: Sequence[Tensor], strides: Sequence[int], dtype: torch.dtype
-) -> Optional[str]:
+def objection(arguments: Arguments) -> Optional[str]:
     """Why this backend, which is there, cannot take these inputs, or None where it can."""
-    if waveforms.device.type != "cuda":
-        return f"it runs on an NVIDIA GPU, and the waveforms are on {waveforms.device}"
-    capability = torch.cuda.get_device_capability(waveforms.device)
+    device, dtype = arguments.waveforms.device, arguments.dtype
+    if device.type != "cuda":
+        return f"it runs on an NVIDIA GPU, and the waveforms are on {device}"
+    capability = torch.cuda.get_device_capability(device)
     if not any(_runs_on(capability, built) for built in _BUILT_FOR):
         has = f"{capability[0]}.{capability[1]}"
-        return f"it was built for {', '.join(_BUILT_FOR)}, and {waveforms.device} has compute capability {has}"
+        return f"it was built for {', '.join(_BUILT_FOR)}, and {device} has compute capability {has}"
     if dtype not in _DTYPES:
         return f"it computes in {', '.join(map(str, _DTYPES))}, not {dtype}"
-    return layers_objection(weights, strides)
+    return layers_objection(arguments.weights, arguments.strides)
 
 
 def layers_objection(weights: Sequence[Tensor], strides: Sequence[int]) -> Optional[str]:
@@ -93,15 +95,6 @@ def layers_objection(weights: Sequence[Tensor], strides: Sequence[int]) -> Optio
     return None
 
 
-def frames_of_layers(samples: int, kernels: Sequence[int], strides: Sequence[int]) -> list[int]:
-    """Frames of each layer."""
-    frames = []
-    for kernel, stride in zip(kernels, strides):
-        samples = (samples - kernel) // stride + 1
-        frames.append(samples)
-    return frames
-
-
 def rows_of_layers(frames: Sequence[int]) -> list[int]:
     """Rows of a sequence in each layer's buffer: twice those of the next layer, more than its frames (layer 0: no fewer)."""
     last = len(frames) - 1
@@ -112,56 +105,35 @@ def rows_of_layers(frames: Sequence[int]) -> list[int]:
     return [smallest * 2 ** (last - layer) for layer in range(last + 1)]
 
 
-def saved_tensors(
-    batch: int,
-    samples: int,
-    channels: int,
-    kernels: Sequence[int],
-    strides: Sequence[int],
-    norm: str,
-    dtype: torch.dtype,
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each tensor that `conv_frontend` saves, from sizes alone."""
-    taps = kernels[0]
-    if norm == "layer_norm":
+def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Layer 0's statistics and filters, and the later layers' buffers before norm and GELU."""
+    batch, (channels, _, taps), dtype = len(arguments.waveforms), arguments.weights[0].shape, arguments.dtype
+    if arguments.layer_norm:
         sets, statistics = 1, (taps * taps + 2 * taps + 2,)
     else:
         sets, statistics = batch, (batch, taps + taps * taps + 1)
     wide = torch.promote_types(dtype, torch.float32)
     saved = [(statistics, torch.float64), ((sets, taps + 1, channels), wide)]
-    rows = rows_of_layers(frames_of_layers(samples, kernels, strides))
-    saved += [((batch * count, channels), dtype) for count in rows[1:]]
-    return saved
+    return saved + [((batch * count, channels), dtype) for count in rows_of_layers(arguments.frames)[1:]]
 
 
 class _Frontend:
     """Sizes, parameters in the layouts that the kernels want, and the calls that forward and backward share."""
 
-    def __init__(
-        self,
-        waveforms: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
-        norm_weights: Sequence[Tensor],
-        norm_biases: Sequence[Tensor],
-        strides: Sequence[int],
-        norm: str,
-        valid_samples: Optional[Tensor],
-        dtype: torch.dtype,
-        kernels: ModuleType,
-    ) -> None:
+    def __init__(self, arguments: Arguments, kernels: ModuleType) -> None:
+        waveforms, weights, biases, norm_weights, norm_biases, strides, _, valid_samples, dtype = arguments
         self.lib = kernels
         self.dtype = dtype
         # float64 is for tests, whose stand-in for the kernels takes it; the kernels refuse its number.
         self.number = {**{each: i for i, each in enumerate(_DTYPES)}, torch.float64: -1}[dtype]
         self.wide = torch.promote_types(dtype, torch.float32)
         self.device = waveforms.device
-        self.layer_norm = norm == "layer_norm"
+        self.layer_norm = arguments.layer_norm
         self.weights = weights
         self.taps = [weight.shape[2] for weight in weights]
         self.channels = weights[0].shape[0]
         self.batch = waveforms.shape[0]
-        self.frames = frames_of_layers(waveforms.shape[1], self.taps, strides)
+        self.frames = arguments.frames
         self.rows = rows_of_layers(self.frames)
         self.last = len(weights) - 1
         self.stream = 0
@@ -442,30 +414,13 @@ def _pointer(tensor: Optional[Tensor]) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def conv_frontend(
-    waveforms: Tensor,  # [batch, samples]
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    norm_weights: Sequence[Tensor],
-    norm_biases: Sequence[Tensor],
-    strides: Sequence[int],
-    norm: str,
-    valid_samples: Optional[Tensor],
-    dtype: torch.dtype,
-    save: bool,
-    *,
-    kernels: Optional[ModuleType] = None,
-) -> tuple[Tensor, list[Tensor]]:
-    """The features ``[batch, frames, channels]`` in ``dtype`` and, where ``save``, what the backward needs.
-
-    The inputs must be such that `objection` has none. ``kernels`` stands in for ``hubert_fast._C.cuda`` in tests.
-    """
-    with torch.cuda.device_of(waveforms):
-        frontend = _Frontend(
-            waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype,
-            kernels or extension.cuda(),
-        )  # fmt: skip
-        return _forward(frontend, save)
+def forward(
+    arguments: Arguments, save: bool, *, kernels: Optional[ModuleType] = None
+) -> tuple[tuple[Tensor], list[Tensor]]:
+    """The arguments must be such that `objection` has none. ``kernels`` stands in for ``hubert_fast._C.cuda`` in tests."""
+    with torch.cuda.device_of(arguments.waveforms):
+        features, saved = _forward(_Frontend(arguments, kernels or extension.cuda()), save)
+    return (features,), saved
 
 
 def _forward(frontend: _Frontend, save: bool) -> tuple[Tensor, list[Tensor]]:
@@ -519,35 +474,20 @@ def _forward(frontend: _Frontend, save: bool) -> tuple[Tensor, list[Tensor]]:
     return features, saved if save else []
 
 
-def conv_frontend_backward(
-    grad: Tensor,  # [batch, frames, channels]
-    waveforms: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    norm_weights: Sequence[Tensor],
-    norm_biases: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    strides: Sequence[int],
-    norm: str,
-    valid_samples: Optional[Tensor],
-    dtype: torch.dtype,
+def backward(
+    arguments: Arguments,
+    saved: list[Tensor],
+    gradients: tuple[Tensor],
+    wanted: list[bool],
     *,
     kernels: Optional[ModuleType] = None,
-) -> Gradients:
-    """Gradients of every parameter, each in its own dtype.
-
-    Under group norm the bias of layer 0 has no effect on the output and its gradient is exactly 0.
-    """
-    with torch.cuda.device_of(waveforms):
-        frontend = _Frontend(
-            waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype,
-            kernels or extension.cuda(),
-        )  # fmt: skip
-        sums = _Backward(frontend, saved).run(_aligned(grad.to(dtype).contiguous()))
-    parameters = (weights, biases, norm_weights, norm_biases)
-    return Gradients(
-        *([total.to(p.dtype) for total, p in zip(totals, group)] for totals, group in zip(sums, parameters))
-    )
+) -> tuple[list[Tensor], ...]:
+    """Under group norm the bias of layer 0 has no effect on the output and its gradient is exactly 0."""
+    (grad,) = gradients
+    with torch.cuda.device_of(arguments.waveforms):
+        frontend = _Frontend(arguments, kernels or extension.cuda())
+        sums = _Backward(frontend, saved).run(_aligned(grad.to(arguments.dtype).contiguous()))
+    return tuple([total.to(p.dtype) for total, p in zip(*group)] for group in zip(sums, arguments.parameters))
 
 
 class _Backward:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import List, Optional, Tuple
+from typing import List, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -16,25 +16,39 @@ from torch import Tensor
 from hubert_fast import backend, extension
 from hubert_fast.cpu_backend import conv_frontend as cpu_backend
 from hubert_fast.cuda_backend import conv_frontend as cuda_backend
-from hubert_fast.ops.autocast import autocast_dtype, without_autocast
+from hubert_fast.ops.autocast import autocast_dtype
+from hubert_fast.ops.operator import Operator
 from hubert_fast.reference import conv_frontend as reference
-from hubert_fast.torch_backend import conv_frontend as torch_backend
 
 NORMS = ("group_norm", "layer_norm")
 
-backend.register(
-    "conv_frontend",
-    {
-        "cuda": "CUDA kernels: layer 0 in one pass and recomputed in the backward, implicit GEMMs with GELU in their epilogues",
-        "cpu": "GEMMs between fused C++ passes, layer 0 in closed form and recomputed in the backward",
-        "torch": "GEMMs in channels-last layout, layer 0 in closed form and recomputed in the backward",
-        "reference": "conv1d, norm and GELU layer by layer",
-    },
-    unavailable={name: functools.partial(extension.why_not, name) for name in ("cuda", "cpu")},
-    on_gpu=("cuda",),
-)
 
-_BACKENDS = {"cuda": cuda_backend, "cpu": cpu_backend, "torch": torch_backend}
+class Arguments(NamedTuple):
+    waveforms: Tensor  # [batch, samples]
+    weights: List[Tensor]  # each [out_channels, in_channels, kernel]
+    biases: List[Tensor]  # each [out_channels], or none at all
+    norm_weights: List[Tensor]  # one, or one a layer, each [out_channels]
+    norm_biases: List[Tensor]
+    strides: List[int]
+    norm: str
+    valid_samples: Optional[Tensor]  # [batch] int64
+    dtype: torch.dtype  # to compute in
+
+    @property
+    def parameters(self) -> tuple[List[Tensor], ...]:
+        return self[1:5]
+
+    @property
+    def layer_norm(self) -> bool:
+        return self.norm == "layer_norm"
+
+    @property
+    def frames(self) -> list[int]:
+        """Of each layer."""
+        frames = [self.waveforms.shape[1]]
+        for weight, stride in zip(self.weights, self.strides):
+            frames.append((frames[-1] - weight.shape[2]) // stride + 1)
+        return frames[1:]
 
 
 def conv_frontend(
@@ -75,37 +89,14 @@ def conv_frontend(
     if valid_samples is not None:
         # Statistics over nothing would divide by the root of eps: features of hundreds in the penalty, for a row of padding.
         valid_samples = valid_samples.masked_fill(valid_samples < weights[0].shape[2], waveforms.shape[1])
-    chosen = backend.choose("conv_frontend", lambda name: _objection(name, waveforms, weights, strides, dtype))
+    groups = [list(group) for group in (weights, biases, norm_weights, norm_biases)]
+    arguments = Arguments(waveforms, *groups, list(strides), norm, valid_samples, dtype)
+    chosen = _operator.choose(arguments)
     if chosen in ("torch", "reference") and not torch.compiler.is_compiling():
         _say_why_not_faster(waveforms, weights, strides)
-    if chosen == "reference":
-        return reference.conv_frontend(
-            waveforms,
-            weights,
-            biases,
-            norm_weights,
-            norm_biases,
-            strides=strides,
-            norm=norm,
-            valid_samples=valid_samples,
-        )
-    parameters = [*weights, *biases, *norm_weights, *norm_biases]
-    save = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-    features, _ = _conv_frontend(
-        waveforms.detach(), list(weights), list(biases), list(norm_weights), list(norm_biases),
-        list(strides), norm, valid_samples, dtype, save, chosen,
-    )  # fmt: skip
-    return features
-
-
-def _objection(
-    name: str, waveforms: Tensor, weights: Sequence[Tensor], strides: Sequence[int], dtype: torch.dtype
-) -> backend.Objection:
-    if name == "reference":
-        return None
-    if waveforms.requires_grad and torch.is_grad_enabled():
-        return "it has no gradient with respect to the waveforms (use 'reference' or 'auto')"
-    return None if name == "torch" else _BACKENDS[name].objection(waveforms, weights, strides, dtype)
+    if chosen != "reference":
+        arguments = arguments._replace(waveforms=waveforms.detach())
+    return _operator.run(chosen, arguments)[0]
 
 
 def _say_why_not_faster(waveforms: Tensor, weights: Sequence[Tensor], strides: Sequence[int]) -> None:
@@ -196,109 +187,37 @@ def _check_layers(
                 raise ValueError(f"{name}[{i}] must be on the device of the waveforms, {device}; got {tensor.device}")
 
 
-@torch.library.custom_op("hubert_fast::conv_frontend", mutates_args=())
-def _conv_frontend(
-    waveforms: Tensor,
-    weights: List[Tensor],
-    biases: List[Tensor],
-    norm_weights: List[Tensor],
-    norm_biases: List[Tensor],
-    strides: List[int],
-    norm: str,
-    valid_samples: Optional[Tensor],
-    dtype: torch.dtype,
-    save: bool,
-    implementation: str,
-) -> Tuple[Tensor, List[Tensor]]:
-    with without_autocast(waveforms.device):
-        return _BACKENDS[implementation].conv_frontend(
-            waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype, save
-        )
+def _objection(name: str, arguments: Arguments) -> backend.Objection:
+    if arguments.waveforms.requires_grad and torch.is_grad_enabled():
+        return "it has no gradient with respect to the waveforms (use 'reference' or 'auto')"
+    modules = {"cuda": cuda_backend, "cpu": cpu_backend}
+    return modules[name].objection(arguments) if name in modules else None
 
 
-@_conv_frontend.register_fake
-def _(waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype, save, implementation):
-    frames, saved = waveforms.shape[1], []
-    for i, (weight, stride) in enumerate(zip(weights, strides)):
-        frames = (frames - weight.shape[2]) // stride + 1
-        shape = (waveforms.shape[0], frames, weight.shape[0])
-        if save and i > 0:
-            saved.append(waveforms.new_empty(shape, dtype=dtype))
-    features = waveforms.new_empty(shape, dtype=dtype)
-    if save and implementation == "cuda":
-        kernels = [weight.shape[2] for weight in weights]
-        sizes = cuda_backend.saved_tensors(*waveforms.shape, weights[0].shape[0], kernels, strides, norm, dtype)
-        saved = [waveforms.new_empty(size, dtype=its) for size, its in sizes]
-    return features, saved
+def _reference(arguments: Arguments) -> tuple[Tensor]:
+    waveforms, *groups, strides, norm, valid_samples, _ = arguments
+    return (reference.conv_frontend(waveforms, *groups, strides=strides, norm=norm, valid_samples=valid_samples),)
 
 
-@torch.library.custom_op("hubert_fast::conv_frontend_backward", mutates_args=())
-def _conv_frontend_backward(
-    grad: Tensor,
-    waveforms: Tensor,
-    weights: List[Tensor],
-    biases: List[Tensor],
-    norm_weights: List[Tensor],
-    norm_biases: List[Tensor],
-    preactivations: List[Tensor],
-    strides: List[int],
-    norm: str,
-    valid_samples: Optional[Tensor],
-    dtype: torch.dtype,
-    implementation: str,
-) -> List[Tensor]:
-    with without_autocast(waveforms.device):
-        gradients = _BACKENDS[implementation].conv_frontend_backward(
-            grad,
-            waveforms,
-            weights,
-            biases,
-            norm_weights,
-            norm_biases,
-            preactivations,
-            strides,
-            norm,
-            valid_samples,
-            dtype,
-        )
-    return [each for group in gradients for each in group]
+def _fake(arguments: Arguments, save: bool) -> tuple[Tensor]:
+    shape = len(arguments.waveforms), arguments.frames[-1], arguments.weights[-1].shape[0]
+    return (arguments.waveforms.new_empty(shape, dtype=arguments.dtype),)
 
 
-@_conv_frontend_backward.register_fake
-def _(grad, waveforms, weights, biases, norm_weights, norm_biases, preactivations, *settings):
-    return [
-        torch.empty_like(p, memory_format=torch.contiguous_format)
-        for p in (*weights, *biases, *norm_weights, *norm_biases)
-    ]
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype, _, implementation = (
-        inputs
-    )
-    _, preactivations = output
-    ctx.set_materialize_grads(False)  # or autograd would make a tensor of zeros for every saved one, as large as it
-    ctx.counts = [len(group) for group in (weights, biases, norm_weights, norm_biases, preactivations)]
-    ctx.settings = strides, norm, dtype, implementation
-    ctx.save_for_backward(waveforms, valid_samples, *weights, *biases, *norm_weights, *norm_biases, *preactivations)
-
-
-def _backward(ctx, grad, _saved_grads):
-    if grad is None:
-        return (None,) * 11
-    waveforms, valid_samples, *rest = ctx.saved_tensors
-    groups = _split(rest, ctx.counts)
-    strides, norm, dtype, implementation = ctx.settings
-    gradients = _conv_frontend_backward(grad, waveforms, *groups, strides, norm, valid_samples, dtype, implementation)
-    return None, *_split(gradients, ctx.counts[:4]), None, None, None, None, None, None
-
-
-def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
-    groups, start = [], 0
-    for count in counts:
-        groups.append(list(tensors[start : start + count]))
-        start += count
-    return groups
-
-
-_conv_frontend.register_autograd(_backward, setup_context=_setup_context)
+_operator = Operator(
+    "conv_frontend",
+    Arguments,
+    backends={
+        "cuda": "CUDA kernels: layer 0 in one pass and recomputed in the backward, implicit GEMMs with GELU in their epilogues",
+        "cpu": "GEMMs between fused C++ passes, layer 0 in closed form and recomputed in the backward",
+        "torch": "GEMMs in channels-last layout, layer 0 in closed form and recomputed in the backward",
+        "reference": "conv1d, norm and GELU layer by layer",
+    },
+    unavailable={name: functools.partial(extension.why_not, name) for name in ("cuda", "cpu")},
+    reference=_reference,
+    results=["features"],
+    fake=_fake,
+    gradients=["weights", "biases", "norm_weights", "norm_biases"],
+    kept=["waveforms", "valid_samples"],
+    objection=_objection,
+)

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from hubert_fast import backend
-from hubert_fast.ops import triton_backend
-from hubert_fast.ops.autocast import without_autocast
 from hubert_fast.ops.dropout import dropout_seed
+from hubert_fast.ops.operator import Operator
 from hubert_fast.ops.row_arguments import check_channels, check_rows
 from hubert_fast.reference import mask_fill as reference
 from hubert_fast.reference.dropout import keep_scale
-from hubert_fast.torch_backend import mask_fill as torch_backend
 from hubert_fast.torch_backend.dropout_mask import kept_values
 
-backend.register(
-    "mask_fill",
-    {
-        "triton": "one pass forward, one backward with the gradients of bias and embedding; dropout's mask is drawn again",
-        "torch": "PyTorch's passes, on a CPU over rows that stay in cache; dropout's mask is drawn again",
-        "reference": "bias, dropout, padding and embedding one after another",
-    },
-    unavailable={"triton": triton_backend.why_not()},
-    on_gpu=("triton",),
-)
+
+class Arguments(NamedTuple):
+    x: Tensor  # [rows, channels]
+    bias: Optional[Tensor]  # [channels]
+    embedding: Tensor  # [channels]
+    mask: Tensor  # [rows] bool
+    padding: Optional[Tensor]  # [rows] bool
+    dropout_p: float
+    seed: Optional[Tensor]  # [] int64
 
 
 def mask_fill(
@@ -61,80 +57,26 @@ def mask_fill(
         if flags is not None and (flags.dtype != torch.bool or flags.shape != x.shape[:1]):
             raise ValueError(f"{name} must be bool of shape [{len(x)}]; got {flags.dtype} {tuple(flags.shape)}")
     seed = dropout_seed(seed, x.device, dropout_p=dropout_p)
-    chosen = backend.choose("mask_fill", lambda name: _objection(name, x, bias, embedding))
-    if chosen == "reference":
-        kept = kept_values(seed, *x.shape, dropout_p)
-        return reference.mask_fill(x, bias, embedding, mask, padding, kept=kept, scale=keep_scale(dropout_p))
-    return _mask_fill(x, bias, embedding, mask, padding, dropout_p, seed, chosen)
+    return _operator(Arguments(x, bias, embedding, mask, padding, dropout_p, seed))[0]
 
 
-def _objection(name: str, *tensors: Optional[Tensor]) -> backend.Objection:
-    return triton_backend.objection("mask_fill", *tensors) if name == "triton" else None
+def _reference(arguments: Arguments) -> tuple[Tensor]:
+    *tensors, dropout_p, seed = arguments
+    kept = kept_values(seed, *arguments.x.shape, dropout_p)
+    return (reference.mask_fill(*tensors, kept=kept, scale=keep_scale(dropout_p)),)
 
 
-@torch.library.custom_op("hubert_fast::mask_fill", mutates_args=())
-def _mask_fill(
-    x: Tensor,
-    bias: Optional[Tensor],
-    embedding: Tensor,
-    mask: Tensor,
-    padding: Optional[Tensor],
-    dropout_p: float,
-    seed: Optional[Tensor],
-    chosen: str,
-) -> Tensor:
-    with without_autocast(x.device):
-        return _implementation(chosen).mask_fill(x, bias, embedding, mask, padding, dropout_p, seed)
-
-
-@_mask_fill.register_fake
-def _(x, bias, embedding, mask, padding, dropout_p, seed, chosen):
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("hubert_fast::mask_fill_backward", mutates_args=())
-def _mask_fill_backward(
-    grad: Tensor,
-    bias: Optional[Tensor],
-    embedding: Tensor,
-    mask: Tensor,
-    padding: Optional[Tensor],
-    dropout_p: float,
-    seed: Optional[Tensor],
-    chosen: str,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    with without_autocast(grad.device):
-        x_grad, bias_grad, embedding_grad = _implementation(chosen).mask_fill_backward(
-            grad, bias, embedding, mask, padding, dropout_p, seed
-        )
-    return x_grad, grad.new_empty(0) if bias_grad is None else bias_grad, embedding_grad
-
-
-@_mask_fill_backward.register_fake
-def _(grad, bias, embedding, mask, padding, dropout_p, seed, chosen):
-    bias_grad = grad.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return grad.new_empty(grad.shape), bias_grad, embedding.new_empty(embedding.shape)
-
-
-def _implementation(chosen: str):
-    if chosen == "torch":
-        return torch_backend
-    from hubert_fast.kernels import mask_fill as kernels
-
-    return kernels
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    _, bias, embedding, mask, padding, ctx.dropout_p, seed, ctx.chosen = inputs
-    ctx.save_for_backward(bias, embedding, mask, padding, seed)
-
-
-def _backward(ctx, grad):
-    bias, embedding, mask, padding, seed = ctx.saved_tensors
-    x_grad, bias_grad, embedding_grad = _mask_fill_backward(
-        grad, bias, embedding, mask, padding, ctx.dropout_p, seed, ctx.chosen
-    )
-    return x_grad, None if bias is None else bias_grad, embedding_grad, None, None, None, None, None
-
-
-_mask_fill.register_autograd(_backward, setup_context=_setup_context)
+_operator = Operator(
+    "mask_fill",
+    Arguments,
+    backends={
+        "triton": "one pass forward, one backward with the gradients of bias and embedding; dropout's mask is drawn again",
+        "torch": "PyTorch's passes, on a CPU over rows that stay in cache; dropout's mask is drawn again",
+        "reference": "bias, dropout, padding and embedding one after another",
+    },
+    reference=_reference,
+    results=["out"],
+    fake=lambda arguments, save: (arguments.x.new_empty(arguments.x.shape),),
+    gradients=["x", "bias", "embedding"],
+    kept=["bias", "embedding", "mask", "padding", "seed"],
+)

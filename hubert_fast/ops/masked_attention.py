@@ -6,32 +6,29 @@ sequences of equal length whose ``key_lengths`` leave the padding out.
 
 from __future__ import annotations
 
-from typing import List, Optional, Tuple
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from hubert_fast import backend
-from hubert_fast.ops import triton_backend
-from hubert_fast.ops.autocast import without_autocast
 from hubert_fast.ops.dropout import dropout_seed
 from hubert_fast.ops.host_tensors import to_device
+from hubert_fast.ops.operator import Operator
 from hubert_fast.reference import masked_attention as reference
 from hubert_fast.torch_backend import masked_attention as torch_backend
 
-backend.register(
-    "masked_attention",
-    {
-        "triton": "flash attention on the packed rows, scores computed again in a deterministic backward",
-        "torch": "CPU: PyTorch's flash kernel, with dropout a few heads at a time; GPU: scaled_dot_product_attention",
-        "reference": "softmax(q k^T) v, a sequence at a time",
-    },
-    unavailable={"triton": triton_backend.why_not()},
-    on_gpu=("triton",),
-)
-
 # A GPU's grid has 65,535 programs along the axis of sequences, one of which stands for rows of no sequence.
 _MAX_SEQUENCES = 65_534
+
+
+class Arguments(NamedTuple):
+    qkv: Tensor  # [rows, 3, heads, head_dim]
+    offsets: Tensor  # [sequences + 1] int64; for "triton" on the device of qkv, as key_lengths
+    key_lengths: Optional[Tensor]  # [sequences] int64
+    max_frames: int
+    dropout_p: float
+    seed: Optional[Tensor]  # [] int64
 
 
 def masked_attention(
@@ -65,16 +62,14 @@ def masked_attention(
     """
     _check(qkv, offsets, key_lengths)
     seed = dropout_seed(seed, qkv.device, dropout_p=dropout_p)
-    chosen = backend.choose("masked_attention", lambda name: _objection(name, qkv, offsets))
-    if chosen == "reference":
-        return reference.masked_attention(qkv, offsets, key_lengths, dropout_p=dropout_p, seed=seed)
+    arguments = Arguments(qkv, offsets, key_lengths, max_frames, dropout_p, seed)
+    chosen = _operator.choose(arguments)
     if chosen == "torch" and qkv.device.type not in ("cpu", "meta"):
         return torch_backend.padded_attention(qkv, offsets, key_lengths, max_frames, dropout_p)
     if chosen == "triton":
-        offsets = to_device(offsets, qkv.device)
         key_lengths = None if key_lengths is None else to_device(key_lengths, qkv.device)
-    save = torch.is_grad_enabled() and qkv.requires_grad
-    return _masked_attention(qkv, offsets, key_lengths, max_frames, dropout_p, seed, save, chosen)[0]
+        arguments = arguments._replace(offsets=to_device(offsets, qkv.device), key_lengths=key_lengths)
+    return _operator.run(chosen, arguments)[0]
 
 
 def _check(qkv: Tensor, offsets: Tensor, key_lengths: Optional[Tensor]) -> None:
@@ -92,91 +87,33 @@ def _check(qkv: Tensor, offsets: Tensor, key_lengths: Optional[Tensor]) -> None:
         )
 
 
-def _objection(name: str, qkv: Tensor, offsets: Tensor) -> backend.Objection:
+def _objection(name: str, arguments: Arguments) -> backend.Objection:
     if name != "triton":
         return None
-    if not 1 <= qkv.shape[3] <= 128:
-        return f"it takes head dims up to 128; got {qkv.shape[3]}"
-    if len(offsets) - 1 > _MAX_SEQUENCES:
-        return f"it takes up to {_MAX_SEQUENCES} sequences; got {len(offsets) - 1}"
-    return triton_backend.objection("masked_attention", qkv)
+    head_dim, sequences = arguments.qkv.shape[3], len(arguments.offsets) - 1
+    if not 1 <= head_dim <= 128:
+        return f"it takes head dims up to 128; got {head_dim}"
+    return f"it takes up to {_MAX_SEQUENCES} sequences; got {sequences}" if sequences > _MAX_SEQUENCES else None
 
 
-@torch.library.custom_op("hubert_fast::masked_attention", mutates_args=())
-def _masked_attention(
-    qkv: Tensor,
-    offsets: Tensor,
-    key_lengths: Optional[Tensor],
-    max_frames: int,
-    dropout_p: float,
-    seed: Optional[Tensor],
-    save: bool,
-    chosen: str,
-) -> Tuple[Tensor, List[Tensor]]:
-    with without_autocast(qkv.device):
-        if chosen == "triton":
-            from hubert_fast.kernels import masked_attention as kernels
-
-            return kernels.masked_attention(qkv, offsets, key_lengths, max_frames, dropout_p, seed, save)
-        return torch_backend.masked_attention(qkv, offsets, key_lengths, dropout_p, seed, save)
+def _reference(arguments: Arguments) -> tuple[Tensor]:
+    qkv, offsets, key_lengths, _, dropout_p, seed = arguments
+    return (reference.masked_attention(qkv, offsets, key_lengths, dropout_p=dropout_p, seed=seed),)
 
 
-@_masked_attention.register_fake
-def _(qkv, offsets, key_lengths, max_frames, dropout_p, seed, save, chosen):
-    rows, _, heads, head_dim = qkv.shape
-    sizes = []
-    if save and chosen == "triton":
-        from hubert_fast.kernels import masked_attention as kernels
-
-        sizes = kernels.saved_tensors(rows, heads, max_frames, dropout_p)
-    elif save and dropout_p == 0.0:
-        sizes = [((rows, heads), torch.promote_types(qkv.dtype, torch.float32))]
-    return qkv.new_empty(rows, heads, head_dim), [qkv.new_empty(size, dtype=dtype) for size, dtype in sizes]
-
-
-@torch.library.custom_op("hubert_fast::masked_attention_backward", mutates_args=())
-def _masked_attention_backward(
-    grad: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    saved: List[Tensor],
-    offsets: Tensor,
-    key_lengths: Optional[Tensor],
-    max_frames: int,
-    dropout_p: float,
-    seed: Optional[Tensor],
-    chosen: str,
-) -> Tensor:
-    with without_autocast(qkv.device):
-        if chosen == "triton":
-            from hubert_fast.kernels import masked_attention as kernels
-
-            return kernels.masked_attention_backward(
-                grad, qkv, out, saved, offsets, key_lengths, max_frames, dropout_p, seed
-            )
-        return torch_backend.masked_attention_backward(grad, qkv, out, saved, offsets, key_lengths, dropout_p, seed)
-
-
-@_masked_attention_backward.register_fake
-def _(grad, qkv, out, saved, offsets, key_lengths, max_frames, dropout_p, seed, chosen):
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    qkv, offsets, key_lengths, ctx.max_frames, ctx.dropout_p, seed, _, ctx.chosen = inputs
-    out, saved = output
-    ctx.set_materialize_grads(False)  # no zeros for what is only saved
-    ctx.save_for_backward(qkv, offsets, key_lengths, seed, out, *saved)
-
-
-def _backward(ctx, grad, _saved_grads):
-    if grad is None:
-        return (None,) * 8
-    qkv, offsets, key_lengths, seed, out, *saved = ctx.saved_tensors
-    qkv_grad = _masked_attention_backward(
-        grad, qkv, out, saved, offsets, key_lengths, ctx.max_frames, ctx.dropout_p, seed, ctx.chosen
-    )
-    return qkv_grad, *(None,) * 7
-
-
-_masked_attention.register_autograd(_backward, setup_context=_setup_context)
+_operator = Operator(
+    "masked_attention",
+    Arguments,
+    backends={
+        "triton": "flash attention on the packed rows, scores computed again in a deterministic backward",
+        "torch": "CPU: PyTorch's flash kernel, with dropout a few heads at a time; GPU: scaled_dot_product_attention",
+        "reference": "softmax(q k^T) v, a sequence at a time",
+    },
+    reference=_reference,
+    results=["out"],
+    fake=lambda arguments, save: (arguments.qkv[:, 0].new_empty(arguments.qkv[:, 0].shape),),
+    gradients=["qkv"],
+    kept=["qkv", "offsets", "key_lengths", "seed"],
+    kept_results=["out"],
+    objection=_objection,
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 from torch import Tensor
@@ -10,8 +10,25 @@ from torch import Tensor
 from hubert_fast.reference.dropout import keep_scale
 from hubert_fast.torch_backend.dropout_mask import drop_, kept_chunks, row_chunks
 
+if TYPE_CHECKING:
+    from hubert_fast.ops.bias_dropout_residual import Arguments
 
-def bias_dropout_residual(
+
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
+    return (residual_sum(*arguments),), []
+
+
+def backward(
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
+) -> tuple[Tensor, Optional[Tensor], Tensor]:
+    (grad,), (_, bias, residual, index, dropout_p, seed) = gradients, arguments
+    residual_grad = residual_gradient(grad, residual, index)
+    if bias is None and dropout_p == 0.0:
+        return grad, None, residual_grad
+    return *dropped_gradient(grad, bias, dropout_p, seed), residual_grad
+
+
+def residual_sum(
     x: Tensor,
     bias: Optional[Tensor],
     residual: Tensor,
@@ -46,8 +63,7 @@ def dropped_gradient(
     return x_grad, None if bias is None else bias_grad.to(bias.dtype)
 
 
-def residual_gradient(grad: Tensor, residual: Tensor, index: Tensor) -> Tensor:
+def residual_gradient(grad: Tensor, residual: Tensor, index: Optional[Tensor]) -> Tensor:
     """The gradient of ``residual`` [positions, channels]: that of each row at its position, 0 elsewhere."""
-    return torch.zeros_like(residual, memory_format=torch.contiguous_format).index_copy_(
-        0, index, grad.to(residual.dtype)
-    )
+    grad = grad.to(residual.dtype)
+    return grad if index is None else grad.new_zeros(residual.shape).index_copy_(0, index, grad)

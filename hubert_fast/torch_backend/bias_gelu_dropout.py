@@ -5,7 +5,7 @@ Only ``x`` is saved; the backward adds the bias and draws the mask again.
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 from torch import Tensor
@@ -13,23 +13,28 @@ from torch import Tensor
 from hubert_fast.reference.dropout import keep_scale
 from hubert_fast.torch_backend.dropout_mask import drop_, kept_chunks, row_chunks
 
+if TYPE_CHECKING:
+    from hubert_fast.ops.bias_gelu_dropout import Arguments
+
 _gelu_into = torch.ops.aten.gelu.out
 _gelu_backward_into = torch.ops.aten.gelu_backward.grad_input
 
 
-def bias_gelu_dropout(x: Tensor, bias: Optional[Tensor], dropout_p: float, seed: Optional[Tensor]) -> Tensor:
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
+    x, bias, dropout_p, seed = arguments
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     chunks, scale = row_chunks(x), keep_scale(dropout_p)
     for rows, kept in zip(chunks, kept_chunks(seed, chunks, x.shape[1], dropout_p)):
         _gelu_into(_biased(x[rows], bias), out=out[rows])
         drop_(out[rows], kept, scale)
-    return out
+    return (out,), []
 
 
-def bias_gelu_dropout_backward(
-    grad: Tensor, x: Tensor, bias: Optional[Tensor], dropout_p: float, seed: Optional[Tensor]
+def backward(
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """Gradients of ``x`` and ``bias``."""
+    x, bias, dropout_p, seed = arguments
+    (grad,) = gradients
     x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
     wide = torch.promote_types(x.dtype, torch.float32)
     bias_grad = None if bias is None else x.new_zeros(x.shape[1], dtype=wide)

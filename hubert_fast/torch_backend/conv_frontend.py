@@ -16,14 +16,17 @@ What is kept for the backward: layers 1.. before their norm and GELU, in the com
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hubert_fast.reference.conv_frontend import NORM_EPS, output_length
+from hubert_fast.reference.conv_frontend import NORM_EPS
 from hubert_fast.torch_backend import first_layer
+
+if TYPE_CHECKING:
+    from hubert_fast.ops.conv_frontend import Arguments
 
 # Rows of a GEMM on a CPU: enough to run at full rate, few enough that a chunk's input window and output stay in the
 # last-level cache, where GELU costs a quarter of what it costs from memory. On other devices launches are what costs.
@@ -34,23 +37,13 @@ _DEVICE_CHUNK_ROWS = 1 << 20
 class _Frontend:
     """The parameters in the layouts the GEMMs want, and the pieces that forward and backward share."""
 
-    def __init__(
-        self,
-        waveforms: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
-        norm_weights: Sequence[Tensor],
-        norm_biases: Sequence[Tensor],
-        strides: Sequence[int],
-        norm: str,
-        valid_samples: Optional[Tensor],
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, arguments: Arguments) -> None:
+        waveforms, weights, biases, norm_weights, norm_biases, strides, _, valid_samples, dtype = arguments
         self.dtype = dtype
         # Layer 0 and every norm run in float32 at least: their cost is nothing, their precision is everything after them.
         self.wide = torch.promote_types(dtype, torch.float32)
         self.waveforms = waveforms.to(self.wide).contiguous()
-        self.layer_norm = norm == "layer_norm"
+        self.layer_norm = arguments.layer_norm
         self.kernels = [weight.shape[2] for weight in weights]
         self.channels = [weight.shape[0] for weight in weights]
         self.strides = list(strides)
@@ -62,7 +55,7 @@ class _Frontend:
         self.norm_biases = [bias.to(self.wide) for bias in norm_biases]
         self.first_bias = biases[0].to(self.wide) if biases and self.layer_norm else None
         self.chunk_rows = _CPU_CHUNK_ROWS if waveforms.device.type == "cpu" else _DEVICE_CHUNK_ROWS
-        self.frames = [output_length(waveforms.shape[1], self.kernels[: i + 1], strides) for i in range(len(weights))]
+        self.frames = arguments.frames
         self.statistics: list[first_layer.Statistics] = []  # of each row, as a batch of one
         if not self.layer_norm:
             self.statistics = [self._statistics(row, valid_samples) for row in range(len(waveforms))]
@@ -158,20 +151,8 @@ class _Frontend:
             out.addmm_(operand, weight[:, columns].T)
 
 
-def conv_frontend(
-    waveforms: Tensor,  # [batch, samples]
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    norm_weights: Sequence[Tensor],
-    norm_biases: Sequence[Tensor],
-    strides: Sequence[int],
-    norm: str,
-    valid_samples: Optional[Tensor],
-    dtype: torch.dtype,
-    save: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """The features ``[batch, frames, channels]`` in ``dtype`` and, where ``save``, what the backward needs."""
-    frontend = _Frontend(waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype)
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
+    frontend, waveforms, dtype = _Frontend(arguments), arguments.waveforms, arguments.dtype
     batch = len(waveforms)
     preactivations: list[Tensor] = []
     for layer in frontend.layers():
@@ -190,7 +171,13 @@ def conv_frontend(
     for row in range(batch):
         for start, stop in frontend.chunks(frontend.frames[last]):
             features[row, start:stop] = frontend.activation(last, preactivations, row, start, stop)
-    return features, preactivations if save else []
+    return (features,), preactivations if save else []
+
+
+def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Of layers 1.. what comes before norm and GELU."""
+    batch, layers = len(arguments.waveforms), zip(arguments.frames[1:], arguments.weights[1:])
+    return [((batch, frames, weight.shape[0]), arguments.dtype) for frames, weight in layers]
 
 
 class Gradients(NamedTuple):
@@ -200,6 +187,16 @@ class Gradients(NamedTuple):
     biases: list[Tensor]
     norm_weights: list[Tensor]
     norm_biases: list[Tensor]
+
+    def like(self, parameters: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], ...]:
+        """In the dtypes of ``parameters``, contiguous, each in memory of its own."""
+        return tuple(
+            [
+                torch.empty_like(each, memory_format=torch.contiguous_format).copy_(total)
+                for total, each in zip(totals, of)
+            ]
+            for totals, of in zip(self, parameters)
+        )
 
 
 class _Backward:
@@ -355,26 +352,11 @@ class _Backward:
         self.sums.norm_biases[0].add_(gradients.norm_bias.to(frontend.wide))
 
 
-def conv_frontend_backward(
-    grad: Tensor,  # [batch, frames, channels]
-    waveforms: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    norm_weights: Sequence[Tensor],
-    norm_biases: Sequence[Tensor],
-    preactivations: Sequence[Tensor],
-    strides: Sequence[int],
-    norm: str,
-    valid_samples: Optional[Tensor],
-    dtype: torch.dtype,
-) -> Gradients:
-    """Gradients of every parameter, each in its own dtype; sums over chunks and rows run in float32 or wider.
+def backward(
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
+) -> tuple[list[Tensor], ...]:
+    """Sums over chunks and rows run in float32 or wider.
 
     Under group norm the bias of layer 0 has no effect on the output and its gradient is exactly 0.
     """
-    frontend = _Frontend(waveforms, weights, biases, norm_weights, norm_biases, strides, norm, valid_samples, dtype)
-    parameters = (weights, biases, norm_weights, norm_biases)
-    sums = _Backward(frontend, preactivations, parameters).run(grad)
-    return Gradients(
-        *([total.to(p.dtype) for total, p in zip(totals, group)] for totals, group in zip(sums, parameters))
-    )
+    return _Backward(_Frontend(arguments), saved, arguments.parameters).run(*gradients).like(arguments.parameters)

@@ -7,13 +7,16 @@ is log-sum-exp over the classes (less those that equal the positive one) minus t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from hubert_fast.reference.cosine_logits import TEMPERATURE
 from hubert_fast.torch_backend.cosine_logits import Unit, class_groups, unit_rows, unit_rows_backward
+
+if TYPE_CHECKING:
+    from hubert_fast.ops.cosine_cross_entropy import Arguments
 
 _CHUNK_ROWS = 2048
 
@@ -27,45 +30,52 @@ class _Chunk(NamedTuple):
     scores: Tensor  # [rows, classes], -inf at classes that equal the positive one
 
 
-def cosine_cross_entropy(
-    frames: Tensor, label_embeddings: Tensor, labels: Tensor, index: Optional[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of losses, correct frames, and the log-sum-exp of each selected frame for the backward."""
-    embeddings = unit_rows(label_embeddings)
-    selected = len(labels) if index is None else len(index)
-    lse = embeddings.direction.new_empty(selected)
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+    """The log-sum-exp of each selected frame is saved."""
+    embeddings = unit_rows(arguments.label_embeddings)
+    lse = embeddings.direction.new_empty(_selected(arguments))
     loss = lse.new_zeros(())
-    correct = labels.new_zeros(())
-    for chunk in _chunks(frames, label_embeddings, embeddings, labels, index):
+    correct = arguments.labels.new_zeros(())
+    for chunk in _chunks(arguments, embeddings):
         positive = chunk.scores.gather(1, chunk.labels[:, None]).squeeze(1)
         sums = torch.logsumexp(chunk.scores, 1)
         lse[chunk.rows] = sums
         loss += (sums - positive).where(chunk.counted, 0).sum()
         correct += ((positive >= chunk.scores.amax(1)) & chunk.counted).sum()
-    return loss, correct, lse
+    return (loss, correct), [lse] if save else []
 
 
-def cosine_cross_entropy_backward(
-    grad: Tensor, frames: Tensor, label_embeddings: Tensor, labels: Tensor, index: Optional[Tensor], lse: Tensor
+def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    dtype = torch.promote_types(arguments.label_embeddings.dtype, torch.float32)
+    return [((_selected(arguments),), dtype)]
+
+
+def backward(
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Optional[Tensor], ...], wanted: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    embeddings = unit_rows(label_embeddings)
-    frames_grad = torch.zeros_like(frames) if index is not None else torch.empty_like(frames)
+    (grad, _), (lse,), frames = gradients, saved, arguments.frames
+    embeddings = unit_rows(arguments.label_embeddings)
+    fresh = torch.empty_like if arguments.index is None else torch.zeros_like
+    frames_grad = fresh(frames, memory_format=torch.contiguous_format)
     direction_grad = torch.zeros_like(embeddings.direction)
-    for chunk in _chunks(frames, label_embeddings, embeddings, labels, index):
+    for chunk in _chunks(arguments, embeddings):
         scores_grad = (chunk.scores - lse[chunk.rows, None]).exp_()
         scores_grad.scatter_add_(1, chunk.labels[:, None], torch.full_like(scores_grad[:, :1], -1.0))
         scores_grad.mul_((chunk.counted * (grad / TEMPERATURE))[:, None])
         direction_grad.addmm_(scores_grad.T, chunk.frames.direction)
         rows_grad = unit_rows_backward(scores_grad @ embeddings.direction, chunk.frames).to(frames.dtype)
         frames_grad[chunk.rows if chunk.select is None else chunk.select] = rows_grad
-    return frames_grad, unit_rows_backward(direction_grad, embeddings).to(label_embeddings.dtype)
+    embeddings_grad = unit_rows_backward(direction_grad, embeddings)
+    return frames_grad, embeddings_grad.to(arguments.label_embeddings.dtype).contiguous()
 
 
-def _chunks(
-    frames: Tensor, label_embeddings: Tensor, embeddings: Unit, labels: Tensor, index: Optional[Tensor]
-) -> Iterator[_Chunk]:
-    groups = class_groups(label_embeddings)
-    selected = len(labels) if index is None else len(index)
+def _selected(arguments: Arguments) -> int:
+    return len(arguments.labels if arguments.index is None else arguments.index)
+
+
+def _chunks(arguments: Arguments, embeddings: Unit) -> Iterator[_Chunk]:
+    frames, label_embeddings, labels, index = arguments
+    groups, selected = class_groups(label_embeddings), _selected(arguments)
     for start in range(0, selected, _CHUNK_ROWS):
         rows = slice(start, min(start + _CHUNK_ROWS, selected))
         select = None if index is None else index[rows]

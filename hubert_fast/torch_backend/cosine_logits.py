@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hubert_fast.reference.cosine_logits import NORM_MIN, TEMPERATURE
+
+if TYPE_CHECKING:
+    from hubert_fast.ops.cosine_logits import Arguments
 
 
 class Unit(NamedTuple):
@@ -52,19 +55,21 @@ def class_groups(label_embeddings: Tensor) -> Tensor:
     return groups
 
 
-def cosine_logits(frames: Tensor, label_embeddings: Tensor, labels: Tensor) -> Tensor:
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
+    frames, label_embeddings, labels = arguments
     similarity = unit_rows(frames).direction @ unit_rows(label_embeddings).direction.T
     similarity = similarity.div_(TEMPERATURE)
     logits = similarity.new_empty(len(labels), 1 + len(label_embeddings))
     logits[:, :1] = similarity.gather(1, labels[:, None])
     groups = class_groups(label_embeddings)
     logits[:, 1:] = similarity.masked_fill_(groups[labels][:, None] == groups, float("-inf"))
-    return logits.to(frames.dtype)
+    return (logits.to(frames.dtype),), []
 
 
-def cosine_logits_backward(
-    grad: Tensor, frames: Tensor, label_embeddings: Tensor, labels: Tensor
+def backward(
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
 ) -> tuple[Tensor, Tensor]:
+    (grad,), (frames, label_embeddings, labels) = gradients, arguments
     x, embeddings = unit_rows(frames), unit_rows(label_embeddings)
     groups = class_groups(label_embeddings)
     similarity_grad = grad[:, 1:].to(x.direction.dtype).masked_fill(groups[labels][:, None] == groups, 0.0)
@@ -72,4 +77,4 @@ def cosine_logits_backward(
     similarity_grad.div_(TEMPERATURE)
     frames_grad = unit_rows_backward(similarity_grad @ embeddings.direction, x)
     embeddings_grad = unit_rows_backward(similarity_grad.T @ x.direction, embeddings)
-    return frames_grad.to(frames.dtype), embeddings_grad.to(label_embeddings.dtype)
+    return frames_grad.to(frames.dtype).contiguous(), embeddings_grad.to(label_embeddings.dtype).contiguous()

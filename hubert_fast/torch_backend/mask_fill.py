@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 from torch import Tensor
@@ -11,16 +11,12 @@ from hubert_fast.reference.dropout import keep_scale
 from hubert_fast.torch_backend.bias_dropout_residual import dropped_gradient
 from hubert_fast.torch_backend.dropout_mask import drop_, kept_chunks, row_chunks
 
+if TYPE_CHECKING:
+    from hubert_fast.ops.mask_fill import Arguments
 
-def mask_fill(
-    x: Tensor,
-    bias: Optional[Tensor],
-    embedding: Tensor,
-    mask: Tensor,
-    padding: Optional[Tensor],
-    dropout_p: float,
-    seed: Optional[Tensor],
-) -> Tensor:
+
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
+    x, bias, embedding, mask, padding, dropout_p, seed = arguments
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     embedding, bias = embedding.to(x.dtype), None if bias is None else bias.to(x.dtype)
     chunks, scale = row_chunks(x), keep_scale(dropout_p)
@@ -30,19 +26,13 @@ def mask_fill(
         if padding is not None:
             filled.masked_fill_(padding[rows, None], 0.0)
         torch.where(mask[rows, None], embedding, filled, out=out[rows])
-    return out
+    return (out,), []
 
 
-def mask_fill_backward(
-    grad: Tensor,  # [rows, channels]
-    bias: Optional[Tensor],
-    embedding: Tensor,
-    mask: Tensor,
-    padding: Optional[Tensor],
-    dropout_p: float,
-    seed: Optional[Tensor],
+def backward(
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
 ) -> tuple[Tensor, Optional[Tensor], Tensor]:
-    """Gradients of ``x``, ``bias`` and ``embedding``."""
+    (grad,), (_, bias, embedding, mask, padding, dropout_p, seed) = gradients, arguments
     embedding_grad = grad.masked_fill(~mask[:, None], 0.0).sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
     replaced = mask if padding is None else mask | padding
     x_grad, bias_grad = dropped_gradient(grad.masked_fill(replaced[:, None], 0.0), bias, dropout_p, seed)

@@ -7,13 +7,16 @@ backward. On other devices the rows are padded for scaled_dot_product_attention.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hubert_fast.reference.dropout import keep_mask, keep_scale
+
+if TYPE_CHECKING:
+    from hubert_fast.ops.masked_attention import Arguments
 
 # Scores of a group of heads, in bytes: a fraction of a usual last-level cache, large enough that calls cost little.
 _SCORES_BYTES = 1 << 22
@@ -28,15 +31,9 @@ class _Sequence(NamedTuple):
     value: Tensor
 
 
-def masked_attention(
-    qkv: Tensor,  # [rows, 3, heads, head_dim]
-    offsets: Tensor,  # [sequences + 1] int64
-    key_lengths: Optional[Tensor],  # [sequences] int64
-    dropout_p: float,
-    seed: Optional[Tensor],
-    save: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """The output ``[rows, heads, head_dim]`` and, where ``save``, the log-sum-exp of the scores if it is used again."""
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
+    """Without dropout the log-sum-exp of the scores is saved."""
+    qkv, offsets, key_lengths, _, dropout_p, seed = arguments
     rows, _, heads, head_dim = qkv.shape
     qkv = qkv.contiguous()  # the flash kernel takes a last stride of 1 for granted
     out = qkv.new_empty(rows, heads, head_dim)
@@ -52,21 +49,18 @@ def masked_attention(
                 weights = _weights(sequence, group)
                 _drop_(weights, generator, dropout_p)
                 out[sequence.rows, group] = (weights @ sequence.value[group]).transpose(0, 1)
-    return out, [lse] if save and dropout_p == 0.0 else []
+    return (out,), [lse] if save and dropout_p == 0.0 else []
 
 
-def masked_attention_backward(
-    grad: Tensor,  # [rows, heads, head_dim]
-    qkv: Tensor,
-    out: Tensor,
-    saved: list[Tensor],
-    offsets: Tensor,
-    key_lengths: Optional[Tensor],
-    dropout_p: float,
-    seed: Optional[Tensor],
-) -> Tensor:
-    """The gradient of ``qkv``: [rows, 3, heads, head_dim]."""
-    qkv, grad = qkv.contiguous(), grad.contiguous()
+def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    rows, _, heads, _ = arguments.qkv.shape
+    lse = ((rows, heads), torch.promote_types(arguments.qkv.dtype, torch.float32))
+    return [lse] if arguments.dropout_p == 0.0 else []
+
+
+def backward(arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]) -> tuple[Tensor]:
+    qkv, offsets, key_lengths, _, dropout_p, seed = arguments
+    qkv, grad = qkv.contiguous(), gradients[0].contiguous()
     qkv_grad = torch.zeros_like(qkv) if key_lengths is not None else torch.empty_like(qkv)
     qkv_grad[int(offsets[-1]) :] = 0
     generator = _generator(dropout_p, seed)
@@ -74,11 +68,11 @@ def masked_attention_backward(
         grads = qkv_grad[sequence.rows].permute(1, 2, 0, 3)  # [3, heads, frames, head_dim]
         out_grad = grad[sequence.rows].transpose(0, 1)
         if generator is None:
-            _flash_backward(sequence, grads, out_grad, out, saved[0])
+            _flash_backward(sequence, grads, out_grad, *saved)
         else:
             for group in _head_groups(sequence):
                 _group_backward(sequence, group, grads, out_grad, generator, dropout_p)
-    return qkv_grad
+    return (qkv_grad,)
 
 
 def _sequences(qkv: Tensor, offsets: Tensor, key_lengths: Optional[Tensor]) -> list[_Sequence]:

@@ -6,71 +6,49 @@ an even kernel gives no frame too many. The backward is written out: it needs th
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class Gradients(NamedTuple):
-    """Of the input and of the parameters; None where not asked for."""
-
-    x: Optional[Tensor] = None
-    weight: Optional[Tensor] = None
-    bias: Optional[Tensor] = None
-    gain: Optional[Tensor] = None
+if TYPE_CHECKING:
+    from hubert_fast.ops.positional_conv import Arguments
 
 
-def positional_conv(
-    x: Tensor,  # [rows, channels]
-    weight: Tensor,  # [channels, channels / groups, taps]
-    bias: Tensor,  # [channels]
-    gain: Optional[Tensor],  # [1, 1, taps]
-    offsets: Tensor,  # [sequences + 1] int64
-    groups: int,
-    max_frames: int,
-) -> tuple[Tensor, Tensor]:
-    """The output and the convolution's result before the GELU, both ``[rows, channels]`` in the dtype of ``x``."""
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
+    """The convolution's result before the GELU is saved, in the dtype of ``x``."""
+    x, weight, bias, gain, offsets, groups, max_frames = _contiguous(arguments)
     grid = _Grid(x, offsets, max_frames)
     if grid.is_empty:
-        return torch.zeros_like(x), torch.zeros_like(x)
-    dtype = _conv_dtype(x)
-    filters = weight if gain is None else weight * (gain / _norm(weight))
+        return (x.new_zeros(x.shape),), [x.new_zeros(x.shape)] if save else []
+    dtype, filters = _conv_dtype(x), _filters(weight, gain)
     z = F.conv1d(grid.spread(x, weight.shape[2]).to(dtype), filters.to(dtype), bias.to(dtype), groups=groups)
     preactivation = grid.rows_of(z).to(x.dtype)
-    return grid.clear_dead(F.gelu(preactivation).add_(x)), preactivation
+    return (grid.clear_dead(F.gelu(preactivation).add_(x)),), [preactivation] if save else []
 
 
-def positional_conv_backward(
-    grad: Tensor,  # [rows, channels]
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    gain: Optional[Tensor],
-    offsets: Tensor,
-    preactivation: Tensor,  # [rows, channels]
-    groups: int,
-    max_frames: int,
-    *,
-    x_wanted: bool,
-    parameters_wanted: bool,
-) -> Gradients:
-    """Gradients in the dtypes of what they are gradients of."""
+def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    return [(tuple(arguments.x.shape), arguments.x.dtype)]
+
+
+def backward(
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
+) -> tuple[Optional[Tensor], ...]:
+    x, weight, bias, gain, offsets, groups, max_frames = _contiguous(arguments)
+    (preactivation,), (grad,), x_wanted = saved, gradients, wanted[0]
     grid = _Grid(x, offsets, max_frames)
     if grid.is_empty:
-        wanted = (x if x_wanted else None, *((weight, bias, gain) if parameters_wanted else ()))
-        return Gradients(*(None if each is None else torch.zeros_like(each) for each in wanted))
+        return tuple(None if each is None else each.new_zeros(each.shape) for each in arguments[:4])
     grad = grid.clear_dead(grad.contiguous())
-    dtype, taps = _conv_dtype(x), weight.shape[2]
-    filters = weight if gain is None else weight * (gain / _norm(weight))
+    dtype, taps, filters = _conv_dtype(x), weight.shape[2], _filters(weight, gain)
     filters = filters.to(dtype)
     z_grad = grid.spread(torch.ops.aten.gelu_backward(grad, preactivation), 1).to(dtype)
     # On a CPU a channels-last convolution takes a third of the time for the gradient of x, but not for that of the filters.
     apart = x.device.type == "cpu" and x_wanted
     spread_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
         z_grad, grid.spread(x, taps).to(dtype), filters, None,
-        [1], [0], [1], False, [0], groups, [x_wanted and not apart, parameters_wanted, False],
+        [1], [0], [1], False, [0], groups, [x_wanted and not apart, any(wanted[1:]), False],
     )  # fmt: skip
     x_grad = bias_grad = gain_grad = None
     if x_wanted:
@@ -78,12 +56,20 @@ def positional_conv_backward(
             spread_grad = _spread_grad(z_grad, filters, groups)
         x_grad = grid.rows_of(spread_grad[:, :, taps // 2 :]).to(x.dtype)
         x_grad = grid.clear_dead(x_grad.add_(grad))
-    if parameters_wanted:
+    if any(wanted[1:]):
         bias_grad = z_grad.sum((0, 2), dtype=torch.promote_types(bias.dtype, torch.float32)).to(bias.dtype)
         if gain is not None:
             weight_grad, gain_grad = _weight_norm_backward(weight_grad, weight, gain)
         weight_grad = weight_grad.to(weight.dtype).contiguous()
-    return Gradients(x_grad, weight_grad, bias_grad, gain_grad)
+    return x_grad, weight_grad, bias_grad, gain_grad
+
+
+def _contiguous(arguments: Arguments) -> list[Any]:
+    return [each.contiguous() if isinstance(each, Tensor) else each for each in arguments]
+
+
+def _filters(weight: Tensor, gain: Optional[Tensor]) -> Tensor:
+    return weight if gain is None else weight * (gain / _norm(weight))
 
 
 def _spread_grad(z_grad: Tensor, filters: Tensor, groups: int) -> Tensor:

@@ -5,109 +5,84 @@ The sum and each row's mean and reciprocal standard deviation are saved; masks a
 
 from __future__ import annotations
 
-from typing import Optional
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Optional
 
 import torch
 from torch import Tensor
 
 from hubert_fast.reference.dropout import keep_scale
-from hubert_fast.torch_backend.bias_dropout_residual import (
-    bias_dropout_residual,
-    dropped_gradient,
-    residual_gradient,
-)
+from hubert_fast.torch_backend.bias_dropout_residual import dropped_gradient, residual_gradient, residual_sum
 from hubert_fast.torch_backend.dropout_mask import SECOND_MASK, drop_, kept_chunks, row_chunks
+
+if TYPE_CHECKING:
+    from hubert_fast.ops.residual_layer_norm import Arguments
 
 _layer_norm_into = torch.ops.aten.native_layer_norm.out
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
 
-def residual_layer_norm(
-    residual: Tensor,  # [positions, channels]
-    weight: Tensor,
-    bias: Tensor,
-    update: Optional[Tensor],  # [rows, channels]
-    update_bias: Optional[Tensor],
-    index: Optional[Tensor],
-    update_dropout_p: float,
-    output_dropout_p: float,
-    seed: Optional[Tensor],
-    eps: float,
-    dtype: torch.dtype,
-    keep_sum: bool,
-) -> tuple[Tensor, Optional[Tensor], Tensor, Tensor]:
-    """The normed sum in ``dtype``, the sum (None without an update, and unless ``keep_sum``), and each row's mean and
-    reciprocal deviation."""
-    summed = None
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor, Optional[Tensor]], list[Tensor]]:
+    residual, weight, bias, update, update_bias, index = arguments[:6]
+    summed, dtype = None, arguments.dtype
     if update is not None:
-        summed = bias_dropout_residual(update.to(dtype), update_bias, residual, index, update_dropout_p, seed)
-    x = _summed(residual, summed, index)
+        summed = residual_sum(
+            update.to(dtype), update_bias, residual, index, arguments.update_dropout_p, arguments.seed
+        )
+    x = _summed(arguments, summed)
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.new_empty(x.shape, dtype=dtype)
     mean, rstd = (x.new_empty(len(x), dtype=wide) for _ in range(2))
     weight, bias = weight.to(wide), bias.to(wide)
-    chunks, scale = row_chunks(x), keep_scale(output_dropout_p)
-    for rows, kept in zip(chunks, kept_chunks(_second(seed), chunks, x.shape[1], output_dropout_p)):
+    for rows, kept, scale in _output_masks(arguments, x):
         sample = _widened(x[rows], wide)
         results = out[rows] if sample.dtype == dtype else torch.empty_like(sample), mean[rows, None], rstd[rows, None]
         normed, _, _ = _layer_norm_into(
-            sample, x.shape[1:], weight, bias, eps, out0=results[0], out1=results[1], out2=results[2]
+            sample, x.shape[1:], weight, bias, arguments.eps, out0=results[0], out1=results[1], out2=results[2]
         )
         drop_(out[rows] if sample.dtype == dtype else out[rows].copy_(normed), kept, scale)
-    return out, summed if keep_sum else None, mean, rstd
+    return (out, summed if save or arguments.with_sum else None), [mean, rstd] if save else []
 
 
-def residual_layer_norm_backward(
-    grad: Tensor,  # [rows, channels]: of the normed sum
-    sum_grad: Optional[Tensor],  # [rows, channels]: of the sum
-    residual: Tensor,
-    summed: Optional[Tensor],
-    index: Optional[Tensor],
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    update_bias: Optional[Tensor],
-    update_dropout_p: float,
-    output_dropout_p: float,
-    seed: Optional[Tensor],
-    update_dtype: torch.dtype,
-    one_gradient: bool,
-) -> tuple[Tensor, Optional[Tensor], Optional[Tensor], Tensor, Tensor]:
-    """Gradients of ``residual``, of the update (None without one, and where it is that of ``residual``: ``one_gradient``),
-    of ``update_bias``, ``weight`` and ``bias``."""
-    x_grad, weight_grad, bias_grad = _layer_norm_gradients(
-        grad, sum_grad, _summed(residual, summed, index), mean, rstd, weight, bias, output_dropout_p, seed
-    )
-    residual_grad = x_grad.to(residual.dtype) if index is None else residual_gradient(x_grad, residual, index)
-    update_grad = update_bias_grad = None
-    if one_gradient:
+def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Each row's mean and reciprocal deviation."""
+    dtype = arguments.residual.dtype if arguments.update is None else arguments.dtype
+    return [(arguments.shape[:1], torch.promote_types(dtype, torch.float32))] * 2
+
+
+def backward(
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Optional[Tensor], ...], wanted: list[bool]
+) -> tuple[Optional[Tensor], ...]:
+    residual, _, _, update, update_bias, index = arguments[:6]
+    x_grad, weight_grad, bias_grad = _layer_norm_gradients(arguments, saved, gradients)
+    residual_grad, update_grad, update_bias_grad = residual_gradient(x_grad, residual, index), None, None
+    if arguments.one_gradient:
+        update_grad = residual_grad
         if update_bias is not None:
-            update_bias_grad = x_grad.sum(0, dtype=mean.dtype).to(update_bias.dtype)
-    elif summed is not None:
-        update_grad, update_bias_grad = dropped_gradient(x_grad, update_bias, update_dropout_p, seed)
-        update_grad = update_grad.to(update_dtype)
-    return residual_grad, update_grad, update_bias_grad, weight_grad.to(weight.dtype), bias_grad.to(bias.dtype)
+            update_bias_grad = x_grad.sum(0, dtype=weight_grad.dtype).to(update_bias.dtype)
+    elif update is not None:
+        update_grad, update_bias_grad = dropped_gradient(
+            x_grad, update_bias, arguments.update_dropout_p, arguments.seed
+        )
+        update_grad = update_grad.to(update.dtype)
+    weight_grad, bias_grad = weight_grad.to(arguments.weight.dtype), bias_grad.to(arguments.bias.dtype)
+    return residual_grad, weight_grad, bias_grad, update_grad, update_bias_grad
 
 
 def _layer_norm_gradients(
-    grad: Tensor,
-    sum_grad: Optional[Tensor],
-    x: Tensor,  # [rows, channels]: the sum
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    output_dropout_p: float,
-    seed: Optional[Tensor],
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Optional[Tensor], ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``x``, ``weight`` and ``bias``."""
-    wide = mean.dtype
+    """Gradients of the sum, and of ``weight`` and ``bias`` in float32 or wider."""
+    (summed, mean, rstd), (grad, sum_grad), wide = saved, gradients, saved[1].dtype
+    x = _summed(arguments, summed)
+    if grad is None:
+        grad = x.new_zeros(x.shape, dtype=arguments.dtype)
+    if arguments.update is None:
+        sum_grad = None
     x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
     weight_grad, bias_grad = (x.new_zeros(x.shape[1], dtype=wide) for _ in range(2))
-    wide_weight, wide_bias = weight.to(wide), bias.to(wide)
-    chunks, scale = row_chunks(x), keep_scale(output_dropout_p)
-    for rows, kept in zip(chunks, kept_chunks(_second(seed), chunks, x.shape[1], output_dropout_p)):
+    wide_weight, wide_bias = arguments.weight.to(wide), arguments.bias.to(wide)
+    for rows, kept, scale in _output_masks(arguments, x):
         sample, statistics = _widened(x[rows], wide), (mean[rows, None], rstd[rows, None])
         upstream = grad[rows].to(sample.dtype)
         if kept is not None:
@@ -121,14 +96,20 @@ def _layer_norm_gradients(
     return x_grad, weight_grad, bias_grad
 
 
-def _summed(residual: Tensor, summed: Optional[Tensor], index: Optional[Tensor]) -> Tensor:
-    if summed is not None:
+def _summed(arguments: Arguments, summed: Optional[Tensor]) -> Tensor:
+    """What is normed, [rows, channels]: the sum where there is an update."""
+    if arguments.update is not None:
         return summed
+    residual, index = arguments.residual, arguments.index
     return residual.contiguous() if index is None else residual.index_select(0, index)
 
 
-def _second(seed: Optional[Tensor]) -> Optional[Tensor]:
-    return None if seed is None else seed ^ SECOND_MASK
+def _output_masks(arguments: Arguments, x: Tensor) -> Iterator[tuple[slice, Optional[Tensor], float]]:
+    """Chunks of rows, the values that dropout keeps of what is normed there, and their scale."""
+    chunks, p = row_chunks(x), arguments.output_dropout_p
+    seed = None if arguments.seed is None else arguments.seed ^ SECOND_MASK
+    for rows, kept in zip(chunks, kept_chunks(seed, chunks, x.shape[1], p)):
+        yield rows, kept, keep_scale(p)
 
 
 def _widened(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -87,7 +87,7 @@ def test_custom_operator_is_registered_as_torch_wants_it(dropout_p, indexed):
     x, residual, bias = (each.float().to(DEVICE).requires_grad_() for each in inputs)
     index = torch.tensor([8, 0, 3, 1, 2, 7], device=DEVICE) if indexed else None
     seed = torch.tensor(3, device=DEVICE) if dropout_p else None
-    arguments = (x, bias, residual, index, dropout_p, seed, "triton")
+    arguments = (x, bias, residual, index, dropout_p, seed, True, "triton")
     torch.library.opcheck(torch.ops.hubert_fast.bias_dropout_residual.default, arguments)
 
 

@@ -97,7 +97,9 @@ def test_custom_operator_is_registered_as_torch_wants_it(dropout_p):
     x, bias = (each.float().to(DEVICE).requires_grad_() for each in _inputs(6, 5))
     seed = torch.tensor(3, device=DEVICE) if dropout_p else None
     for vector in (bias, None):
-        torch.library.opcheck(torch.ops.hubert_fast.bias_gelu_dropout.default, (x, vector, dropout_p, seed, "triton"))
+        torch.library.opcheck(
+            torch.ops.hubert_fast.bias_gelu_dropout.default, (x, vector, dropout_p, seed, True, "triton")
+        )
 
 
 def test_compiles_into_one_graph():

@@ -216,7 +216,7 @@ def test_no_tensor_has_frames_times_classes_elements():
 def test_opcheck(dtype, with_index):
     x, embeddings, labels = _inputs(dtype=dtype)
     index = torch.tensor([4, 1, 7], device=DEVICE) if with_index else None
-    arguments = x.requires_grad_(), embeddings.float().requires_grad_(), labels, index, "triton"
+    arguments = x.requires_grad_(), embeddings.float().requires_grad_(), labels, index, True, "triton"
     torch.library.opcheck(torch.ops.hubert_fast.cosine_cross_entropy.default, arguments)
 
 

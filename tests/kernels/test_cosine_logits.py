@@ -153,7 +153,7 @@ def test_strided_inputs_and_expanded_gradients_are_taken_as_they_are():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype):
     x, embeddings, labels = _inputs(dtype=dtype)
-    arguments = x.requires_grad_(), embeddings.float().requires_grad_(), labels, "triton"
+    arguments = x.requires_grad_(), embeddings.float().requires_grad_(), labels, True, "triton"
     torch.library.opcheck(torch.ops.hubert_fast.cosine_logits.default, arguments)
 
 

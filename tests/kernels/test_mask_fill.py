@@ -92,7 +92,7 @@ def test_custom_operator_is_registered_as_torch_wants_it(dropout_p, padded):
     x, embedding, bias = (each.float().to(DEVICE).requires_grad_() for each in _inputs(6, 5))
     padding = _flags(6, 0.5, 1).to(DEVICE) if padded else None
     seed = torch.tensor(3, device=DEVICE) if dropout_p else None
-    arguments = (x, bias, embedding, _flags(6, 0.5).to(DEVICE), padding, dropout_p, seed, "triton")
+    arguments = (x, bias, embedding, _flags(6, 0.5).to(DEVICE), padding, dropout_p, seed, True, "triton")
     torch.library.opcheck(torch.ops.hubert_fast.mask_fill.default, arguments)
 
 

@@ -13,7 +13,7 @@ from hubert_fast import backend  # noqa: E402
 from hubert_fast.kernels import dropout, head_vectors  # noqa: E402
 from hubert_fast.kernels import masked_attention as kernels  # noqa: E402
 from hubert_fast.kernels.launch import ARCHITECTURES  # noqa: E402
-from hubert_fast.ops.masked_attention import masked_attention  # noqa: E402
+from hubert_fast.ops.masked_attention import Arguments, masked_attention  # noqa: E402
 from tests.kernels import dropout_twin  # noqa: E402
 from tests.kernels.device import DEVICE  # noqa: E402
 from tests.ops.comparison import error  # noqa: E402
@@ -259,7 +259,7 @@ def test_the_seed_says_what_is_dropped_and_is_drawn_where_none_is_given():
 def test_nothing_is_kept_where_no_gradient_is_asked_for():
     qkv = _randn(30, 3, 1, 16)
     offsets, seed = _offsets([30]), torch.tensor(SEED, device=DEVICE)
-    out, saved = kernels.masked_attention(qkv, offsets, None, 30, 0.1, seed, False)
+    (out,), saved = kernels.forward(Arguments(qkv, offsets, None, 30, 0.1, seed), save=False)
     assert saved == [] and torch.equal(out, _attend(qkv.requires_grad_(), [30], p=0.1))
 
 

@@ -81,7 +81,7 @@ def test_the_seed_alone_decides_what_is_dropped_and_without_one_each_call_drops_
 def test_custom_operator_is_registered_as_torch_wants_it(dropout_p):
     x, bias = (each.requires_grad_() for each in _inputs(6, 5))
     for vector in (bias, None):
-        arguments = (x, vector, dropout_p, torch.tensor(3) if dropout_p else None, "torch")
+        arguments = (x, vector, dropout_p, torch.tensor(3) if dropout_p else None, True, "torch")
         torch.library.opcheck(torch.ops.hubert_fast.bias_gelu_dropout.default, arguments)
 
 

@@ -5,7 +5,6 @@ operands of the products and the formulas of the gradients. The kernels themselv
 """
 
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from hubert_fast.cuda_backend import conv_frontend as backend
-from hubert_fast.ops import conv_frontend as ops
+from hubert_fast.ops.conv_frontend import Arguments
 from hubert_fast.reference import conv_frontend as reference
 from tests.ops.comparison import error
 from tests.ops.cuda_twin import CudaTwin
@@ -58,6 +57,9 @@ class Problem:
         grads = torch.autograd.grad(features, leaves, self.direction, allow_unused=True)
         return [features.detach(), *(torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads))]
 
+    def arguments(self, dtype=torch.float64):
+        return Arguments(self.waveforms, *self.groups, self.strides, self.norm, self.valid, dtype)
+
     def backend(self, tensor_cores, save=True):
         dtype = self.dtype
         twin = CudaTwin(torch.promote_types(dtype, torch.float32), tensor_cores=tensor_cores)
@@ -67,11 +69,11 @@ class Problem:
             valid = None if self.valid is None else self.valid.clone()
             for each in (waveforms, direction, *(each for group in groups for each in group)):
                 twin.memory.add(each)
-            settings = self.strides, self.norm, valid, dtype
-            features, saved = backend.conv_frontend(waveforms, *groups, *settings, save, kernels=twin)
+            arguments = Arguments(waveforms, *groups, self.strides, self.norm, valid, dtype)
+            (features,), saved = backend.forward(arguments, save, kernels=twin)
             if not save:
                 return [features], saved
-            grads = backend.conv_frontend_backward(direction, waveforms, *groups, saved, *settings, kernels=twin)
+            grads = backend.backward(arguments, saved, (direction,), [True] * 4, kernels=twin)
         return [features, *(each for group in grads for each in group)], saved
 
 
@@ -149,22 +151,24 @@ def test_saved_tensors_are_those_announced(norm, layers):
     shapes = HUBERT[:layers]
     problem = Problem(shapes, norm=norm, batch=3, samples=2345)
     _, saved = problem.backend(tensor_cores=True)
-    kernels, strides = zip(*shapes)
-    announced = backend.saved_tensors(3, 2345, 8, kernels, strides, norm, torch.float64)
-    assert [(tuple(each.shape), each.dtype) for each in saved] == announced
+    assert [(tuple(each.shape), each.dtype) for each in saved] == backend.saved_tensors(problem.arguments())
 
 
 def test_saved_memory_is_the_preactivations_and_little_else():
-    kernels, strides = zip(*HUBERT)
-    saved = backend.saved_tensors(4, 160000, 512, kernels, strides, "group_norm", torch.bfloat16)
+    arguments = Problem(HUBERT, norm="group_norm", batch=4, samples=160000, channels=512).arguments(torch.bfloat16)
+    saved = backend.saved_tensors(arguments)
     size = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in saved)
-    frames = backend.frames_of_layers(160000, kernels, strides)
-    assert size <= 1.01 * 4 * sum(frames[1:]) * 512 * 2
+    assert size <= 1.01 * 4 * sum(arguments.frames[1:]) * 512 * 2
 
 
 @given(samples=st.integers(400, 100_000))
 def test_rows_double_and_leave_a_dead_row(samples):
-    frames = backend.frames_of_layers(samples, *zip(*HUBERT))
+    weights = [torch.empty(1, 1, kernel, device="meta") for kernel, _ in HUBERT]
+    strides = [stride for _, stride in HUBERT]
+    arguments = Arguments(
+        torch.empty(1, samples, device="meta"), weights, [], [], [], strides, "group_norm", None, None
+    )
+    frames = arguments.frames
     rows = backend.rows_of_layers(frames)
     assert all(below == 2 * above for below, above in zip(rows, rows[1:]))
     assert rows[0] >= frames[0] and all(r > f for r, f in zip(rows[1:], frames[1:]))
@@ -196,7 +200,8 @@ def test_objections_name_what_is_in_the_way(message, change):
 
 
 def test_waveforms_elsewhere_are_refused():
-    reason = backend.objection(torch.zeros(1, 400), [torch.zeros(64, 1, 10)], [5], torch.float32)
+    problem = Problem([(10, 5)], norm="group_norm", samples=400)
+    reason = backend.objection(problem.arguments(torch.float32))
     assert reason == "it runs on an NVIDIA GPU, and the waveforms are on cpu"
 
 
@@ -212,25 +217,22 @@ def test_the_custom_operator_takes_what_the_backend_gives(norm, tensor_cores, sh
     def over_the_twin(function):
         def call(*arguments):
             with twin.active():  # here, because below a custom operator no dispatch mode of its caller is on
-                for leaf in tree_leaves(arguments):
+                for leaf in tree_leaves(tuple(arguments[0]) + arguments[1:]):
                     if isinstance(leaf, torch.Tensor):
                         twin.memory.add(leaf)
                 return function(*arguments, kernels=twin)
 
         return call
 
-    stand_in = SimpleNamespace(
-        conv_frontend=over_the_twin(backend.conv_frontend),
-        conv_frontend_backward=over_the_twin(backend.conv_frontend_backward),
-    )
-    monkeypatch.setitem(ops._BACKENDS, "cuda", stand_in)
+    monkeypatch.setattr(backend, "forward", over_the_twin(backend.forward))
+    monkeypatch.setattr(backend, "backward", over_the_twin(backend.backward))
     groups = [[each.float().requires_grad_() for each in group] for group in problem.groups]
     arguments = (problem.waveforms.float(), *groups, problem.strides, norm, None, dtype, True, "cuda")
-    features, saved = ops._conv_frontend(*arguments)
+    features, saved = torch.ops.hubert_fast.conv_frontend(*arguments)
     features.backward(problem.direction.to(dtype))
     assert all(each.grad.isfinite().all() for group in groups for each in group)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        fake_features, fake_saved = ops._conv_frontend(*arguments)
+        fake_features, fake_saved = torch.ops.hubert_fast.conv_frontend(*arguments)
     for real, fake in zip([features, *saved], [fake_features, *fake_saved], strict=True):
         assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from hubert_fast import backend as backends
 from hubert_fast import extension, tf32
 from hubert_fast.cuda_backend import conv_frontend as backend
-from hubert_fast.ops.conv_frontend import conv_frontend
+from hubert_fast.ops.conv_frontend import Arguments, conv_frontend
 from hubert_fast.reference import conv_frontend as reference
 from tests.ops.comparison import error
 from tests.ops.test_conv_frontend_cuda_twin import HUBERT, Problem
@@ -52,11 +52,16 @@ def on_gpu(problem, dtype):
 def ours(problem, dtype):
     groups = [[each.to(dtype) for each in group] for group in problem.groups]
     waveforms, direction = problem.waveforms.to(dtype), problem.direction.to(dtype)
-    settings = problem.strides, problem.norm, problem.valid, dtype
-    with torch.no_grad():
-        assert backend.objection(waveforms, groups[0], problem.strides, dtype) is None
-        features, saved = backend.conv_frontend(waveforms, *groups, *settings, True)
-        gradients = backend.conv_frontend_backward(direction, waveforms, *groups, saved, *settings)
+    arguments = Arguments(waveforms, *groups, problem.strides, problem.norm, problem.valid, dtype)
+    assert backend.objection(arguments) is None
+    return both_ways(arguments, direction)
+
+
+@torch.no_grad()
+def both_ways(arguments, direction):
+    """The features and every gradient."""
+    (features,), saved = backend.forward(arguments, save=True)
+    gradients = backend.backward(arguments, saved, (direction,), [True] * 4)
     return [features, *(each for group in gradients for each in group)]
 
 
@@ -159,17 +164,12 @@ def test_more_than_two_to_the_31_activations():
     settings = problem.strides, problem.norm, None, dtype
     generator = torch.Generator("cuda").manual_seed(0)
     waveforms = torch.randn(batch, samples, device="cuda", generator=generator)
-    with torch.no_grad():
-        features, saved = backend.conv_frontend(waveforms, *groups, *settings, True)
-        direction = torch.zeros_like(features)
-        direction[-1] = problem.direction[0].to(dtype)  # only the end of every buffer has a gradient
-        gradients = backend.conv_frontend_backward(direction, waveforms, *groups, saved, *settings)
-        alone, saved = backend.conv_frontend(waveforms[-1:], *groups, *settings, True)
-        expected = backend.conv_frontend_backward(direction[-1:], waveforms[-1:], *groups, saved, *settings)
-    assert error(features[-1:], alone) <= 1e-2
-    for group, others in zip(gradients, expected):
-        for given, exact in zip(group, others):
-            assert error(given, exact) <= 1e-2
+    direction = torch.zeros(batch, *problem.direction.shape[1:], dtype=dtype, device="cuda")
+    direction[-1] = problem.direction[0].to(dtype)  # only the end of every buffer has a gradient
+    features, *gradients = both_ways(Arguments(waveforms, *groups, *settings), direction)
+    alone, *expected = both_ways(Arguments(waveforms[-1:], *groups, *settings), direction[-1:])
+    for given, exact in zip([features[-1:], *gradients], [alone, *expected]):
+        assert error(given, exact) <= 1e-2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -178,13 +178,10 @@ def test_forward_and_backward_are_captured_in_a_graph(norm, dtype):
     problem = on_gpu(Problem(HUBERT, norm=norm, samples=16000, channels=512), dtype)
     groups = [[each.to(dtype) for each in group] for group in problem.groups]
     waveforms, direction = problem.waveforms.to(dtype), problem.direction.to(dtype)
-    settings = problem.strides, problem.norm, None, dtype
+    arguments = Arguments(waveforms, *groups, problem.strides, problem.norm, None, dtype)
 
     def step():
-        with torch.no_grad():
-            features, saved = backend.conv_frontend(waveforms, *groups, *settings, True)
-            gradients = backend.conv_frontend_backward(direction, waveforms, *groups, saved, *settings)
-        return [features, *(each for group in gradients for each in group)]
+        return both_ways(arguments, direction)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -144,7 +144,7 @@ def test_opcheck(dtype, with_index):
     x, embeddings, labels = _inputs(dtype=dtype)
     index = torch.tensor([4, 1, 7]) if with_index else None
     arguments = (x.requires_grad_(), embeddings.float().requires_grad_(), labels, index)
-    torch.library.opcheck(torch.ops.hubert_fast.cosine_cross_entropy.default, (*arguments, "torch"))
+    torch.library.opcheck(torch.ops.hubert_fast.cosine_cross_entropy.default, (*arguments, True, "torch"))
 
 
 @pytest.mark.parametrize(

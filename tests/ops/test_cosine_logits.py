@@ -135,7 +135,7 @@ def test_autocast_leaves_the_dtype_of_the_frames():
 def test_opcheck(dtype):
     x, embeddings, labels = _inputs(dtype=dtype)
     arguments = (x.requires_grad_(), embeddings.float().requires_grad_(), labels)
-    torch.library.opcheck(torch.ops.hubert_fast.cosine_logits.default, (*arguments, "torch"))
+    torch.library.opcheck(torch.ops.hubert_fast.cosine_logits.default, (*arguments, True, "torch"))
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_custom_operator_is_registered_as_torch_wants_it(dropout_p, padded):
     padding = _flags(6, 0.5, 1) if padded else None
     seed = torch.tensor(3) if dropout_p else None
     for vector in (bias, None):
-        arguments = (x, vector, embedding, _flags(6, 0.5), padding, dropout_p, seed, "torch")
+        arguments = (x, vector, embedding, _flags(6, 0.5), padding, dropout_p, seed, True, "torch")
         torch.library.opcheck(torch.ops.hubert_fast.mask_fill.default, arguments)
 
 

@@ -93,7 +93,9 @@ def _of_a_padded_batch(lengths):
             weight = gain * weight / torch.linalg.vector_norm(weight, dim=(0, 1), keepdim=True)
         left, frames = weight.shape[2] // 2, max(lengths)
         sequences = x[: sum(lengths)].split(lengths)
-        batch = torch.stack([F.pad(each.T, (left, frames - len(each) + weight.shape[2] - 1 - left)) for each in sequences])
+        batch = torch.stack(
+            [F.pad(each.T, (left, frames - len(each) + weight.shape[2] - 1 - left)) for each in sequences]
+        )
         z = F.conv1d(batch, weight.to(x.dtype), bias.to(x.dtype), groups=2)
         outputs = [F.gelu(each[:, : len(frames_)].T) + frames_ for each, frames_ in zip(z, sequences)]
         return torch.cat([*outputs, torch.zeros_like(x[sum(lengths) :])])

@@ -126,7 +126,7 @@ def test_custom_operator_is_registered_as_torch_wants_it(used, indexed, probabil
     inputs = inputs[:used] + [None] * (5 - used)
     index = torch.tensor([8, 0, 3, 1, 2, 7]) if indexed else None
     seed = torch.tensor(3) if probability else None
-    arguments = (*inputs, index, probability, probability, seed, 1e-5, torch.float64, True, "torch")
+    arguments = (*inputs, index, probability, probability, seed, 1e-5, torch.float64, True, True, "torch")
     torch.library.opcheck(torch.ops.hubert_fast.residual_layer_norm.default, arguments)
 
 

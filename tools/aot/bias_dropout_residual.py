@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.sizes import Size
 from hubert_fast.kernels import bias_dropout_residual as kernels
+from hubert_fast.ops.bias_dropout_residual import Arguments
 
 
 def launches(size: Size, dtype: torch.dtype) -> None:
@@ -15,7 +16,7 @@ def launches(size: Size, dtype: torch.dtype) -> None:
     bias = torch.empty(size.dim, device="meta")  # parameters stay in float32 under autocast
     seed = torch.empty((), dtype=torch.int64, device="meta")
     for dropout_p in (0.1, 0.0):
-        settings = dropout_p, seed if dropout_p else None
-        kernels.bias_dropout_residual(x, bias, residual, index, *settings)
-        kernels.bias_dropout_residual(x, bias, torch.empty_like(x), None, *settings)
-        kernels.dropped_gradient(torch.empty_like(x), bias, *settings)
+        arguments = Arguments(x, bias, residual, index, dropout_p, seed if dropout_p else None)
+        kernels.forward(arguments, save=True)
+        kernels.forward(arguments._replace(residual=torch.empty_like(x), index=None), save=True)
+        kernels.backward(arguments, [], (torch.empty_like(x),), [True] * 3)

@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.sizes import Size
 from hubert_fast.kernels import bias_gelu_dropout as kernels
+from hubert_fast.ops.bias_gelu_dropout import Arguments
 
 
 def launches(size: Size, dtype: torch.dtype) -> None:
@@ -13,6 +14,6 @@ def launches(size: Size, dtype: torch.dtype) -> None:
     bias = torch.empty(size.ffn, device="meta")  # parameters stay in float32 under autocast
     seed = torch.empty((), dtype=torch.int64, device="meta")
     for dropout_p in (0.1, 0.0):
-        settings = x, bias, dropout_p, seed if dropout_p else None
-        kernels.bias_gelu_dropout(*settings)
-        kernels.bias_gelu_dropout_backward(torch.empty_like(x), *settings)
+        arguments = Arguments(x, bias, dropout_p, seed if dropout_p else None)
+        kernels.forward(arguments, save=True)
+        kernels.backward(arguments, [], (torch.empty_like(x),), [True, True])

@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.sizes import Size
 from hubert_fast.kernels import cosine_cross_entropy as kernels
+from hubert_fast.ops.cosine_cross_entropy import Arguments
 
 
 def launches(size: Size, dtype: torch.dtype) -> None:
@@ -15,6 +16,6 @@ def launches(size: Size, dtype: torch.dtype) -> None:
     for rows, selected in ((size.kept, None), (size.rows, index)):
         frames = torch.empty(rows, size.final_dim, dtype=dtype, device="meta")
         labels = torch.empty(rows, dtype=torch.int64, device="meta")
-        inputs = frames, label_embeddings, labels, selected
-        _, _, saved = kernels.cosine_cross_entropy(*inputs)
-        kernels.cosine_cross_entropy_backward(grad, *inputs, *saved)
+        arguments = Arguments(frames, label_embeddings, labels, selected)
+        _, saved = kernels.forward(arguments, save=True)
+        kernels.backward(arguments, saved, (grad, None), [True, True])

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.sizes import Size
 from hubert_fast.kernels import mask_fill as kernels
+from hubert_fast.ops.mask_fill import Arguments
 
 
 def launches(size: Size, dtype: torch.dtype) -> None:
@@ -17,6 +18,6 @@ def launches(size: Size, dtype: torch.dtype) -> None:
     mask, padding = (torch.empty(rows, dtype=torch.bool, device="meta") for _ in range(2))
     seed = torch.empty((), dtype=torch.int64, device="meta")
     for dropout_p, fill in itertools.product((0.1, 0.0), (padding, None)):
-        settings = embedding, mask, fill, dropout_p, seed if dropout_p else None
-        kernels.mask_fill(x, bias, *settings)
-        kernels.mask_fill_backward(torch.empty_like(x), bias, *settings)
+        arguments = Arguments(x, bias, embedding, mask, fill, dropout_p, seed if dropout_p else None)
+        kernels.forward(arguments, save=True)
+        kernels.backward(arguments, [], (torch.empty_like(x),), [True] * 3)

@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.sizes import Size
 from hubert_fast.kernels import masked_attention as kernels
+from hubert_fast.ops.masked_attention import Arguments
 
 
 def launches(size: Size, dtype: torch.dtype) -> None:
@@ -14,7 +15,7 @@ def launches(size: Size, dtype: torch.dtype) -> None:
     seed = torch.empty((), dtype=torch.int64, device="meta")
     key_lengths = torch.empty(size.batch, dtype=torch.int64, device="meta")
     for lengths, dropout_p in ((None, 0.1), (None, 0.0), (key_lengths, 0.1)):
-        settings = offsets, lengths, size.frames, dropout_p, seed if dropout_p else None
-        out, saved = kernels.masked_attention(qkv, *settings, True)
-        kernels.masked_attention_backward(torch.empty_like(out), qkv, out, saved, *settings)
-    kernels.masked_attention(qkv, offsets, None, size.frames, 0.0, None, False)  # as in evaluation
+        arguments = Arguments(qkv, offsets, lengths, size.frames, dropout_p, seed if dropout_p else None)
+        (out,), saved = kernels.forward(arguments, save=True)
+        kernels.backward(arguments, [out, *saved], (torch.empty_like(out),), [True])
+    kernels.forward(Arguments(qkv, offsets, None, size.frames, 0.0, None), save=False)  # as in evaluation

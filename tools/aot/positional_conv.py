@@ -6,6 +6,7 @@ import torch
 
 from benchmarks.sizes import Size
 from hubert_fast.kernels import positional_conv as kernels
+from hubert_fast.ops.positional_conv import Arguments
 
 
 def launches(size: Size, dtype: torch.dtype) -> None:
@@ -14,7 +15,7 @@ def launches(size: Size, dtype: torch.dtype) -> None:
     bias = torch.empty(size.dim, device="meta")
     gain = torch.empty(1, 1, size.taps, device="meta")
     offsets = torch.empty(size.batch + 1, dtype=torch.int64, device="meta")
-    inputs = x, weight, bias, gain, offsets
-    out, saved = kernels.positional_conv(*inputs, True)
-    kernels.positional_conv_backward(out, *inputs, saved, x_wanted=True, parameters_wanted=True)
-    kernels.positional_conv(*inputs, False)  # as in evaluation
+    arguments = Arguments(x, weight, bias, gain, offsets, size.dim // size.group_channels, size.frames)
+    (out,), saved = kernels.forward(arguments, save=True)
+    kernels.backward(arguments, saved, (out,), [True] * 4)
+    kernels.forward(arguments, save=False)  # as in evaluation

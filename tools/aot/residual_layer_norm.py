@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.sizes import Size
 from hubert_fast.kernels import residual_layer_norm as kernels
+from hubert_fast.ops.residual_layer_norm import Arguments
 
 
 def launches(size: Size, dtype: torch.dtype) -> None:
@@ -30,13 +31,8 @@ def _norm(
     residual = torch.empty(positions, channels, dtype=dtype, device="meta")
     weight, bias, _, seed = _vectors(channels, dropout_p)
     index = None if rows is None else _index(rows)
-    normed, _, mean, rstd = kernels.residual_layer_norm(
-        residual, weight, bias, None, None, index, 0.0, dropout_p, seed, 1e-5, out, False
-    )
-    kernels.residual_layer_norm_backward(
-        torch.empty_like(normed), None, residual, None, index, mean, rstd, weight, bias, None, 0.0, dropout_p, seed, out,
-        False,
-    )  # fmt: skip
+    settings = index, 0.0, dropout_p, seed, 1e-5, out, False
+    _both_ways(Arguments(residual, weight, bias, None, None, *settings))
 
 
 def _sum(
@@ -47,14 +43,14 @@ def _sum(
     update = torch.empty(kept or size.rows, size.dim, dtype=dtype, device="meta")
     weight, bias, update_bias, seed = _vectors(size.dim, dropout_p)
     index = None if kept is None else _index(kept)
-    normed, summed, mean, rstd = kernels.residual_layer_norm(
-        residual, weight, bias, update, update_bias, index, dropout_p, 0.0, seed, 1e-5, stream, True
-    )
-    one_gradient = index is None and dropout_p == 0.0 and stream == dtype
-    kernels.residual_layer_norm_backward(
-        torch.empty_like(normed), torch.empty_like(summed) if sum_wanted else None, residual, summed, index, mean, rstd,
-        weight, bias, update_bias, dropout_p, 0.0, seed, dtype, one_gradient,
-    )  # fmt: skip
+    settings = index, dropout_p, 0.0, seed, 1e-5, stream, sum_wanted
+    _both_ways(Arguments(residual, weight, bias, update, update_bias, *settings))
+
+
+def _both_ways(arguments: Arguments) -> None:
+    (normed, summed), saved = kernels.forward(arguments, save=True)
+    gradients = torch.empty_like(normed), torch.empty_like(summed) if arguments.with_sum else None
+    kernels.backward(arguments, [summed, *saved], gradients, [True] * 5)
 
 
 def _index(rows: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hubert_fast.cuda_backend import conv_frontend as backend
+from hubert_fast.ops.conv_frontend import Arguments
 from tests.ops.comparison import error
 from tests.ops.test_conv_frontend_cuda_twin import HUBERT, Problem
 
@@ -128,10 +129,10 @@ def run(module: ModuleType, problem: Problem, *, tensor_cores: bool, order: int 
     dtype, kernels = problem.dtype, Kernels(module, tensor_cores=tensor_cores)
     groups = [[each.to(dtype) for each in group] for group in problem.groups]
     waveforms, direction = problem.waveforms.to(dtype), problem.direction.to(dtype)
-    settings = problem.strides, problem.norm, problem.valid, dtype
+    arguments = Arguments(waveforms, *groups, problem.strides, problem.norm, problem.valid, dtype)
     with torch.no_grad():
-        features, saved = backend.conv_frontend(waveforms, *groups, *settings, True, kernels=kernels)
-        gradients = backend.conv_frontend_backward(direction, waveforms, *groups, saved, *settings, kernels=kernels)
+        (features,), saved = backend.forward(arguments, True, kernels=kernels)
+        gradients = backend.backward(arguments, saved, (direction,), [True] * 4, kernels=kernels)
     return [features, *(each for group in gradients for each in group)]
 
 

@@ -1,0 +1,180 @@
+"""One declaration an operator: its arguments as a record, from which follows everything that PyTorch wants to know.
+
+An implementation is a module of the operator's name in a backend's room, with
+
+    forward(arguments, save) -> results, saved                 saved: what the backward reads besides arguments; [] unless save
+    backward(arguments, saved, gradients, wanted) -> list      a gradient for each argument that has one; None unless wanted
+    saved_tensors(arguments) -> [(shape, dtype), ...]          of what ``forward`` saves; absent where that is nothing
+
+Calls on plain tensors reach it through an autograd function. `torch.library`, whose dispatch costs more host time than most
+kernels take on a GPU, stands between only where somebody must see one operator instead of what it does: compilers, exporters,
+dispatch modes, transforms, subclasses of tensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from types import MappingProxyType, ModuleType
+from typing import Any, ContextManager, Generic, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hubert_fast import backend
+from hubert_fast.ops import triton_backend
+from hubert_fast.ops.autocast import without_autocast
+from hubert_fast.ops.record import Layout, Record, tensors_of
+from hubert_fast.ops.registration import register
+
+Results = Tuple[Optional[Tensor], ...]
+
+_ROOMS = {"triton": "kernels", "cuda": "cuda_backend", "cpu": "cpu_backend", "torch": "torch_backend"}
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_NOTHING = nullcontext()
+_titled = (
+    torch._C._profiler._RecordFunctionFast
+)  # names what runs inside for profilers, costs nothing where there is none
+
+
+class Operator(Generic[Record]):
+    """A fused operator, as its module in `hubert_fast.ops` declares it.
+
+    Args:
+        name: of the operator, and of its module in every room.
+        arguments: a NamedTuple (`record`).
+        backends: that have the operator, fastest first, each with a line that says what it is.
+        reference: the formula, which autograd differentiates.
+        results: names of the results.
+        fake: empty tensors like the results, of arguments and whether the backward's needs are saved; None for an absent one.
+        gradients: names of the arguments that have a gradient.
+        kept: names of the tensors among the arguments that the backward reads; of others it sees shape, dtype and device.
+        kept_results: names of the results that the backward reads: the first of what is saved.
+        one_gradient: of two arguments, by name, where for these arguments their gradients are one tensor.
+        objection: why a backend other than "reference" cannot take arguments, besides what no Triton kernel takes.
+        unavailable: as in `backend.register`; where Triton is absent is known.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: type[Record],
+        *,
+        backends: Mapping[str, str],
+        reference: Callable[[Record], Results],
+        results: Sequence[str],
+        fake: Callable[[Record, bool], Results],
+        gradients: Sequence[str],
+        kept: Sequence[str] = (),
+        kept_results: Sequence[str] = (),
+        one_gradient: Callable[[Record], Optional[Tuple[str, str]]] = lambda arguments: None,
+        objection: Callable[[str, Record], backend.Objection] = lambda name, arguments: None,
+        unavailable: Mapping[str, backend.Availability] = MappingProxyType({}),
+    ) -> None:
+        self.name, self.title, self.backward_title = name, f"hubert_fast::{name}", f"hubert_fast::{name}_backward"
+        self.layout, self.results, self.fake, self.one_gradient = (
+            Layout(arguments, gradients, kept),
+            results,
+            fake,
+            one_gradient,
+        )
+        self._reference, self._objects = reference, objection
+        self._kept_results = [list(results).index(each) for each in kept_results]
+        self._call = type(name, (_Call,), {})
+        self._registered = register(self)
+        if "triton" in backends:
+            unavailable = {"triton": triton_backend.why_not(), **unavailable}
+        on_gpu = [each for each in backends if each in ("triton", "cuda")]
+        backend.register(name, dict(backends), unavailable=unavailable, on_gpu=on_gpu)
+
+    def __call__(self, arguments: Record) -> Results:
+        """The results on the backend that `choose` names."""
+        return self.run(self.choose(arguments), arguments)
+
+    def choose(self, arguments: Record) -> str:
+        """The backend that runs on ``arguments``.
+
+        Raises:
+            backend.BackendError: if one was asked for by name that cannot.
+        """
+        return backend.choose(self.name, lambda name: self._objection(name, arguments))
+
+    def run(self, chosen: str, arguments: Record) -> Results:
+        """The results on backend ``chosen``; one that these arguments do not make is None or empty."""
+        if chosen == "reference":
+            return self._reference(arguments)
+        given = (arguments[place] for place in self.layout.places)
+        save = torch.is_grad_enabled() and any(each.requires_grad for each in tensors_of(given))
+        if torch.compiler.is_compiling() or _must_be_seen(arguments):
+            return self._registered(*arguments, save, chosen)[:-1]
+        with _titled(self.title):
+            if save:
+                return self._call.apply(self, chosen, *self.layout.flat(arguments))
+            return self.forward(chosen, arguments, False)[0]
+
+    def implementation(self, chosen: str) -> ModuleType:
+        """The module that implements backend ``chosen``, imported when somebody wants it."""
+        return importlib.import_module(f"hubert_fast.{_ROOMS[chosen]}.{self.name}")
+
+    def forward(self, chosen: str, arguments: Record, save: bool) -> tuple[Results, List[Tensor]]:
+        """That of the implementation, in the dtypes that it decides on."""
+        with _own_dtypes(arguments[0].device):
+            return self.implementation(chosen).forward(arguments, save)
+
+    def backward(
+        self, chosen: str, arguments: Record, saved: List[Tensor], gradients: Results, wanted: List[bool]
+    ) -> Sequence[Any]:
+        """That of the implementation, likewise."""
+        with _titled(self.backward_title), _own_dtypes(arguments[0].device):
+            return self.implementation(chosen).backward(arguments, saved, gradients, wanted)
+
+    def keep(self, ctx: Any, chosen: str, arguments: Record, results: Results, saved: List[Tensor]) -> None:
+        """All that the backward needs, in autograd's ``ctx``."""
+        ctx.set_materialize_grads(False)  # no zeros for what is only saved
+        ctx.chosen = chosen
+        self.layout.keep(ctx, arguments, [*(results[place] for place in self._kept_results), *saved])
+
+    def _objection(self, name: str, arguments: Record) -> backend.Objection:
+        reason = None
+        if name == "triton":
+            reason = triton_backend.objection(self.name, *(arguments[place] for place in self.layout.places))
+        return self._objects(name, arguments) if reason is None and name != "reference" else reason
+
+
+def _must_be_seen(arguments: Tuple) -> bool:
+    """Whether `torch.library` must stand between: without it the answer would be another, or none."""
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None or arguments[0].is_meta:
+        return True
+    return any(type(each) not in _PLAIN for each in tensors_of(arguments))
+
+
+def _own_dtypes(device: torch.device) -> ContextManager[Any]:
+    return without_autocast(device) if torch.is_autocast_enabled(device.type) else _NOTHING
+
+
+class _Call(torch.autograd.Function):
+    """An operator on plain tensors; each has a subclass of its own name."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, chosen: str, *flat: Any) -> Results:
+        arguments = operator.layout.unflat(flat)
+        results, saved = operator.forward(chosen, arguments, True)
+        ctx.operator = operator
+        operator.keep(ctx, chosen, arguments, results, saved)
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Optional[Tensor]) -> Tuple[Any, ...]:
+        operator, layout = ctx.operator, ctx.operator.layout
+        if all(each is None for each in gradients):
+            return None, None, *layout.flat_gradients(ctx, ())
+        arguments, saved = layout.kept(ctx)
+        wanted = layout.wanted(ctx.needs_input_grad[2:])
+        found = operator.backward(ctx.chosen, arguments, saved, gradients, wanted)
+        return None, None, *layout.flat_gradients(ctx, found)
