@@ -1,6 +1,6 @@
 """Fast HuBERT pre-training: a drop-in replacement for ``torchaudio.models.HuBERTPretrainModel``."""
 
-from hubert_fast import backend
+from hubert_fast import backend, source_tree  # noqa: F401  (the latter makes the kernels of a source tree importable)
 from hubert_fast._version import __version__
 from hubert_fast.models.factories import (
     hubert_pretrain_base,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Optional
 
 _USAGE = """\
@@ -69,7 +72,8 @@ def _info() -> int:
     import hubert_fast
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    print(f"hubert_fast {hubert_fast.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    versions = f"torch {torch.__version__}, Triton {_triton_version()}, Python {platform.python_version()}"
+    print(f"hubert_fast {hubert_fast.__version__} in {Path(hubert_fast.__file__).parent}, {versions}")
     print(f"GPU: {gpu}; CPU threads: {torch.get_num_threads()}")
     print("\n".join(_extension_lines()) + "\n")
     choices = hubert_fast.backend.report()
@@ -80,6 +84,13 @@ def _info() -> int:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) + "  " + row[3])
     print("".join(f"\n{c.operator} on {name} cannot run: {why}" for c in choices for name, why in c.reasons.items()))
     return 0
+
+
+def _triton_version() -> str:
+    for name in ("triton", "pytorch-triton"):
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return "none"
 
 
 def _extension_lines() -> list[str]:
@@ -98,7 +109,22 @@ def _extension_lines() -> list[str]:
         return [*lines, f"CUDA kernels: none, {extension.why_not('cuda')}"]
     newer = f", PTX of {facts['cuda_ptx']} for newer GPUs" if facts["cuda_ptx"] else ""
     archs = ", ".join(facts["cuda_archs"])
-    return [*lines, f"CUDA kernels: {archs}{newer}; CUDA {facts['cuda']}, CUTLASS {facts['cutlass']}"]
+    lines.append(f"CUDA kernels: {archs}{newer}; CUDA {facts['cuda']}, CUTLASS {facts['cutlass']}")
+    return [*lines, *_overlapping_maps_lines()]
+
+
+def _overlapping_maps_lines() -> list[str]:
+    """How products read windows on GPUs with tensor maps (csrc/cuda/overlapping_maps.h)."""
+    import torch
+
+    from hubert_fast import extension
+
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 9:
+        return []
+    try:
+        return [f"tensor maps of the GPU may overlap: {'yes' if extension.cuda().overlapping_maps() else 'no'}"]
+    except (ValueError, RuntimeError) as error:
+        return [f"tensor maps of the GPU: {error}"]
 
 
 if __name__ == "__main__":

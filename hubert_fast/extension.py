@@ -9,10 +9,13 @@ are tensors on a GPU, or a user wants to know.
 from __future__ import annotations
 
 import functools
+import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Optional
+
+from hubert_fast import source_tree
 
 # That of the bindings this package was written for: `interface_version` in csrc/bindings.h.
 INTERFACE = 2
@@ -94,4 +97,11 @@ def _import_failure(error: ImportError) -> str:
         return f"hubert_fast._C cannot be loaded ({error}); {_REBUILD}"
     if found:
         return f"hubert_fast._C was built for another Python ({', '.join(found)}, not _C{EXTENSION_SUFFIXES[0]}); {_REBUILD}"
+    installed = source_tree.installed_extension()
+    if installed is not None:
+        reason = (
+            f"hubert_fast runs from {source_tree.PACKAGE}, where nothing was built; the installed copy has {installed}"
+        )
+        warnings.warn(f"{reason}. Start Python in another folder, or run `pip install -e .` in this one.", stacklevel=2)
+        return reason
     return "hubert_fast._C was not built (HUBERT_FAST_BUILD=0, or a source tree in which nothing was installed)"

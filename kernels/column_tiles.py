@@ -25,7 +25,7 @@ from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
 _PARTS = 128
 _ROWS_OF_A_PART = 32
 
-_ELEMENTS = 4096  # of a tile
+_ELEMENTS = 4096  # of a tile in 16 bits; half as many in 32
 
 
 def parts_of(rows: int, most: int = _PARTS) -> int:
@@ -33,12 +33,13 @@ def parts_of(rows: int, most: int = _PARTS) -> int:
     return min(most, triton.cdiv(rows, _ROWS_OF_A_PART))
 
 
-def blocks(arch: int, channels: int, elements: int = _ELEMENTS) -> list[Blocks]:
+def _blocks(x: Tensor, elements: int) -> list[Blocks]:
     """Tiles for passes without sums along a row: ROWS x COLUMNS at a time, TILES times a program where it has no loop.
 
     ``elements`` is what a tile best has: less for kernels that hold several sums in registers.
     """
-    if arch == INTERPRETER:
+    channels, elements = x.shape[1], 2 * elements // x.element_size()
+    if architecture(x) == INTERPRETER:
         return [Blocks({"ROWS": 16, "COLUMNS": 64, "TILES": 2}, warps=1)]
     columns = next(
         (each for each in (1024, 512, 256) if channels % each == 0), min(1024, triton.next_power_of_2(channels))
@@ -131,7 +132,7 @@ def launch_tiles(kernel: Any, x: Tensor, arguments: Mapping[str, Any], *, elemen
     def grid(sizes: Mapping[str, int]) -> tuple[int, ...]:
         return triton.cdiv(rows, sizes["ROWS"] * sizes["TILES"]), triton.cdiv(channels, sizes["COLUMNS"])
 
-    launch(kernel, grid, {**arguments, "rows": rows, "CHANNELS": channels}, blocks(architecture(x), channels, elements))
+    launch(kernel, grid, {**arguments, "rows": rows, "CHANNELS": channels}, _blocks(x, elements))
 
 
 def launch_parts(kernel: Any, x: Tensor, arguments: Mapping[str, Any], *, elements: int = _ELEMENTS) -> None:
@@ -141,4 +142,4 @@ def launch_parts(kernel: Any, x: Tensor, arguments: Mapping[str, Any], *, elemen
     def grid(sizes: Mapping[str, int]) -> tuple[int, ...]:
         return parts_of(rows), triton.cdiv(channels, sizes["COLUMNS"])
 
-    launch(kernel, grid, {**arguments, "rows": rows, "CHANNELS": channels}, blocks(architecture(x), channels, elements))
+    launch(kernel, grid, {**arguments, "rows": rows, "CHANNELS": channels}, _blocks(x, elements))

@@ -395,7 +395,7 @@ def _forward_blocks(qkv: Tensor, dropout_p: float) -> list[Blocks]:
     if arch == INTERPRETER:
         return [_blocks(32, 32, 4, 1)]
     if qkv.dtype == torch.float32:
-        return [_blocks(32, 32, 8 if wide else 4, 2)]
+        return [_blocks(32, 32, 8, 2) if wide else _blocks(32, 16, 4, 2)]
     if arch == 90:  # two or three programs a multiprocessor: while one is at its exponentials, another multiplies
         if wide:
             return [_blocks(64, 64, 4, 2), _blocks(128, 64, 8, 2)]

@@ -341,7 +341,7 @@ def _convolve_blocks(arch: int, columns: int, itemsize: int, precision: str) -> 
         return [blocks(16, 32, 4, 1)]
     if itemsize == 4:
         # Multiply-adds of "ieee" leave no registers to load ahead; tensor cores do.
-        return [blocks(64, 16, 8, 3)] if precision == "tf32" else [blocks(64, 16, 8, 1), blocks(32, 16, 8, 2)]
+        return [blocks(64, 16, 8, 3)] if precision == "tf32" else [blocks(32, 16, 4, 1), blocks(64, 16, 8, 1)]
     if arch in (80, 86):
         return [blocks(128, 32, 8, 4), blocks(64, 32, 4, 4), blocks(128, 64, 8, 3)]
     return [blocks(128, 64, 8, 3), blocks(128, 64, 8, 4), blocks(64, 64, 4, 3), blocks(128, 32, 8, 4)]
