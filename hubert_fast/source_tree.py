@@ -7,11 +7,14 @@ module makes them importable, and keeps an installation of another copy from len
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import sys
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import Any, Optional
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 PACKAGE = Path(__file__).parent
 _BESIDE = {f"hubert_fast.{name}": PACKAGE.parent / name for name in ("kernels", "benchmarks")}
@@ -20,10 +23,15 @@ IS_SOURCE_TREE = not (PACKAGE / "kernels").exists() and all(path.is_dir() for pa
 
 
 class _Finder:
-    """Of `sys.meta_path`."""
+    """Of `sys.meta_path`, before the finder of an editable installation, which may be of another copy."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> Optional[ModuleSpec]:
+        if name == "hubert_fast._C":
+            spec = PathFinder.find_spec(name, [str(PACKAGE)])
+            if spec is None:
+                raise ModuleNotFoundError(f"there is no extension in {PACKAGE}", name=name)
+            return spec
         folder = _BESIDE.get(name)
         if folder is None:
             return None
@@ -31,13 +39,16 @@ class _Finder:
 
 
 if IS_SOURCE_TREE:
-    sys.meta_path.insert(0, _Finder)  # before the finder of an editable installation, which may be of another copy
+    sys.meta_path.insert(0, _Finder)
 
 
 def installed_extension() -> Optional[Path]:
     """That of an installed copy other than this one, or None."""
     for distribution in importlib.metadata.distributions(name="hubert-fast"):
         folder = Path(str(distribution.locate_file("hubert_fast")))
+        source = json.loads(distribution.read_text("direct_url.json") or "{}")
+        if source.get("dir_info", {}).get("editable"):
+            folder = Path(url2pathname(urlparse(source["url"]).path)) / "hubert_fast"
         if folder != PACKAGE:
             found = sorted([*folder.glob("_C.*.so"), *folder.glob("_C.*.pyd")])
             if found:

@@ -7,7 +7,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 
 import pytest
 
-from hubert_fast import extension
+from hubert_fast import extension, source_tree
 from tests.build.repository import ROOT
 
 ABSENT = (
@@ -16,11 +16,12 @@ ABSENT = (
 
 
 def _package_with(folder, files):
-    """``hubert_fast`` with nothing in it but extension.py and ``files``; what the absence of the extension is said to be."""
+    """What the absence of the extension is said to be in a ``hubert_fast`` with nothing but what asks for it and ``files``."""
     package = folder / "hubert_fast"
     package.mkdir()
     (package / "__init__.py").touch()
-    shutil.copy(extension.__file__, package)
+    for module in (extension, source_tree):
+        shutil.copy(module.__file__, package)
     for name, contents in files.items():
         (package / name).write_text(contents)
     # -S: what finds the modules of an editable install would find its _C.

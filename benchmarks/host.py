@@ -1,0 +1,230 @@
+"""Host time of a training step on a GPU, measured without one.
+
+    python -m benchmarks.host                       HuBERT Base's layers, small
+    python -m benchmarks.host --layers 2 --rounds 1
+
+The model trains on a CPU with every operator on its GPU kernels: Triton's launcher runs as it does on a GPU, over a driver
+that launches into nothing (nothing.c), and the calls of the CUDA extension are counted and dropped. Sizes are so small that
+what PyTorch computes takes no time beside what it costs to ask for it. What a GPU would compute is not there: no number of the
+results means anything. The first run compiles the kernels, half a minute that Triton's cache keeps.
+
+Launches do not depend on the machine; milliseconds are of this one, of one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+from unittest import mock
+
+import torch
+
+import hubert_fast
+from hubert_fast import backend, extension
+from hubert_fast.cuda_backend import conv_frontend as cuda_backend
+from hubert_fast.models import encoder, plain
+from hubert_fast.ops import triton_backend
+
+from .architecture import Architecture
+
+_CLASSES, _FRAMES, _BATCH = 500, 12, 4
+_KERNELS = (
+    "masked_attention", "residual_layer_norm", "bias_gelu_dropout", "bias_dropout_residual", "mask_fill", "positional_conv",
+    "cosine_cross_entropy",
+)  # fmt: skip
+
+
+class Host(NamedTuple):
+    """What a training step costs the host."""
+
+    triton_launches: int
+    extension_calls: int
+    torch_operations: int  # those that call no other
+    forward_ms: list[float]
+    backward_ms: list[float]
+
+
+class _Extension:
+    """In place of ``hubert_fast._C.cuda``: counts the calls and makes none."""
+
+    MOMENT_FRAMES, GROUP_NORM_BACKWARD_FRAMES, LAYER_NORM_BACKWARD_FRAMES = 256, 128, 128
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+
+    def tensor_core_products_available(self, dtype: int) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def call(*arguments: Any, **named: Any) -> None:
+            if name[0].islower():  # a class is a record of arguments
+                self.calls[name] += 1
+
+        return call
+
+
+def build_driver(folder: Path) -> Path:
+    """Compile nothing.c into ``folder``.
+
+    Raises:
+        RuntimeError: where there is no C compiler, or it fails.
+    """
+    import triton
+
+    compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "cc"]
+    library = folder / "libcuda.so.1"
+    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    source = Path(__file__).with_name("nothing.c")
+    command = [
+        *compiler,
+        "-O1",
+        "-shared",
+        "-fPIC",
+        "-Wl,-soname,libcuda.so.1",
+        f"-I{include}",
+        str(source),
+        "-o",
+        str(library),
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise RuntimeError(f"benchmarks.host needs a C compiler; {compiler[0]!r} is none (CC names another)") from None
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")
+    return library
+
+
+@contextlib.contextmanager
+def _as_on_a_gpu(driver: Path) -> Iterator[tuple[ctypes.CDLL, _Extension]]:
+    """Inside it CPU tensors take the kernels of an H100; of the driver and the extension the calls are counted."""
+    os.environ["TRITON_LIBCUDA_PATH"] = str(driver.parent)  # read when Triton first asks for the driver
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaDriver
+
+    from hubert_fast.kernels import launch
+
+    class Driver(CudaDriver):
+        def __init__(self) -> None:
+            super().__init__()
+            self.get_current_device = lambda: 0
+            self.get_current_stream = lambda device: 0
+            self.get_device_capability = lambda device=0: (9, 0)
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+    def stream_dtype(x: torch.Tensor) -> Optional[torch.dtype]:
+        return torch.float32 if torch.is_autocast_enabled("cpu") else None
+
+    for name in _KERNELS:
+        triton_backend.objection(name, torch.empty(0))  # imports what the following replaces
+        __import__(f"hubert_fast.kernels.{name}")
+    library, calls = ctypes.CDLL(str(driver), mode=ctypes.RTLD_GLOBAL), _Extension()
+    library.nothing_launches.restype = ctypes.c_long
+    triton.runtime.driver.set_active(Driver())
+    with contextlib.ExitStack() as stack:
+
+        def replace(target: Any, name: str, value: Any) -> None:
+            stack.enter_context(mock.patch.object(target, name, value))
+
+        for module in [each for name, each in sys.modules.items() if name.startswith("hubert_fast.kernels.")]:
+            if hasattr(module, "architecture"):
+                replace(module, "architecture", lambda tensor: 90)
+        replace(launch, "why_not", lambda tensor, automatic: None)
+        replace(triton_backend, "objection", lambda operator, *tensors: None)
+        replace(plain, "stream_dtype", stream_dtype)
+        replace(encoder, "stream_dtype", stream_dtype)
+        replace(cuda_backend, "objection", lambda *arguments: None)
+        replace(extension, "cuda", lambda: calls)
+        for entry in backend._operators.values():
+            replace(entry, "unavailable", {})
+        yield library, calls
+
+
+def measure(layers: int, rounds: int, driver: Path) -> Host:
+    """A forward and a backward of PretrainingObjective, as ``rounds`` steps after others that warm up."""
+    with _as_on_a_gpu(driver) as (library, calls):
+        step = _step(layers)
+        for _ in range(3):
+            step()
+        before, operations = library.nothing_launches(), 0
+        calls.calls.clear()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            step()
+        operations = sum(
+            event.name.startswith("aten::") and not any(child.name.startswith("aten::") for child in event.cpu_children)
+            for event in profiler.events()
+        )
+        counts = library.nothing_launches() - before, sum(calls.calls.values()), operations
+        times = [step() for _ in range(rounds)]
+    return Host(*counts, *([each[i] for each in times] for i in range(2)))
+
+
+def _step(layers: int) -> Callable[[], tuple[float, float]]:
+    """Milliseconds of a forward and of a backward."""
+    torch.manual_seed(0)
+    convolutions = tuple((64, *rest) for _, *rest in Architecture().convolutions)
+    architecture = Architecture(
+        "small", convolutions=convolutions, dim=128, layers=layers, heads=2, ffn=256, final_dim=64
+    )
+    model = hubert_fast.hubert_pretrain_model(**architecture.factory_arguments(_CLASSES)).train()
+    objective = hubert_fast.PretrainingObjective(model)
+    samples = 400 + 320 * (_FRAMES - 1)
+    waveforms, labels = torch.randn(_BATCH, samples), torch.randint(0, _CLASSES, (_BATCH, _FRAMES))
+    lengths = torch.tensor([samples, samples - 320, samples - 640, samples - 640])
+
+    def step() -> tuple[float, float]:
+        objective.zero_grad(set_to_none=True)
+        started = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = objective(waveforms, labels, lengths)
+        loss = output.loss / output.masked_count
+        between = time.perf_counter()
+        loss.backward()
+        return 1e3 * (between - started), 1e3 * (time.perf_counter() - between)
+
+    return step
+
+
+def main(arguments: Optional[list[str]] = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--layers", type=int, default=12, help="of the transformer (default: 12)")
+    parser.add_argument("--rounds", type=int, default=15, help="steps that are timed (default: 15)")
+    parsed = parser.parse_args(arguments)
+    reason = triton_backend.why_not()
+    if reason is not None or os.environ.get("TRITON_INTERPRET") == "1":
+        print(f"benchmarks.host: {reason or 'TRITON_INTERPRET is set'}", file=sys.stderr)
+        return 1
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            host = measure(parsed.layers, parsed.rounds, build_driver(Path(folder)))
+        except RuntimeError as error:
+            print(f"benchmarks.host: {error}", file=sys.stderr)
+            return 1
+    print(
+        f"{host.triton_launches} launches of Triton's kernels, {host.extension_calls} calls of the extension,", end=" "
+    )
+    print(f"{host.torch_operations} operations of PyTorch")
+    for name, times in (("forward", host.forward_ms), ("backward", host.backward_ms)):
+        print(f"{name}: median {statistics.median(times):.2f} ms, least {min(times):.2f} ms of {len(times)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""`benchmarks.host`: what a training step asks of the host does not grow unseen."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.build.repository import ROOT
+
+pytest.importorskip("triton", minversion="3.6")
+
+
+def _run(*arguments, **environment):
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.host", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**kept, **environment}, timeout=300)
+
+
+def test_a_step_of_two_layers_launches_no_more_than_it_did():
+    """More is a regression, and less a reason to lower the number here. PyTorch's releases differ in a few operations."""
+    done = _run("--layers", "2", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"(\d+) launches of Triton's kernels, (\d+) calls of the extension, (\d+) operations", done.stdout)
+    launches, calls, operations = map(int, found.groups())
+    assert (launches, calls) == (53, 41)
+    assert operations <= 1200
+    assert len(re.findall(r"median [\d.]+ ms, least [\d.]+ ms of 1$", done.stdout, re.MULTILINE)) == 2
+
+
+def test_without_a_compiler_it_says_what_it_needs():
+    done = _run(CC="no-such-compiler")
+    assert done.returncode == 1 and "needs a C compiler; 'no-such-compiler' is none" in done.stderr
+
+
+def test_in_the_interpreter_there_is_nothing_to_measure():
+    done = _run(TRITON_INTERPRET="1")
+    assert done.returncode == 1 and "TRITON_INTERPRET is set" in done.stderr
