@@ -132,7 +132,7 @@ def _objection(name: str, arguments: Arguments) -> backend.Objection:
     return None
 
 
-def _reference(arguments: Arguments) -> tuple[Tensor, Tensor]:
+def _reference(arguments: Arguments) -> tuple[Tensor, Optional[Tensor]]:
     residual, weight, bias, update, update_bias, index, update_p, output_p, seed, eps, dtype, _ = arguments
     with without_autocast(residual.device):
         kept = kept_values(seed, *arguments.shape, update_p)
@@ -141,7 +141,7 @@ def _reference(arguments: Arguments) -> tuple[Tensor, Tensor]:
         kept = kept_values(None if seed is None else seed ^ SECOND_MASK, *arguments.shape, output_p)
         scale = keep_scale(output_p)
         normed = reference.layer_norm_dropout(summed, weight, bias, eps=eps, kept=kept, scale=scale)
-    return normed.to(dtype), summed
+    return normed.to(dtype), None if update is None else summed
 
 
 def _fake(arguments: Arguments, save: bool) -> tuple[Tensor, Optional[Tensor]]:

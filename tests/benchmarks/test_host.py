@@ -22,7 +22,9 @@ def test_a_step_of_two_layers_launches_no_more_than_it_did():
     """More is a regression, and less a reason to lower the number here. PyTorch's releases differ in a few operations."""
     done = _run("--layers", "2", "--rounds", "1")
     assert done.returncode == 0, done.stderr
-    found = re.search(r"(\d+) launches of Triton's kernels, (\d+) calls of the extension, (\d+) operations", done.stdout)
+    found = re.search(
+        r"(\d+) launches of Triton's kernels, (\d+) calls of the extension, (\d+) operations", done.stdout
+    )
     launches, calls, operations = map(int, found.groups())
     assert (launches, calls) == (53, 41)
     assert operations <= 1200

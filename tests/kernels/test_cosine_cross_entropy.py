@@ -211,28 +211,6 @@ def test_no_tensor_has_frames_times_classes_elements():
     assert largest.elements < frames * classes
 
 
-@pytest.mark.parametrize("with_index", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype, with_index):
-    x, embeddings, labels = _inputs(dtype=dtype)
-    index = torch.tensor([4, 1, 7], device=DEVICE) if with_index else None
-    arguments = x.requires_grad_(), embeddings.float().requires_grad_(), labels, index, True, "triton"
-    torch.library.opcheck(torch.ops.hubert_fast.cosine_cross_entropy.default, arguments)
-
-
-def test_it_compiles_in_one_graph():
-    _, _, labels = _inputs()
-    function, _ = _functions(labels)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    both = [run(OPERATOR, "triton", each, _inputs()[:2]) for each in (function, compiled)]
-    assert all(torch.equal(*pair) for pair in zip(*both, strict=True))
-
-
-def test_float64_is_refused_by_name():
-    with pytest.raises(backend.BackendError, match=r"it takes float32, bfloat16 and float16; got torch.float64"):
-        cosine_cross_entropy(*_inputs(dtype=torch.float64))
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("shape", [(4021, 500, 256), (4021, 504, 768), (1000, 10_000, 1024)], ids=str)

@@ -132,44 +132,6 @@ def test_two_runs_are_equal_to_the_bit():
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
-def test_strided_inputs_and_expanded_gradients_are_taken_as_they_are():
-    x, embeddings, labels = _inputs()
-    spread = x.T.contiguous().T, embeddings.repeat_interleave(2, 1)[:, ::2]
-    gradients = []
-    for leaves, own in (((x, embeddings), labels), (spread, labels.repeat_interleave(2)[::2])):
-        leaves = [each.detach().requires_grad_() for each in leaves]
-        logits = cosine_logits(*leaves, own)
-        logits[:, 0].sum().backward()
-        gradients.append([logits, *(each.grad for each in leaves)])
-    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
-    expanded = x.detach().requires_grad_()
-    cosine_logits(expanded, embeddings, labels).sum().backward()
-    written_out = x.detach().requires_grad_()
-    logits = cosine_logits(written_out, embeddings, labels)
-    logits.backward(torch.ones_like(logits))
-    assert torch.equal(expanded.grad, written_out.grad)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype):
-    x, embeddings, labels = _inputs(dtype=dtype)
-    arguments = x.requires_grad_(), embeddings.float().requires_grad_(), labels, True, "triton"
-    torch.library.opcheck(torch.ops.hubert_fast.cosine_logits.default, arguments)
-
-
-def test_it_compiles_in_one_graph():
-    _, _, labels = _inputs()
-    function, _ = _functions(labels)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    both = [run(OPERATOR, "triton", each, _inputs()[:2]) for each in (function, compiled)]
-    assert all(torch.equal(*pair) for pair in zip(*both, strict=True))
-
-
-def test_float64_is_refused_by_name():
-    with pytest.raises(backend.BackendError, match=r"it takes float32, bfloat16 and float16; got torch.float64"):
-        cosine_logits(*_inputs(dtype=torch.float64))
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("shape", [(4021, 500, 256), (4021, 504, 768), (1000, 10_000, 1024)], ids=str)

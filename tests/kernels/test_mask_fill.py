@@ -7,11 +7,10 @@ from hypothesis import strategies as st
 
 from hubert_fast import backend
 from hubert_fast.kernels import dropout
-from hubert_fast.ops.mask_fill import mask_fill
 from hubert_fast.reference import mask_fill as reference
 from tests.kernels.device import DEVICE
 from tests.kernels.precision import assert_kernels_as_precise, kept
-from tests.ops.comparison import error, run
+from tests.ops.comparison import run
 from tests.ops.test_mask_fill import OPERATOR, _flags, _function, _inputs
 
 
@@ -73,32 +72,3 @@ def test_two_runs_are_equal_to_the_bit():
     function = _function(_flags(200, 0.5).to(DEVICE), None, 0.1)
     runs = [run(OPERATOR, "triton", function, inputs) for _ in range(2)]
     assert all(torch.equal(*pair) for pair in zip(*runs))
-
-
-def test_strided_inputs_and_expanded_gradients_are_taken_as_they_are():
-    x, embedding, bias = (each.float().to(DEVICE) for each in _inputs(40, 60))
-    strided, leaf = x.T.contiguous().T.requires_grad_(), embedding.clone().requires_grad_()
-    mask = _flags(80, 0.5).to(DEVICE)[::2]
-    with backend.using("triton", OPERATOR):
-        out = mask_fill(strided, bias, leaf, mask)
-    out.sum().backward()
-    assert out.is_contiguous() and error(out, torch.where(mask[:, None], embedding, x + bias)) < 1e-6
-    assert torch.equal(strided.grad, (~mask)[:, None].expand(40, 60).float()) and (leaf.grad == mask.sum()).all()
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize("padded", [False, True])
-def test_custom_operator_is_registered_as_torch_wants_it(dropout_p, padded):
-    x, embedding, bias = (each.float().to(DEVICE).requires_grad_() for each in _inputs(6, 5))
-    padding = _flags(6, 0.5, 1).to(DEVICE) if padded else None
-    seed = torch.tensor(3, device=DEVICE) if dropout_p else None
-    arguments = (x, bias, embedding, _flags(6, 0.5).to(DEVICE), padding, dropout_p, seed, True, "triton")
-    torch.library.opcheck(torch.ops.hubert_fast.mask_fill.default, arguments)
-
-
-def test_compiles_into_one_graph():
-    function = _function(_flags(8, 0.5).to(DEVICE), None, 0.1)
-    inputs = [each.float().to(DEVICE) for each in _inputs(8, 6)]
-    with backend.using("triton", OPERATOR):
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(*inputs), function(*inputs))

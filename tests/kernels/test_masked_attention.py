@@ -13,7 +13,7 @@ from hubert_fast import backend  # noqa: E402
 from hubert_fast.kernels import dropout, head_vectors  # noqa: E402
 from hubert_fast.kernels import masked_attention as kernels  # noqa: E402
 from hubert_fast.kernels.launch import ARCHITECTURES  # noqa: E402
-from hubert_fast.ops.masked_attention import Arguments, masked_attention  # noqa: E402
+from hubert_fast.ops.masked_attention import masked_attention  # noqa: E402
 from tests.kernels import dropout_twin  # noqa: E402
 from tests.kernels.device import DEVICE  # noqa: E402
 from tests.ops.comparison import error  # noqa: E402
@@ -254,37 +254,6 @@ def test_the_seed_says_what_is_dropped_and_is_drawn_where_none_is_given():
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
     assert torch.equal(_attend(qkv, [30], p=0.3), _attend(qkv, [30], p=0.3))
     assert not torch.equal(_attend(qkv, [30], p=0.3), _attend(qkv, [30], p=0.3, seed=SEED + 1))
-
-
-def test_nothing_is_kept_where_no_gradient_is_asked_for():
-    qkv = _randn(30, 3, 1, 16)
-    offsets, seed = _offsets([30]), torch.tensor(SEED, device=DEVICE)
-    (out,), saved = kernels.forward(Arguments(qkv, offsets, None, 30, 0.1, seed), save=False)
-    assert saved == [] and torch.equal(out, _attend(qkv.requires_grad_(), [30], p=0.1))
-
-
-@pytest.mark.parametrize("keys", [None, [10, 3]], ids=["all-keys", "key-lengths"])
-@pytest.mark.parametrize("p", [0.0, 0.2])
-def test_opcheck(p, keys):
-    keys = None if keys is None else torch.tensor(keys, device=DEVICE)
-    seed = torch.tensor(SEED, device=DEVICE) if p else None
-    arguments = (_randn(24, 3, 2, 8).requires_grad_(), _offsets([10, 10]), keys, 10, p, seed, True, "triton")
-    torch.library.opcheck(torch.ops.hubert_fast.masked_attention.default, arguments)
-
-
-def test_compiles_into_one_graph():
-    def function(qkv, offsets, keys, seed):
-        out = masked_attention(2 * qkv, offsets, keys, max_frames=20, dropout_p=0.1, seed=seed)
-        return out.square().sum()
-
-    arguments = _offsets([20, 10]), torch.tensor([20, 5], device=DEVICE), torch.tensor(SEED, device=DEVICE)
-    results = []
-    for run in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
-        qkv = _randn(32, 3, 2, 16).requires_grad_()
-        loss = run(qkv, *arguments)
-        loss.backward()
-        results.append((loss.detach(), qkv.grad))
-    assert all(map(torch.equal, *results))
 
 
 def test_autocast_keeps_the_dtype_of_qkv():

@@ -152,41 +152,6 @@ def test_a_gain_of_zero_still_has_a_gradient():
     assert all(error(*pair) < 1e-6 for pair in zip(ours, truth))
 
 
-def test_non_contiguous_tensors_work():
-    plain = on_device(inputs(20))
-    spread = [each.transpose(0, -1).contiguous().transpose(0, -1) for each in plain]
-    results = []
-    with backend.using("triton", OPERATOR):
-        for arguments in (plain, spread):
-            leaves = [each.detach().requires_grad_() for each in arguments]
-            out = embed([12, 8])(*leaves)
-            direction = torch.ones((), device=DEVICE).expand_as(out)  # a gradient of stride 0
-            results.append([out, *torch.autograd.grad(out, leaves, direction)])
-    assert all(torch.equal(*pair) for pair in zip(*results))
-
-
-@pytest.mark.parametrize("normalised", [True, False])
-def test_opcheck(normalised):
-    leaves = [each.requires_grad_() for each in on_device(inputs(9, taps=3, normalised=normalised))]
-    gain = leaves[3] if normalised else None
-    arguments = (*leaves[:3], gain, offsets_of([4, 5]).to(DEVICE), 2, 5, True, "triton")
-    torch.library.opcheck(torch.ops.hubert_fast.positional_conv.default, arguments)
-
-
-def test_compiles_without_a_graph_break():
-    leaves = [each.requires_grad_() for each in on_device(inputs(20))]
-    function = embed([12, 8])
-    with backend.using("triton", OPERATOR):
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        grads = [torch.autograd.grad(each(*leaves).square().sum(), leaves) for each in (compiled, function)]
-    assert all(torch.equal(*pair) for pair in zip(*grads))
-
-
-def test_float64_is_refused_by_name():
-    with backend.using("triton", OPERATOR), pytest.raises(backend.BackendError, match="got torch.float64"):
-        embed([12, 8])(*on_device(inputs(20), torch.float64))
-
-
 @pytest.fixture
 def _full_float32():
     with tf32.allowed(False):

@@ -106,19 +106,6 @@ def test_either_result_may_go_unused(used):
     assert all(error(*pair) < 1e-5 for pair in zip(given_, expected))
 
 
-def test_strided_inputs_and_expanded_gradients_are_taken_as_they_are():
-    residual, weight, bias, update, _ = (each.float().to(DEVICE) for each in _inputs(40, 60))
-    strided = [each.T.contiguous().T.requires_grad_() for each in (residual, update)]
-    spread = [each.repeat_interleave(2)[::2] for each in (weight, bias)]
-    with backend.using("triton", OPERATOR):
-        normed, summed = residual_layer_norm(strided[0], *spread, update=strided[1], with_sum=True)
-    (normed.sum() + summed.sum()).backward()
-    wide = [each.detach().double().requires_grad_() for each in (residual, update)]
-    total = wide[0] + wide[1]
-    (torch.nn.functional.layer_norm(total, (60,), weight.double(), bias.double()).sum() + total.sum()).backward()
-    assert all(error(ours.grad, truth.grad) < 1e-5 for ours, truth in zip(strided, wide))
-
-
 def test_dtypes_follow_their_tensors():
     residual, weight, bias, update, update_bias = (each.float().to(DEVICE).requires_grad_() for each in _inputs())
     low = update.detach().bfloat16().requires_grad_()
@@ -129,26 +116,6 @@ def test_dtypes_follow_their_tensors():
             packed = residual_layer_norm(residual, weight, bias, index=torch.tensor([3, 1], device=DEVICE))
     assert outs[0].dtype == outs[1].dtype == torch.float32 and low.grad.dtype == packed.dtype == torch.bfloat16
     assert {each.grad.dtype for each in (residual, weight, bias, update_bias)} == {torch.float32}
-
-
-@pytest.mark.parametrize("probability", [0.0, 0.1])
-@pytest.mark.parametrize("indexed", [False, True])
-@pytest.mark.parametrize("used", [3, 5])
-def test_custom_operator_is_registered_as_torch_wants_it(used, indexed, probability):
-    inputs = [each.float().to(DEVICE).requires_grad_() for each in _inputs(6, 5, positions=9 if indexed else 6)]
-    inputs = inputs[:used] + [None] * (5 - used)
-    index = torch.tensor([8, 0, 3, 1, 2, 7], device=DEVICE) if indexed else None
-    seed = torch.tensor(3, device=DEVICE) if probability else None
-    arguments = (*inputs, index, probability, probability, seed, 1e-5, torch.float32, True, True, "triton")
-    torch.library.opcheck(torch.ops.hubert_fast.residual_layer_norm.default, arguments)
-
-
-def test_compiles_into_one_graph():
-    inputs = [each.float().to(DEVICE) for each in _inputs(8, 6)]
-    function = _function(update_dropout_p=0.1, output_dropout_p=0.1, with_sum=True)
-    with backend.using("triton", OPERATOR):
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(*inputs), function(*inputs))
 
 
 def test_what_kernels_cannot_take_is_refused_by_name():

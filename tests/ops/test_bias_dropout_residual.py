@@ -69,22 +69,6 @@ def test_dtypes_follow_their_tensors(name):
     assert residual.grad.dtype == bias.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize("indexed", [False, True])
-def test_custom_operator_is_registered_as_torch_wants_it(dropout_p, indexed):
-    x, residual, bias = (each.requires_grad_() for each in _inputs(6, 5, positions=9 if indexed else 6))
-    index = torch.tensor([8, 0, 3, 1, 2, 7]) if indexed else None
-    for vector in (bias, None):
-        arguments = (x, vector, residual, index, dropout_p, torch.tensor(3) if dropout_p else None, True, "torch")
-        torch.library.opcheck(torch.ops.hubert_fast.bias_dropout_residual.default, arguments)
-
-
-def test_compiles_into_one_graph():
-    function = _function(0.1)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*_inputs()), function(*_inputs()))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -77,21 +77,6 @@ def test_the_seed_alone_decides_what_is_dropped_and_without_one_each_call_drops_
         assert error(out, (F.gelu(x + bias) / 0.7).masked_fill(dropped, 0.0)) < 1e-4  # p is a multiple of 2^-16
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_custom_operator_is_registered_as_torch_wants_it(dropout_p):
-    x, bias = (each.requires_grad_() for each in _inputs(6, 5))
-    for vector in (bias, None):
-        arguments = (x, vector, dropout_p, torch.tensor(3) if dropout_p else None, True, "torch")
-        torch.library.opcheck(torch.ops.hubert_fast.bias_gelu_dropout.default, arguments)
-
-
-def test_compiles_into_one_graph():
-    x, bias = _inputs(8, 6)
-    function = _function(0.1)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x, bias), function(x, bias))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -285,22 +285,6 @@ def test_a_row_too_short_for_a_window_takes_all_its_samples(name, dtype, bias):
 
 
 @pytest.mark.parametrize(("name", "dtype"), [*FLOAT64, pytest.param("cpu", torch.float32, marks=needs_extension)])
-def test_non_contiguous_tensors_work(name, dtype):
-    layers = Layers("layer_norm", channels=WIDE)
-    layers.parameters = [each.to(dtype) for each in layers.parameters]
-    waveforms = _noise(2, 1200).to(dtype)
-    spread = [each.repeat_interleave(2, 0)[::2] for each in layers.parameters]
-    spread[1] = layers.parameters[1].permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    columns = waveforms.T.contiguous().T
-    assert not columns.is_contiguous() and not spread[1].is_contiguous()
-    with backend.using(name, OPERATOR):
-        plain = layers.function()(waveforms, *layers.parameters)
-        assert error(layers.function()(columns, *spread), plain) <= TOLERANCE[dtype]
-        every_other = waveforms.repeat_interleave(2, 1)[:, ::2]
-        assert error(layers.function()(every_other, *spread), plain) <= TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize(("name", "dtype"), [*FLOAT64, pytest.param("cpu", torch.float32, marks=needs_extension)])
 def test_a_gradient_with_any_strides_is_taken(name, dtype):
     layers = Layers("group_norm", channels=WIDE)
     waveforms = _noise(2, 1200).to(dtype)
@@ -407,17 +391,6 @@ def test_the_first_bias_has_no_gradient_under_group_norm(name):
     parameters = [each.float() for each in layers.parameters]
     results = run(OPERATOR, name, lambda *p: layers.function()(_noise(2, 1200).float(), *p), parameters)
     assert (results[1 + len(STANDARD)] == 0).all()
-
-
-@pytest.mark.parametrize("valid_samples", [None, torch.tensor([1003, 700])], ids=["all-valid", "valid-samples"])
-@pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
-@pytest.mark.parametrize("name", [CPU, "torch"])
-def test_opcheck(name, norm, valid_samples):
-    layers = Layers(norm, channels=WIDE)
-    groups = layers.groups([each.float().requires_grad_() for each in layers.parameters])
-    strides = [stride for _, stride in STANDARD]
-    arguments = (_noise(2, 1003).float(), *groups, strides, norm, valid_samples, torch.float32, True, name)
-    torch.library.opcheck(torch.ops.hubert_fast.conv_frontend.default, arguments)
 
 
 @pytest.mark.parametrize(

@@ -88,23 +88,6 @@ def test_dtypes_follow_their_tensors(name):
     assert embedding.grad.dtype == bias.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize("padded", [False, True])
-def test_custom_operator_is_registered_as_torch_wants_it(dropout_p, padded):
-    x, embedding, bias = (each.requires_grad_() for each in _inputs(6, 5))
-    padding = _flags(6, 0.5, 1) if padded else None
-    seed = torch.tensor(3) if dropout_p else None
-    for vector in (bias, None):
-        arguments = (x, vector, embedding, _flags(6, 0.5), padding, dropout_p, seed, True, "torch")
-        torch.library.opcheck(torch.ops.hubert_fast.mask_fill.default, arguments)
-
-
-def test_compiles_into_one_graph():
-    function = _function(_flags(30, 0.5), _flags(30, 0.2, 1), 0.1)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*_inputs()), function(*_inputs()))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

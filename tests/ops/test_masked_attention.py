@@ -195,38 +195,10 @@ def test_random_numbers_are_drawn_only_for_dropout(name):
     assert torch.equal(*following) and not torch.equal(following[0], unmoved)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
-@pytest.mark.parametrize("name", BACKENDS)
-def test_non_contiguous_tensors_work(name, dropout_p):
-    qkv = _qkv(20)
-    function = _attend(_offsets([12, 8]), dropout_p=dropout_p)
-    spread = qkv.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0).requires_grad_()
-    assert not spread.is_contiguous()
-    leaf = qkv.clone().requires_grad_()
-    with backend.using(name, OPERATOR):
-        out, expected = function(spread), function(leaf)
-        assert error(out, expected) <= 1e-12
-        direction = torch.randn(8, 2, 20, dtype=torch.float64).permute(2, 1, 0)
-        (grad,) = torch.autograd.grad(out, spread, direction)
-        (expected_grad,) = torch.autograd.grad(expected, leaf, direction.contiguous())
-        assert error(grad, expected_grad) <= 1e-12
-        (repeated,) = torch.autograd.grad(function(leaf).sum(), leaf)  # a gradient of stride 0
-    assert repeated.isfinite().all()
-
-
 def test_autocast_keeps_the_dtype_of_qkv():
     with torch.autocast("cpu", torch.bfloat16):
         for dtype in (torch.float32, torch.bfloat16):
             assert _attend(_offsets([10]))(_qkv(10, dtype=dtype)).dtype == dtype
-
-
-@pytest.mark.parametrize("key_lengths", [None, torch.tensor([10, 3])], ids=["all-keys", "key-lengths"])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
-def test_opcheck(dropout_p, key_lengths):
-    seed = torch.tensor(5) if dropout_p else None
-    qkv = _qkv(23, dtype=torch.float32).requires_grad_()
-    arguments = (qkv, _offsets([10, 10]), key_lengths, 10, dropout_p, seed, True, "torch")
-    torch.library.opcheck(torch.ops.hubert_fast.masked_attention.default, arguments)
 
 
 @pytest.mark.parametrize(

@@ -127,18 +127,6 @@ def test_nothing_in_gives_zeros_out(lengths, rows):
     assert out.shape == (rows, 8) and not out.any() and not any(each.any() for each in grads)
 
 
-def test_only_the_gradients_that_are_wanted_are_computed():
-    function = embed([12, 8])
-    with backend.using("torch", OPERATOR):
-        leaves = [each.requires_grad_() for each in inputs(20)]
-        wanted = torch.autograd.grad(function(*leaves).square().sum(), leaves)
-        for kept in ([0], [1, 2, 3], [2]):
-            chosen = [each.detach().requires_grad_(i in kept) for i, each in enumerate(leaves)]
-            grads = torch.autograd.grad(function(*chosen).square().sum(), [chosen[i] for i in kept])
-            for i, grad in zip(kept, grads):
-                assert torch.equal(grad, wanted[i])
-
-
 @pytest.mark.parametrize("name", BACKENDS)
 def test_autocast_decides_the_dtype_and_parameters_keep_theirs(name):
     leaves = [each.requires_grad_() for each in inputs(20, dtype=torch.float32)]
@@ -148,38 +136,6 @@ def test_autocast_decides_the_dtype_and_parameters_keep_theirs(name):
     assert out.dtype == torch.bfloat16 and all(each.grad.dtype == torch.float32 for each in leaves)
     truth = embed([12, 8])(*(each.detach().double() for each in leaves))
     assert error(out, truth) < 0.01
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_non_contiguous_tensors_work(name):
-    plain = inputs(20)
-    spread = [each.transpose(0, -1).contiguous().transpose(0, -1) for each in plain]
-    with backend.using(name, OPERATOR):
-        results = []
-        for arguments in (plain, spread):
-            leaves = [each.detach().requires_grad_() for each in arguments]
-            out = embed([12, 8])(*leaves)
-            direction = torch.ones((), dtype=torch.float64).expand_as(out)  # a gradient of stride 0
-            results.append([out, *torch.autograd.grad(out, leaves, direction)])
-    for ours, truth in zip(*results):
-        assert error(ours, truth) < 1e-12
-
-
-@pytest.mark.parametrize("normalised", [True, False])
-def test_opcheck(normalised):
-    leaves = [each.requires_grad_() for each in inputs(21, dtype=torch.float32, normalised=normalised)]
-    gain = leaves[3] if normalised else None
-    arguments = (*leaves[:3], gain, offsets_of([12, 8]), 2, 12, True, "torch")
-    torch.library.opcheck(torch.ops.hubert_fast.positional_conv.default, arguments)
-
-
-def test_compiles_without_a_graph_break():
-    leaves = [each.requires_grad_() for each in inputs(20, dtype=torch.float32)]
-    function = embed([12, 8])
-    with backend.using("torch", OPERATOR):
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        grads = [torch.autograd.grad(each(*leaves).square().sum(), leaves) for each in (compiled, function)]
-    assert all(torch.equal(*pair) for pair in zip(*grads))
 
 
 @pytest.mark.parametrize(

@@ -118,24 +118,6 @@ def test_the_two_masks_of_a_seed_differ(name):
     assert abs(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1]) < 0.04
 
 
-@pytest.mark.parametrize("probability", [0.0, 0.1])
-@pytest.mark.parametrize("indexed", [False, True])
-@pytest.mark.parametrize("used", [3, 4, 5])
-def test_custom_operator_is_registered_as_torch_wants_it(used, indexed, probability):
-    inputs = [each.requires_grad_() for each in _inputs(6, 5, positions=9 if indexed else 6)]
-    inputs = inputs[:used] + [None] * (5 - used)
-    index = torch.tensor([8, 0, 3, 1, 2, 7]) if indexed else None
-    seed = torch.tensor(3) if probability else None
-    arguments = (*inputs, index, probability, probability, seed, 1e-5, torch.float64, True, True, "torch")
-    torch.library.opcheck(torch.ops.hubert_fast.residual_layer_norm.default, arguments)
-
-
-def test_compiles_into_one_graph():
-    function = _function(update_dropout_p=0.1, output_dropout_p=0.1, with_sum=True)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*_inputs()), function(*_inputs()))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,0 +1,234 @@
+"""What every operator promises on every backend, whatever it computes."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from hubert_fast import backend
+from tests.kernels.device import DEVICE
+from tests.ops.comparison import error
+from tests.ops.contract import OPERATORS, backends, gradients, leaves, present, run, with_gradients
+
+try:
+    from hubert_fast.kernels.launch import INTERPRETED
+except ImportError:  # Triton
+    INTERPRETED = False
+
+DTYPES = {"torch": [torch.float64, torch.float32], "cpu": [torch.float32, torch.bfloat16]}
+ALL = list(backends(DEVICE, interpreted=INTERPRETED))
+EVERY = [(case, name, dtype) for case, name in ALL for dtype in DTYPES.get(name, [torch.float32, torch.bfloat16])]
+
+
+def _id(value):
+    return f"{value.operator}, {value.name}" if hasattr(value, "operator") else str(value).removeprefix("torch.")
+
+
+every = pytest.mark.parametrize(("case", "name", "dtype"), EVERY, ids=_id)
+each = pytest.mark.parametrize(("case", "name"), ALL, ids=_id)
+
+
+def equal(ours, theirs):
+    return len(ours) == len(theirs) and all(
+        (a is None and b is None) or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(ours, theirs)
+    )
+
+
+class _Watching(TorchDispatchMode):
+    """Does nothing, and must not change what is computed; notes what it sees of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@every
+def test_gradients_and_results_are_those_of_the_formula(case, name, dtype):
+    if "dropout" in case.name and name == "triton":
+        pytest.skip("its masks are its own: tests/kernels compare them")
+    ours = run(case.operator, name, case.cast(dtype, DEVICE))
+    rounded = case.cast(dtype, DEVICE)
+    wide = type(rounded)(*_widened(rounded))
+    truth = run(case.operator, "reference", wide)
+    tolerance = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 0.04}[dtype]
+    for given, exact in zip(ours, truth, strict=True):
+        if given is not None:  # an absent result
+            assert error(given, torch.zeros_like(given) if exact is None else exact) < tolerance
+
+
+def _widened(arguments):
+    for value in arguments:
+        if isinstance(value, list):
+            yield list(_widened(value))
+        elif isinstance(value, torch.Tensor) and value.is_floating_point():
+            yield value.detach().double().requires_grad_(value.requires_grad)
+        else:
+            yield torch.float64 if isinstance(value, torch.dtype) else value
+
+
+@every
+def test_two_runs_are_equal_to_the_bit(case, name, dtype):
+    assert equal(*(run(case.operator, name, case.cast(dtype, DEVICE)) for _ in range(2)))
+
+
+@each
+def test_the_registered_operator_is_as_torch_wants_it(case, name):
+    arguments = case.cast(DTYPES.get(name, [torch.float32])[-1], DEVICE)
+    torch.library.opcheck(getattr(torch.ops.hubert_fast, case.operator).default, (*arguments, True, name))
+
+
+@each
+def test_a_dispatch_mode_sees_one_operator_and_changes_nothing(case, name):
+    arguments = case.cast(torch.float32, DEVICE)
+    with _Watching() as watching:
+        seen = run(case.operator, name, arguments)
+    names = {f"hubert_fast.{case.operator}.default", f"hubert_fast.{case.operator}_backward.default"}
+    assert names <= set(watching.seen)
+    assert equal(seen, run(case.operator, name, arguments))
+
+
+@each
+def test_it_compiles_into_one_graph(case, name):
+    operator = OPERATORS[case.operator]
+    arguments = case.cast(torch.float32, DEVICE)
+
+    def results(*arguments):
+        return operator.run(name, type(case.arguments)(*arguments))
+
+    torch._dynamo.reset()  # one code object for every operator would be compiled anew too often
+    found = torch.compile(results, fullgraph=True, backend="aot_eager")(*arguments)
+    assert equal(with_gradients(case.operator, found, arguments), run(case.operator, name, arguments))
+
+
+@each
+def test_what_it_saves_is_what_it_announces(case, name):
+    arguments = case.cast(torch.float32, DEVICE)
+    operator = OPERATORS[case.operator]
+    module = operator.implementation(name)
+    with torch.no_grad():
+        _, saved = operator.forward(name, arguments, True)
+        assert operator.forward(name, arguments, False)[1] == []
+    announced = getattr(module, "saved_tensors", lambda arguments: [])(arguments)
+    assert [(tuple(value.shape), value.dtype) for value in saved] == [(tuple(shape), its) for shape, its in announced]
+
+
+@each
+def test_autocast_reaches_into_no_implementation(case, name):
+    arguments = case.cast(torch.float32, DEVICE)
+    expected = run(case.operator, name, arguments)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert equal(run(case.operator, name, arguments), expected)
+
+
+@each
+def test_strided_inputs_and_expanded_gradients_are_taken_as_they_are(case, name):
+    def spread(value):
+        if isinstance(value, list):
+            return [spread(inner) for inner in value]
+        if isinstance(value, torch.Tensor) and value.requires_grad and value.ndim:
+            return value.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_()
+        return value
+
+    results = []
+    for change in (lambda value: value, spread):
+        arguments = case.cast(torch.float32, DEVICE)
+        arguments = type(arguments)(*map(change, arguments))
+        outputs = [value for value in present(OPERATORS[case.operator].run(name, arguments)) if value.requires_grad]
+        directions = [torch.ones((), dtype=value.dtype, device=value.device).expand_as(value) for value in outputs]
+        of = leaves(case.operator, arguments)
+        results.append([*outputs, *torch.autograd.grad(outputs, of, directions, allow_unused=True)])
+    for given, expected in zip(*results, strict=True):
+        assert (given is None) == (expected is None)
+        assert given is None or error(given.nan_to_num(), expected.nan_to_num()) < 1e-6
+
+
+@each
+def test_only_the_gradients_that_are_wanted_come(case, name):
+    full = case.cast(torch.float32, DEVICE)
+    expected = run(case.operator, name, full)
+    count = len(leaves(case.operator, full))
+    for chosen in {0, count - 1}:
+        arguments = case.cast(torch.float32, DEVICE)
+        every_leaf = leaves(case.operator, arguments)
+        for i, leaf in enumerate(every_leaf):
+            leaf.requires_grad_(i == chosen)
+        results = present(OPERATORS[case.operator].run(name, arguments))
+        (gradient,) = gradients(results, [every_leaf[chosen]])
+        assert equal([gradient], [expected[len(expected) - count + chosen]])
+
+
+@each
+def test_without_a_gradient_nothing_is_kept(case, name):
+    kept = []
+    arguments = case.cast(torch.float32, DEVICE)
+    with torch.no_grad(), saved_tensors_hooks(kept.append, lambda value: value):
+        results = OPERATORS[case.operator].run(name, arguments)
+    assert not kept and not any(value.requires_grad for value in present(results))
+
+
+@each
+def test_recomputing_activations_changes_nothing(case, name):
+    arguments = case.cast(torch.float32, DEVICE)
+    operator = OPERATORS[case.operator]
+    found = checkpoint(partial(operator.run, name), arguments, use_reentrant=False)
+    assert equal(with_gradients(case.operator, found, arguments), run(case.operator, name, arguments))
+
+
+@each
+def test_there_is_no_second_derivative(case, name):
+    arguments = case.cast(torch.float32, DEVICE)
+    results = OPERATORS[case.operator].run(name, arguments)
+    results = [value for value in present(results) if value.requires_grad]
+    total = sum(value.nan_to_num(neginf=0.0).square().sum() for value in results)
+    of = leaves(case.operator, arguments)
+    found = torch.autograd.grad(total, of, create_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError):
+        sum(value.square().sum() for value in found if value is not None).backward()
+
+
+@each
+def test_profilers_see_it_by_name(case, name):
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run(case.operator, name, case.cast(torch.float32, DEVICE))
+    seen = {event.name for event in profiler.events()}
+    assert {f"hubert_fast::{case.operator}", f"hubert_fast::{case.operator}_backward"} <= seen
+
+
+@each
+def test_fake_tensors_go_through_without_being_read(case, name):
+    real = case.cast(torch.float32, DEVICE)
+    expected = run(case.operator, name, real)
+    with FakeTensorMode() as mode:
+        fake = type(real)(*(_faked(mode, value) for value in real))
+        found = run(case.operator, name, fake)
+    for given, value in zip(found, expected, strict=True):
+        assert (given is None) == (value is None)
+        assert given is None or (given.shape, given.dtype) == (value.shape, value.dtype)
+
+
+def _faked(mode, value):
+    if isinstance(value, list):
+        return [_faked(mode, inner) for inner in value]
+    return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("operator", sorted({case.operator for case, name in ALL if name == "triton"}))
+def test_what_triton_does_not_take_is_refused_by_name_and_goes_elsewhere_by_itself(operator):
+    case = next(case for case, _ in ALL if case.operator == operator)
+    arguments = case.cast(torch.float64, DEVICE)
+    with backend.using("triton", operator), pytest.raises(backend.BackendError, match="got torch.float64"):
+        OPERATORS[operator](arguments)
+    assert OPERATORS[operator].choose(arguments) == "torch"
+
+
+def test_every_operator_is_here():
+    assert {case.operator for case, _ in ALL} == {each.operator for each in backend.report()} - {"span_mask"}
