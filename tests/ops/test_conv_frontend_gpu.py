@@ -20,7 +20,7 @@ from hubert_fast.cuda_backend import conv_frontend as backend
 from hubert_fast.ops.conv_frontend import Arguments, conv_frontend
 from hubert_fast.reference import conv_frontend as reference
 from tests.ops.comparison import error
-from tests.ops.test_conv_frontend_cuda_twin import HUBERT, Problem
+from tests.ops.frontend_problem import HUBERT, Problem
 
 pytestmark = [
     pytest.mark.gpu,

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from hubert_fast.cuda_backend import conv_frontend as backend
-from hubert_fast.ops.conv_frontend import Arguments
 from tests.ops.comparison import error
-from tests.ops.test_conv_frontend_cuda_twin import HUBERT, Problem
+from tests.ops.frontend_problem import HUBERT, Problem
 
 ROOT = Path(__file__).parents[3]
 SOURCES = [
@@ -126,14 +125,24 @@ class Kernels:
 def run(module: ModuleType, problem: Problem, *, tensor_cores: bool, order: int = 0) -> list[Tensor]:
     """The features and every gradient, with blocks and threads in one of the three orders."""
     module.set_schedule(order, 0)
-    dtype, kernels = problem.dtype, Kernels(module, tensor_cores=tensor_cores)
-    groups = [[each.to(dtype) for each in group] for group in problem.groups]
-    waveforms, direction = problem.waveforms.to(dtype), problem.direction.to(dtype)
-    arguments = Arguments(waveforms, *groups, problem.strides, problem.norm, problem.valid, dtype)
-    with torch.no_grad():
+    kernels, arguments = Kernels(module, tensor_cores=tensor_cores), problem.arguments()
+    with torch.no_grad(), uninitialised_as_nan():
         (features,), saved = backend.forward(arguments, True, kernels=kernels)
-        gradients = backend.backward(arguments, saved, (direction,), [True] * 4, kernels=kernels)
+        gradients = backend.backward(
+            arguments, saved, (problem.direction.to(problem.dtype),), [True] * 4, kernels=kernels
+        )
     return [features, *(each for group in gradients for each in group)]
+
+
+@contextmanager
+def uninitialised_as_nan() -> Iterator[None]:
+    """New tensors hold NaN inside, so that a value that is read before it is written shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def problems(dtype: torch.dtype) -> list[Problem]:

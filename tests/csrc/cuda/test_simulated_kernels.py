@@ -9,10 +9,14 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
+from hubert_fast import extension
+from hubert_fast.cuda_backend import conv_frontend as backend
 from tests.csrc.cuda import simulation
 from tests.ops.comparison import error
-from tests.ops.test_conv_frontend_cuda_twin import HUBERT, Problem
+from tests.ops.frontend_problem import HUBERT, Problem
 
 pytestmark = pytest.mark.skipif(simulation.why_not() is not None, reason=str(simulation.why_not()))
 
@@ -38,20 +42,86 @@ def test_agree_with_the_reference_in_any_order_of_threads(simulated, dtype, tens
     simulation.check(simulated, dtype, tensor_cores=tensor_cores, orders=orders)
 
 
+def _assert_agree(simulated, problem, *, tensor_cores=False):
+    """Within the tolerance, or as near as PyTorch comes in the same dtype, as far as one draw tells: a frame alone has no variance."""
+    truth = problem.reference()
+    ours = [
+        error(*pair) for pair in zip(simulation.run(simulated, problem, tensor_cores=tensor_cores), truth, strict=True)
+    ]
+    pytorchs = [error(*pair) for pair in zip(problem.reference(problem.dtype), truth, strict=True)]
+    assert max(ours) <= max(simulation.TOLERANCE[problem.dtype], 3 * max(pytorchs)), (ours, pytorchs)
+
+
+@given(
+    first=st.tuples(st.integers(1, 16), st.integers(1, 16)), later=st.lists(st.sampled_from([2, 3]), max_size=4),
+    batch=st.integers(1, 3), frames=st.integers(1, 12), extra=st.integers(0, 40), bias=st.booleans(),
+    norm=st.sampled_from(["group_norm", "layer_norm"]), valid=st.none() | st.floats(0, 1), seed=st.integers(0, 100),
+    tensor_cores=st.booleans(), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+@settings(max_examples=60)
+def test_any_shape_agrees_with_the_reference(
+    simulated, first, later, batch, frames, extra, bias, norm, valid, seed, tensor_cores, dtype
+):
+    shapes = [first, *((kernel, 2) for kernel in later)]
+    samples = frames
+    for kernel, stride in reversed(shapes):
+        samples = (samples - 1) * stride + kernel
+    samples += extra
+    # Statistics over a few frames are ill-conditioned; no audio as long as a HuBERT frame gives layer 0 so little.
+    assume(norm == "layer_norm" or (samples - first[0]) // first[1] >= 16)
+    # Where no frame is valid there is no mean to take the bias out: the reference leaves it in, the closed form never has it.
+    assume(valid is None or valid * samples >= first[0] + 16 * first[1])
+    valid = None if valid is None else torch.tensor([samples, int(valid * samples), samples])[:batch]
+    problem = Problem(
+        shapes, norm=norm, bias=bias, batch=batch, samples=samples, valid=valid, seed=seed, channels=64, dtype=dtype
+    )
+    _assert_agree(simulated, problem, tensor_cores=tensor_cores)
+
+
+@pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
+@pytest.mark.parametrize(("batch", "samples"), [(1, 400), (1, 719), (3, 400), (2, 5000), (4, 3333)])
+def test_hubert_agrees_with_the_reference_at_any_length(simulated, norm, batch, samples):
+    problem = Problem(HUBERT, norm=norm, batch=batch, samples=samples, seed=samples, channels=64, dtype=torch.float32)
+    _assert_agree(simulated, problem)
+
+
+@pytest.mark.parametrize(("bias", "samples"), [(True, [4000, 1777, 10, 400]), (False, [4000, 11, 5, 0])])
+def test_valid_samples_agree_with_the_reference(simulated, bias, samples):
+    valid = torch.tensor(samples)
+    problem = Problem(
+        HUBERT, norm="group_norm", batch=4, samples=4000, valid=valid, bias=bias, channels=64, dtype=torch.float32
+    )
+    _assert_agree(simulated, problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shapes", [HUBERT, HUBERT[:1]], ids=["seven-layers", "one-layer"])
+@pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
+def test_the_registered_operator_is_as_torch_wants_it(simulated, norm, shapes, dtype, monkeypatch):
+    """Its outputs may not share memory, and what is saved is what was announced."""
+    monkeypatch.setattr(extension, "cuda", lambda: simulation.Kernels(simulated, tensor_cores=True))
+    problem = Problem(shapes, norm=norm, samples=3000, channels=64, dtype=dtype)
+    arguments = problem.arguments()
+    for each in (each for group in arguments.parameters for each in group):
+        each.requires_grad_()
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.hubert_fast.conv_frontend.default, (*arguments, True, "cuda"), test_utils=checks)
+    with torch.no_grad():
+        _, saved = backend.forward(arguments, True)
+        assert backend.forward(arguments, False)[1] == []
+    assert [(tuple(each.shape), each.dtype) for each in saved] == backend.saved_tensors(arguments)
+
+
 def test_hubert_width_agrees_with_the_reference(simulated):
     for norm in ("group_norm", "layer_norm"):
         problem = Problem(HUBERT[:3], norm=norm, samples=4000, channels=512, batch=1, dtype=torch.float32)
-        results = simulation.run(simulated, problem, tensor_cores=False)
-        errors = [error(*pair) for pair in zip(results, problem.reference(), strict=True)]
-        assert max(errors) <= 5e-6, errors
+        _assert_agree(simulated, problem)
 
 
 def test_widest_layers_agree_with_the_reference(simulated):
     for norm in ("group_norm", "layer_norm"):
         problem = Problem([(10, 5), (2, 2)], norm=norm, samples=1500, channels=1024, batch=1, dtype=torch.float32)
-        results = simulation.run(simulated, problem, tensor_cores=False)
-        errors = [error(*pair) for pair in zip(results, problem.reference(), strict=True)]
-        assert max(errors) <= 5e-6, errors
+        _assert_agree(simulated, problem)
 
 
 @pytest.mark.parametrize(("scale", "offset"), [(1.0, 1.0), (0.1, 1.0), (1e-4, 0.0), (1e-4, 1e-2), (30.0, 500.0)])
@@ -168,8 +238,8 @@ def test_products_without_overlapping_maps_are_the_same_to_the_bit(simulated, ro
     assert all(torch.equal(*pair) for pair in zip(split, whole, strict=True))
     windows = memory.as_strided((rows, depth), (stride, 1)).double()
     product = windows @ weight.double().T + bias.double()
-    for given in (split[0], split[3][:, :columns]):
-        assert error(given, product) <= 0.01
+    for result in (split[0], split[3][:, :columns]):
+        assert error(result, product) <= 0.01
     assert all((each[:, columns:] == 7.0).all() for each in split[3:7])
     assert all(error(each.sum(0), gradient.double().T @ windows) <= 1e-5 for each in split[7:])
 
