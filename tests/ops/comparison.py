@@ -28,9 +28,10 @@ def run(
 
 
 def error(given: Tensor, truth: Tensor) -> float:
-    """|given - truth| / |truth|; infinities must agree, and a truth of 0 is met absolutely."""
+    """|given - truth| / |truth|; infinities must agree, a truth of 0 is met absolutely, and NaN is an error of none."""
     assert given.shape == truth.shape
     assert torch.equal(given.isinf(), truth.isinf())
+    assert not given.isnan().any() and not truth.isnan().any()  # ``max`` of errors would pass over it
     given, truth = (each.detach().double().masked_fill(each.isinf(), 0.0) for each in (given, truth))
     norm = truth.norm()
     return float((given - truth).norm() / (norm if norm > 1e-9 else 1.0))
