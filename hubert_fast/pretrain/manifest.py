@@ -143,8 +143,7 @@ def fingerprint(cuts: Iterable[Cut]) -> str:
     for cut in cuts:
         for source in cut.recording.sources:
             if source.source not in states:
-                file = os.stat(source.source)
-                states[source.source] = f"{file.st_size} {file.st_mtime_ns}"
+                states[source.source] = _state(source.source)
             digest.update(f"{cut.id}\t{utterance_samples(cut)}\t{states[source.source]}\n".encode())
     return digest.hexdigest()
 

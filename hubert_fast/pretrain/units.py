@@ -100,8 +100,7 @@ def make_units(
 
     Raises:
         ValueError: ``source`` is not what ``config.layer`` names, or there are fewer frames than clusters.
-        AudioError: audio changed since the scan, or is not finite.
-        OSError: audio vanished.
+        AudioError: audio changed or vanished since the scan, or is not finite.
     """
     out = Path(out)
     _check_source(source, config)

@@ -289,8 +289,10 @@ def test_fingerprint_changes_with_the_audio(folder):
     assert before != fingerprint(load_manifest(folder / "manifest", "train"))
 
 
-def test_fingerprint_notices_audio_of_the_same_length_that_changed_since_the_scan(folder):
+def test_fingerprint_notices_audio_of_the_same_length_that_changed_or_vanished_since_the_scan(folder):
     scan_folder(folder, valid_fraction=0.0)
     before = fingerprint(load_manifest(folder / "manifest", "train"))
     write_audio(folder / "audio" / "speaker" / "0.wav", 0.5, seed=77)
-    assert before != fingerprint(load_manifest(folder / "manifest", "train"))
+    changed = fingerprint(load_manifest(folder / "manifest", "train"))
+    (folder / "audio" / "speaker" / "0.wav").unlink()
+    assert len({before, changed, fingerprint(load_manifest(folder / "manifest", "train"))}) == 3
