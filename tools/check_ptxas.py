@@ -1,6 +1,6 @@
 """Fails where a CUDA kernel keeps variables in local memory: spilled registers, or arrays that are indexed at run time.
 
-    python tools/check_ptxas.py --compile csrc/cuda/first_layer.cu --arch 80 --arch 90a      # compiles for each
+    python tools/check_ptxas.py --compile csrc/cuda/activations.cu --arch 80 --arch 90a      # compiles for each
     cmake --build build/cuda 2>&1 | python tools/check_ptxas.py -                            # reads what ptxas -v said
 
 ptxas says it under ``-Xptxas -v`` for each kernel and architecture. With ``--sass FOLDER`` (that of cuobjdump), compiled

@@ -89,12 +89,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__device__ float warp_sum(float value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
-  return value;
-}
-
 // One warp a row: lane l holds runs l, l + 32, ... of kWidth channels, kRuns of them at most.
 template <int kRuns>
 struct RowOfWarp {
@@ -319,20 +313,6 @@ void check(const Rows& rows, const char* name) {
           "batch and frames must be positive and rows at least frames");
   require(rows.channels % 64 == 0 && rows.channels >= 64 && rows.channels <= kMaxChannels, name,
           "channels must be a multiple of 64, at most 1024");
-}
-
-// Calls function(T()) with the C++ type of a dtype.
-template <class Function>
-void with_type(Dtype dtype, const char* name, Function function) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return function(float());
-    case Dtype::kBfloat16:
-      return function(Bfloat16());
-    case Dtype::kFloat16:
-      return function(Float16());
-  }
-  require(false, name, "unknown dtype");
 }
 
 // Runs of 8 channels that a lane holds of a row: 512 channels fill two, 1,024 four.

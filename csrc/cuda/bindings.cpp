@@ -87,9 +87,14 @@ void bind_first_layer(py::module_& m) {
       "first_layer_forward",
       [](const FirstLayer& layer, Address statistics, Address filters, Address norm_bias, double epsilon,
          Address activations, Size rows, int dtype, Address stream) {
-        first_layer_forward(layer, pointer<const double>(statistics), pointer<const float>(filters),
-                            pointer<const float>(norm_bias), epsilon, data(activations), rows, dtype_of(dtype),
-                            queue(stream));
+        if (norm_bias == 0) {
+          first_layer_group_norm_forward(layer, pointer<const double>(statistics), pointer<const float>(filters),
+                                         data(activations), rows, dtype_of(dtype), queue(stream));
+        } else {
+          first_layer_layer_norm_forward(layer, pointer<const double>(statistics), pointer<const float>(filters),
+                                         pointer<const float>(norm_bias), epsilon, data(activations), rows,
+                                         dtype_of(dtype), queue(stream));
+        }
       },
       arg("layer"), py::kw_only(), arg("statistics"), arg("filters"), arg("norm_bias"), arg("epsilon"),
       arg("activations"), arg("rows"), arg("dtype"), arg("stream"), unlocked());

@@ -56,10 +56,12 @@ void first_layer_group_norm(const FirstLayer& layer, const std::int64_t* valid_s
 void first_layer_layer_norm(const FirstLayer& layer, const float* weight, const float* bias, const float* norm_weight,
                             double* statistics, float* filters, cudaStream_t stream);
 
-// activations [batch, rows, channels] of `dtype`. Under group norm, norm_bias is null (it is in the filters).
-void first_layer_forward(const FirstLayer& layer, const double* statistics, const float* filters,
-                         const float* norm_bias, double epsilon, void* activations, std::int64_t rows, Dtype dtype,
-                         cudaStream_t stream);
+// activations [batch, rows, channels] of `dtype`. Group norm's bias is in the filters.
+void first_layer_group_norm_forward(const FirstLayer& layer, const double* statistics, const float* filters,
+                                    void* activations, std::int64_t rows, Dtype dtype, cudaStream_t stream);
+void first_layer_layer_norm_forward(const FirstLayer& layer, const double* statistics, const float* filters,
+                                    const float* norm_bias, double epsilon, void* activations, std::int64_t rows,
+                                    Dtype dtype, cudaStream_t stream);
 
 // From the gradient of the activations to sums over frames, and the activations once more.
 // gradients [batch, rows, channels] of `dtype`; overwritten by the activations (dead rows stay as they are).

@@ -7,12 +7,28 @@
 #include <cstdint>
 #include <cstring>
 
+#include "dtype.h"
 #include "gelu.h"
+#include "launch.h"
 
 namespace hubert_fast::cuda {
 
 using Bfloat16 = __nv_bfloat16;
 using Float16 = __half;
+
+// Calls function(T()) with the C++ type of a dtype.
+template <class Function>
+void with_type(Dtype dtype, const char* name, Function function) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return function(float());
+    case Dtype::kBfloat16:
+      return function(Bfloat16());
+    case Dtype::kFloat16:
+      return function(Float16());
+  }
+  require(false, name, "unknown dtype");
+}
 
 // Which GELU is exact for a type.
 template <class T>

@@ -28,7 +28,8 @@ from tests.ops.frontend_problem import HUBERT, Problem
 
 ROOT = Path(__file__).parents[3]
 SOURCES = [
-    "csrc/cuda/first_layer.cu",
+    "csrc/cuda/first_layer_group_norm.cu",
+    "csrc/cuda/first_layer_layer_norm.cu",
     "csrc/cuda/activations.cu",
     "csrc/cuda/bindings.cpp",
     "csrc/cuda/gemm.cpp",
