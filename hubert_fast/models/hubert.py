@@ -11,8 +11,9 @@ from hubert_fast.models.checks import check_audio, check_labels, check_mask
 from hubert_fast.models.logits import LogitGenerator
 from hubert_fast.models.masking import MaskGenerator
 from hubert_fast.models.plain import is_plain
-from hubert_fast.models.plan import StepPlan, make_plan
+from hubert_fast.models.plan import PlanSettings, StepPlan, make_plan
 from hubert_fast.models.wav2vec2 import Wav2Vec2Model
+from hubert_fast.ops.host_tensors import to_device
 
 
 class Encoded(NamedTuple):
@@ -107,8 +108,7 @@ class HuBERTPretrainModel(nn.Module):
             audio_lengths = plan.valid_samples
         features, lengths = self.wav2vec2.feature_extractor(waveforms, audio_lengths)
         if plan is None:  # made while a GPU is at work on the features
-            settings = {"valid_samples": None, "mask": mask, "masked_only": masked_only}
-            plan = self._plan(labels, lengths, features.shape[:2], features.device, **settings)
+            plan = self._plan(labels, lengths, mask, features.shape[:2], features.device, PlanSettings(masked_only))
         elif features.shape[:2] != plan.layout[:2]:
             raise ValueError(
                 f"plan must be of the {features.shape[0]} x {features.shape[1]} frames of waveforms; it is of "
@@ -152,28 +152,19 @@ class HuBERTPretrainModel(nn.Module):
         extractor = self.wav2vec2.feature_extractor
         lengths = None if audio_lengths is None else extractor.output_lengths(audio_lengths)
         grid = len(labels), int(extractor.output_lengths(torch.tensor(samples)))
-        valid_samples = audio_lengths if extractor.padding_invariant else None
-        settings = {
-            "valid_samples": valid_samples,
-            "mask": mask,
-            "masked_only": masked_only,
-            "rows": rows,
-            "kept": kept,
-        }
-        return self._plan(labels, lengths, grid, torch.device(device), **settings)
+        plan = self._plan(labels, lengths, mask, grid, torch.device(device), PlanSettings(masked_only, rows, kept))
+        if extractor.padding_invariant and audio_lengths is not None:
+            plan = plan._replace(valid_samples=to_device(audio_lengths, torch.device(device)))
+        return plan
 
     def _plan(
         self,
         labels: Tensor,
         lengths: Optional[Tensor],  # [batch], frames
+        mask: Optional[Tensor],
         grid: tuple[int, int],  # (batch, frames)
         device: torch.device,
-        *,
-        valid_samples: Optional[Tensor],
-        mask: Optional[Tensor],
-        masked_only: bool,
-        rows: Optional[int] = None,
-        kept: Optional[int] = None,
+        settings: PlanSettings,
     ) -> StepPlan:
         batch, frames = grid
         check_labels(labels, batch, frames)
@@ -183,19 +174,11 @@ class HuBERTPretrainModel(nn.Module):
             if lengths is not None and not torch.compiler.is_compiling():
                 lengths = lengths.cpu()  # the draw needs them
             mask = self.mask_generator.draw(batch, frames, lengths)
-        return make_plan(
-            labels,
-            lengths,
-            mask,
-            # One that is called as a module draws them there.
-            self.mask_generator.draw_channels(batch) if is_plain(self.mask_generator, MaskGenerator) else None,
-            device,
-            valid_samples=valid_samples,
-            num_classes=self.logit_generator.num_classes,
-            masked_only=masked_only,
-            rows=rows,
-            kept=kept,
+        # A generator that is called as a module draws them there.
+        channel_mask = (
+            self.mask_generator.draw_channels(batch) if is_plain(self.mask_generator, MaskGenerator) else None
         )
+        return make_plan(labels, lengths, mask, channel_mask, device, self.logit_generator.num_classes, settings)
 
 
 class _ScaleGradient(torch.autograd.Function):

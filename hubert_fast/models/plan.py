@@ -51,20 +51,24 @@ def _tensors(plan: StepPlan) -> list[Optional[Tensor]]:
     return [plan.layout.index, plan.layout.offsets, plan.layout.key_lengths, *plan[1:]]
 
 
+class PlanSettings(NamedTuple):
+    """Which rows a step computes; the arguments of `HuBERTPretrainModel.plan`."""
+
+    masked_only: bool
+    rows: Optional[int] = None
+    kept: Optional[int] = None
+
+
 def make_plan(
     labels: Tensor,  # [batch, frames] integer
     lengths: Optional[Tensor],  # [batch], frames
     mask: Tensor,  # [batch, frames] bool
     channel_mask: Optional[Tensor],  # [batch, dim] bool
     device: torch.device,
-    *,
-    valid_samples: Optional[Tensor],
     num_classes: int,
-    masked_only: bool,
-    rows: Optional[int] = None,
-    kept: Optional[int] = None,
+    settings: PlanSettings,
 ) -> StepPlan:
-    """The plan of a batch, for a model on ``device``.
+    """The plan of a batch, for a model on ``device``, without ``valid_samples``.
 
     Lengths on the CPU leave out the padding; with a mask there too, ``masked_only`` leaves out all but the masked rows after
     the last layer. What lies on a GPU may not decide about shapes: then the whole grid, or all rows, are computed. So it is in
@@ -75,6 +79,7 @@ def make_plan(
             what it needs on the CPU.
     """
     batch, frames = labels.shape
+    masked_only, rows, kept = settings
     fixed = torch.compiler.is_compiling()
     if fixed or not _on_host(lengths):
         if rows is not None:
@@ -94,11 +99,9 @@ def make_plan(
         labels, masked, unmasked = (each.index_select(0, keep) for each in (labels, masked, unmasked))
     if channel_mask is not None:
         channel_mask = to_device(channel_mask, device)
-    if valid_samples is not None:
-        valid_samples = to_device(valid_samples, device)
     # Wrappers such as FSDP bring whatever lies on the host to the device, and the host would wait for it.
     layout = layout._replace(host_index=None)
-    return StepPlan(layout, mask, channel_mask, keep, labels, masked, unmasked, valid_samples)
+    return StepPlan(layout, mask, channel_mask, keep, labels, masked, unmasked, None)
 
 
 def _on_host(x: Optional[Tensor]) -> bool:
