@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from hubert_fast.pretrain.audio import AudioError
 from hubert_fast.pretrain.config import DataConfig
+from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.epoch_plan import plan_epoch, smallest_batch
 from hubert_fast.pretrain.frames import SAMPLE_RATE
 from hubert_fast.pretrain.like_length import batches_of_like_length
@@ -32,14 +33,13 @@ class GlobalBatches:
     global batch.
 
     Every epoch holds every utterance once. Rows are dealt as evenly as can be over the ``world_size * accumulate``
-    micro-batches.
+    micro-batches. For a GPU their tensors are page-locked.
 
     Args:
         cuts: utterances with at least one frame each.
         units: of every cut.
         masks: the model's mask generator.
         accumulate: micro-batches of each rank.
-        pin_memory: hand over page-locked tensors.
 
     Raises:
         ValueError: no utterances; units that are missing or of another length; a ``batch_seconds`` in which fewer of
@@ -56,26 +56,15 @@ class GlobalBatches:
         *,
         seed: int,
         accumulate: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        pin_memory: bool = False,
+        process: Process,
     ) -> None:
-        micro_batches = _micro_batches(accumulate, rank, world_size)
-        self._utterances = Utterances(
-            cuts,
-            units,
-            masks,
-            seed=seed,
-            purpose=TRAINING,
-            max_seconds=config.max_seconds,
-            normalize_audio=config.normalize_audio,
-            micro_batches=micro_batches,
-            mine=range(rank, micro_batches, world_size),
-        )
+        micro_batches = _micro_batches(accumulate, process)
+        parts = [slice(part, None, micro_batches) for part in range(process.rank, micro_batches, process.world_size)]
+        self._utterances = Utterances(cuts, units, config, masks, seed=seed, purpose=TRAINING, parts=parts)
         self._budget = _budget(self._utterances.samples, config.batch_seconds, micro_batches)
         self._seed = seed
         self._workers = config.workers
-        self._pin_memory = pin_memory
+        self._pin_memory = process.device.type == "cuda"
         self._epoch = self._batch = 0
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -128,27 +117,16 @@ class ValidationBatches:
         *,
         seed: int,
         accumulate: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        pin_memory: bool = False,
+        process: Process,
     ) -> None:
-        self._utterances = Utterances(
-            cuts,
-            units,
-            masks,
-            seed=seed,
-            purpose=VALIDATION,
-            max_seconds=None,
-            normalize_audio=config.normalize_audio,
-            micro_batches=1,
-            mine=[0],
-        )
-        budget = round(config.batch_seconds * SAMPLE_RATE) // _micro_batches(accumulate, rank, world_size)
+        whole = [slice(None)]
+        self._utterances = Utterances(cuts, units, config, masks, seed=seed, purpose=VALIDATION, parts=whole)
+        budget = round(config.batch_seconds * SAMPLE_RATE) // _micro_batches(accumulate, process)
         plan = [np.array(rows) for rows in batches_of_like_length(self._utterances.samples, budget)]
         places = [Place(0, batch, last=batch + 1 == len(plan)) for batch in range(len(plan))]
-        self._places = list(zip(places, plan, strict=True))[rank::world_size]
+        self._places = list(zip(places, plan, strict=True))[process.rank :: process.world_size]
         self._workers = config.workers
-        self._pin_memory = pin_memory
+        self._pin_memory = process.device.type == "cuda"
         self._next = 0
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -169,7 +147,8 @@ class ValidationBatches:
         self._next = state["batch"]
 
 
-def _micro_batches(accumulate: int, rank: int, world_size: int) -> int:
+def _micro_batches(accumulate: int, process: Process) -> int:
+    rank, world_size = process.rank, process.world_size
     if not 0 <= rank < world_size or accumulate < 1:
         raise ValueError(
             f"rank={rank}, world_size={world_size}, accumulate={accumulate}; 0 <= rank < world_size, accumulate >= 1"

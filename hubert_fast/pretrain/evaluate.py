@@ -20,6 +20,7 @@ from tqdm import tqdm
 from hubert_fast.pretrain import atomic
 from hubert_fast.pretrain.audio import load_audio, normalized, utterance_samples
 from hubert_fast.pretrain.codebook import Codebook, fit_codebook
+from hubert_fast.pretrain.config import EvaluationConfig
 from hubert_fast.pretrain.features import MfccFeatures, all_layers, file_sha256, load_model
 from hubert_fast.pretrain.frames import FRAMES_PER_SECOND, SAMPLE_RATE, num_frames, num_samples
 from hubert_fast.pretrain.like_length import batches_of_like_length
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 MFCC = "mfcc"
 TRAINING_UNITS = "training_units"
+_BATCH_SECONDS = 60.0  # of a model call
 _FIT_BYTES = 2 * 1024**3
 _MIN_FRAMES_PER_CLUSTER = 20
 _OVERSAMPLING = 4
@@ -43,15 +45,12 @@ _NO_ALIGNMENTS = "The held-out part has no phone alignments, so phone purity, cl
 def evaluate(
     iteration_dir: Path,
     manifest_dir: Path,
+    config: EvaluationConfig,
     *,
-    clusters: int,
     seed: int,
     device: str = "cpu",
     autocast: bool = True,
     normalize_audio: bool = False,
-    fit_frames: int = 100_000,
-    init_attempts: int = 5,
-    batch_seconds: float = 60.0,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Score an iteration on the held-out part and write ``iteration_dir/evaluation.json``.
@@ -61,14 +60,12 @@ def evaluate(
     Args:
         iteration_dir: ``RUN/iterationN``, trained: holds train/model.safetensors, train/metrics.jsonl and units/.
         manifest_dir: ``RUN/manifest``.
-        clusters: k-means clusters of every representation that is fitted here (the training units keep their own).
+        config: how every representation is clustered (the training units keep their own clusters). k-means is fitted on
+            fewer frames where all layers of them would fill more than 2 GiB.
         seed: of the choice of frames, of k-means and of the chance level.
         device: where the model runs.
         autocast: bfloat16 in the model.
         normalize_audio: the model was trained on utterances of zero mean and unit variance.
-        fit_frames: frames that k-means is fitted on, fewer where all layers of them would fill more than 2 GiB.
-        init_attempts: k-means++ starts of every representation.
-        batch_seconds: audio of a model call.
         progress: show progress bars.
 
     Returns:
@@ -81,12 +78,10 @@ def evaluate(
     target, weights = iteration_dir / "evaluation.json", iteration_dir / "train" / "model.safetensors"
     cuts = {split: list(load_manifest(manifest_dir, split)) for split in SPLITS}
     settings = {
-        "clusters": clusters,
+        **dataclasses.asdict(config),
         "seed": seed,
         "autocast": autocast,
         "normalize_audio": normalize_audio,
-        "fit_frames": fit_frames,
-        "init_attempts": init_attempts,
         "weights_sha256": file_sha256(weights),
         "utterances_sha256": fingerprint([*cuts["train"], *cuts["valid"]]),
     }
@@ -98,13 +93,11 @@ def evaluate(
     scored = [cut for cut in cuts["valid"] if phone_alignment(cut)]
     if scored:
         encode = _Encoder(weights, device=device, autocast=autocast, normalize_audio=normalize_audio)
-        reader = _Reader(batch_seconds, progress)
-        codebooks, fitted = _fit_codebooks(
-            cuts["train"], reader, encode, clusters, fit_frames, init_attempts, seed=seed
-        )
+        reader = _Reader(progress)
+        codebooks, fitted = _fit_codebooks(cuts["train"], reader, encode, config, seed=seed)
         training_units = Units.load(iteration_dir / "units" / "valid.safetensors")
         held_out = _HeldOut(scored, reader, encode, codebooks, training_units)
-        result |= {"clusters": clusters, "fit_frames": fitted} | held_out.description()
+        result |= {"clusters": config.clusters, "fit_frames": fitted} | held_out.description()
         result["representations"] = held_out.scores(seed)
     else:
         result["note"] = _NO_ALIGNMENTS
@@ -143,13 +136,12 @@ class _Encoder:
 class _Reader:
     """Turns cuts into batches of audio, utterances of like length together."""
 
-    batch_seconds: float
     progress: bool
 
     def batches(self, cuts: Sequence[Cut], title: str) -> Iterator[tuple[list[Cut], list[np.ndarray]]]:
         with audio_progress(sum(map(_seconds, cuts)), title, enabled=self.progress) as bar:
             samples = [utterance_samples(cut) for cut in cuts]
-            for indices in batches_of_like_length(samples, self.batch_seconds * SAMPLE_RATE):
+            for indices in batches_of_like_length(samples, _BATCH_SECONDS * SAMPLE_RATE):
                 batch = [cuts[index] for index in indices]
                 yield batch, [load_audio(cut) for cut in batch]
                 bar.update(sum(map(_seconds, batch)))
@@ -160,18 +152,11 @@ def _seconds(cut: Cut) -> float:
 
 
 def _fit_codebooks(
-    cuts: list[Cut],
-    reader: _Reader,
-    encode: _Encoder,
-    clusters: int,
-    fit_frames: int,
-    init_attempts: int,
-    *,
-    seed: int,
+    cuts: list[Cut], reader: _Reader, encode: _Encoder, config: EvaluationConfig, *, seed: int
 ) -> tuple[dict[str, Codebook], int]:
     """A codebook per representation, and on how many frames each was fitted."""
     rng = np.random.default_rng(seed)
-    fit_frames = _affordable_frames(fit_frames, encode, clusters)
+    fit_frames = _affordable_frames(config.fit_frames, encode, config.clusters)
     chosen, share = _choose_utterances(cuts, fit_frames, rng)
     kept: dict[str, list[np.ndarray]] = {}
     for _, waveforms in reader.batches(chosen, "features for k-means"):
@@ -184,7 +169,7 @@ def _fit_codebooks(
     for name in tqdm(list(kept), desc="k-means", unit=" representations", disable=not reader.progress):
         # Popped, so that the memory of a representation is free once it is clustered.
         features = np.concatenate(kept.pop(name))
-        codebooks[name] = fit_codebook([features], clusters, seed=seed, init_attempts=init_attempts)
+        codebooks[name] = fit_codebook([features], config.clusters, seed=seed, init_attempts=config.init_attempts)
     return codebooks, fitted
 
 

@@ -5,7 +5,6 @@ Each stage leaves files in the run directory and is skipped where its files are 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +100,6 @@ class Run:
 
     def train(self, number: int, *, resume: bool) -> TrainResult:
         """The model of iteration ``number``; one that is trained is kept."""
-        settings = self.settings(number)
         directory = self.iteration_directory(number)
 
         def resumes() -> bool:
@@ -109,19 +107,14 @@ class Run:
             return resume or weights_path(directory / "train").exists()
 
         return train(
-            settings.model,
-            self.config.data_of(settings),
-            settings.optimizer,
-            settings.objective,
-            self.config.logging,
+            self.config,
+            self.settings(number),
             manifest_dir=self.manifest,
             units_dir=directory / "units",
             out=directory / "train",
-            seed=self.config.seed,
-            resume=on_main(self.process, resumes),
-            autocast=self.config.autocast,
-            progress=self.progress,
             process=self.process,
+            resume=on_main(self.process, resumes),
+            progress=self.progress,
         )
 
     def evaluate(self, number: int) -> None:
@@ -135,12 +128,12 @@ class Run:
                 evaluate(
                     directory,
                     self.manifest,
+                    self.config.evaluation,
                     seed=self.config.seed,
                     device=str(self.process.device),
                     autocast=self.config.autocast,
                     normalize_audio=data.normalize_audio,
                     progress=self.progress,
-                    **dataclasses.asdict(self.config.evaluation),
                 )
 
         on_main(self.process, work)

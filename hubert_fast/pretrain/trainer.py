@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from hubert_fast.pretrain.checkpoint import (
     remove_leftovers,
     require_same_run,
 )
-from hubert_fast.pretrain.config import DataConfig, LoggingConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
-from hubert_fast.pretrain.distributed import Process, joined
+from hubert_fast.pretrain.config import IterationConfig, PretrainConfig
+from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.main_only import on_main
 from hubert_fast.pretrain.manifest import load_manifest
 from hubert_fast.pretrain.metrics_log import metrics_path, read_metrics
@@ -58,27 +57,20 @@ class TrainResult:
 
 
 def train(
-    model_config: ModelConfig,
-    data_config: DataConfig,
-    optimizer_config: OptimizerConfig,
-    objective_config: ObjectiveConfig,
-    logging_config: LoggingConfig,
+    config: PretrainConfig,
+    iteration: IterationConfig,  # of config
     *,
     manifest_dir: Path,
     units_dir: Path,
     out: Path,
-    seed: int,
+    process: Process,
     resume: bool = False,
-    device: str = "cpu",
-    autocast: bool = True,
     progress: bool = True,
-    process: Process | None = None,
 ) -> TrainResult:
     """Train a new model on the units of ``units_dir`` and write ``out``/model.safetensors, metrics and checkpoints.
 
-    Under ``torchrun`` every rank calls it; pass ``process`` where `distributed.joined` has been entered already (then
-    ``device`` is not read), otherwise it is entered here. With ``resume``, goes on from the newest good checkpoint, or
-    from the start where there is none, and does nothing where the weights are there. ``autocast``: bfloat16.
+    Under ``torchrun`` every rank calls it; ``process`` is that of `distributed.joined`. With ``resume``, goes on from the
+    newest good checkpoint, or from the start where there is none, and does nothing where the weights are there.
 
     Raises:
         FileExistsError: without ``resume``, if ``out`` holds an earlier run.
@@ -87,42 +79,27 @@ def train(
         CorruptCheckpointError, NonFiniteTrainingError, DiskFullError, TrainingInterrupted: see `Trainer.fit`.
     """
     out = Path(out)
-    with joined(device) if process is None else nullcontext(process) as this_process:
-        units_path = Path(units_dir) / "train.safetensors"
-        units = _units(units_path)
-        description = _description(
-            model_config,
-            data_config,
-            optimizer_config,
-            objective_config,
-            units.num_classes,
-            on_main(this_process, lambda: _sha256(units_path)),
-            seed,
+    units_path = Path(units_dir) / "train.safetensors"
+    num_classes = _units(units_path).num_classes
+    description = _description(config, iteration, num_classes, on_main(process, lambda: _sha256(units_path)))
+    on_main(process, lambda: _require_free_or_resumed(out, description, resume))
+    if not process.from_main(weights_path(out).exists()):
+        torch.manual_seed(config.seed)
+        model = iteration.model.build(num_classes)
+        trainer = Trainer(
+            PretrainingObjective(model, **dataclasses.asdict(iteration.objective)).to(process.device),
+            *_batches(manifest_dir, units_dir, config, iteration, model, process),
+            config,
+            iteration,
+            process=process,
+            out=out,
+            description=description,
+            progress=progress,
         )
-        on_main(this_process, lambda: _require_free_or_resumed(out, description, resume))
-        if not this_process.from_main(weights_path(out).exists()):
-            torch.manual_seed(seed)
-            model = model_config.build(units.num_classes)
-            objective = PretrainingObjective(model, **dataclasses.asdict(objective_config)).to(this_process.device)
-            trainer = Trainer(
-                objective,
-                *_batches(
-                    manifest_dir, units_dir, data_config, optimizer_config, model, seed=seed, process=this_process
-                ),
-                optimizer_config,
-                logging_config,
-                process=this_process,
-                out=out,
-                description=description,
-                seed=seed,
-                autocast=autocast,
-                unused_parameters=model_config.encoder_layer_drop > 0 or model_config.mask_prob == 0,
-                progress=progress,
-            )
-            _restore_newest(trainer)
-            trainer.fit()
-            on_main(this_process, lambda: _write_weights(out, model, description))
-        return on_main(this_process, lambda: _result(out, optimizer_config.steps))
+        _restore_newest(trainer)
+        trainer.fit()
+        on_main(process, lambda: _write_weights(out, model, description))
+    return on_main(process, lambda: _result(out, iteration.optimizer.steps))
 
 
 def weights_path(out: Path) -> Path:
@@ -130,31 +107,24 @@ def weights_path(out: Path) -> Path:
 
 
 def _description(
-    model_config: ModelConfig,
-    data_config: DataConfig,
-    optimizer_config: OptimizerConfig,
-    objective_config: ObjectiveConfig,
-    num_classes: int,
-    units_sha256: str,
-    seed: int,
+    config: PretrainConfig, iteration: IterationConfig, num_classes: int, units_sha256: str
 ) -> dict[str, Any]:
     """What decides the weights that come out, and so may not change on the way. Workers and micro-batches may."""
-    optimizer = dataclasses.asdict(optimizer_config)
+    optimizer, objective = dataclasses.asdict(iteration.optimizer), dataclasses.asdict(iteration.objective)
     del optimizer["accumulate"]
-    data = {name: getattr(data_config, name) for name in ("batch_seconds", "max_seconds", "normalize_audio")}
+    own = config.data_of(iteration)
+    data = {name: getattr(own, name) for name in ("batch_seconds", "max_seconds", "normalize_audio")}
     data["units_sha256"] = units_sha256
-    settings = {"seed": seed, "optimizer": optimizer, "objective": dataclasses.asdict(objective_config), "data": data}
-    return {"model_config": model_config.to_json(), "num_classes": num_classes, "settings": json.dumps(settings)}
+    settings = {"seed": config.seed, "optimizer": optimizer, "objective": objective, "data": data}
+    return {"model_config": iteration.model.to_json(), "num_classes": num_classes, "settings": json.dumps(settings)}
 
 
 def _batches(
     manifest_dir: Path,
     units_dir: Path,
-    data_config: DataConfig,
-    optimizer_config: OptimizerConfig,
+    config: PretrainConfig,
+    iteration: IterationConfig,
     model: nn.Module,
-    *,
-    seed: int,
     process: Process,
 ) -> tuple[GlobalBatches, ValidationBatches | None]:
     """The training batches and, where utterances are held out, the validation batches."""
@@ -165,13 +135,11 @@ def _batches(
             streams[split] = stream(
                 cuts,
                 _units(Path(units_dir) / f"{split}.safetensors"),
-                data_config,
+                config.data_of(iteration),
                 model.mask_generator,
-                seed=seed,
-                accumulate=optimizer_config.accumulate,
-                rank=process.rank,
-                world_size=process.world_size,
-                pin_memory=process.device.type == "cuda",
+                seed=config.seed,
+                accumulate=iteration.optimizer.accumulate,
+                process=process,
             )
     return streams["train"], streams.get("valid")
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from hubert_fast.pretrain.checkpoint import checkpoint_path, save_checkpoint
-from hubert_fast.pretrain.config import LoggingConfig, OptimizerConfig
+from hubert_fast.pretrain.config import IterationConfig, ModelConfig, PretrainConfig
 from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.finite import FiniteGuard
 from hubert_fast.pretrain.interrupts import StopRequest, TrainingInterrupted
@@ -51,11 +51,10 @@ class BatchStream(Protocol):
 
 
 class Trainer:
-    """Takes ``optimizer_config.steps`` updates of ``objective.model``, logging, validating and saving below ``out``.
+    """Takes ``iteration.optimizer.steps`` updates of ``objective.model``, logging, validating and saving below ``out``.
 
     ``objective`` is a `hubert_fast.PretrainingObjective` on the process's device, equal on every rank. ``description``
-    is stored in each checkpoint (see `checkpoint.require_same_run`). ``unused_parameters``: an update may leave out
-    parameters (layer drop does), which DDP must then look for.
+    is stored in each checkpoint (see `checkpoint.require_same_run`).
     """
 
     def __init__(
@@ -63,43 +62,39 @@ class Trainer:
         objective: nn.Module,
         batches: BatchStream,
         valid_batches: Iterable[list[Batch]] | None,
-        optimizer_config: OptimizerConfig,
-        logging_config: LoggingConfig,
+        config: PretrainConfig,
+        iteration: IterationConfig,  # of config
         *,
         process: Process,
         out: Path,
         description: Mapping[str, Any],
-        seed: int,
-        autocast: bool,
-        unused_parameters: bool,
         progress: bool,
     ) -> None:
         self.objective = objective
-        self.parallel = _data_parallel(objective, unused_parameters) if process.world_size > 1 else objective
+        self.parallel = _data_parallel(objective, iteration.model) if process.world_size > 1 else objective
         self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        settings = iteration.optimizer
         self.optimizer = torch.optim.AdamW(  # decays every parameter, as the recipe does
             self.parameters,
-            lr=optimizer_config.learning_rate,
-            betas=optimizer_config.betas,
-            eps=optimizer_config.eps,
-            weight_decay=optimizer_config.weight_decay,
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.steps = optimizer_config.steps
-        self.clip_norm = optimizer_config.clip_norm
-        self.scheduler = linear_warmup_decay(
-            self.optimizer, steps=self.steps, warmup_fraction=optimizer_config.warmup_fraction
-        )
+        self.steps = settings.steps
+        self.clip_norm = settings.clip_norm
+        self.scheduler = linear_warmup_decay(self.optimizer, steps=self.steps, warmup_fraction=settings.warmup_fraction)
         self.batches = batches
         self.position = batches.state_dict()
         self.valid_batches = valid_batches
-        self.logging = logging_config
+        self.logging = config.logging
         self.process = process
         self.checkpoints = Path(out) / "checkpoints"
         self.out = Path(out)
         self.description = dict(description)
-        self.seed = seed
-        self.autocast = autocast
+        self.seed = config.seed
+        self.autocast = config.autocast
         self.progress = progress
         self.meter = Meter(process.device)
         self.guard = FiniteGuard(process.device)
@@ -107,7 +102,7 @@ class Trainer:
         self.step = 0
         self.learning_rate = self.scheduler.get_last_lr()[0]
         self._saved_step = -1
-        seed_everything(seed, process.rank)
+        seed_everything(self.seed, process.rank)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from the ``state`` of a checkpoint of the same run."""
@@ -275,10 +270,11 @@ class Trainer:
         bar.update()
 
 
-def _data_parallel(objective: nn.Module, unused_parameters: bool) -> DistributedDataParallel:
+def _data_parallel(objective: nn.Module, model: ModelConfig) -> DistributedDataParallel:
     return DistributedDataParallel(  # without device_ids, which would move lengths and mask to the GPU
         objective,
-        find_unused_parameters=unused_parameters,
+        # An update may leave out the parameters of a dropped layer, or the mask embedding where nothing is masked.
+        find_unused_parameters=model.encoder_layer_drop > 0 or model.mask_prob == 0,
         gradient_as_bucket_view=True,
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hubert_fast.pretrain.audio import AudioError, load_audio, normalized, utterance_samples
+from hubert_fast.pretrain.config import DataConfig
 from hubert_fast.pretrain.frames import FRAME_SHIFT, SAMPLE_RATE, num_frames, num_samples
 from hubert_fast.pretrain.units import Units
 
@@ -60,23 +61,21 @@ class Utterances(Dataset):
     their stead: raised in a worker it would reach the user wrapped in the worker's traceback.
 
     Args:
-        max_seconds: longer utterances are cropped on a frame boundary, anew for every place; None never crops.
-        purpose: `TRAINING` or `VALIDATION`.
-        micro_batches: into how many a global batch is split; ``mine`` are those of this rank.
+        purpose: `TRAINING` crops what is longer than ``max_seconds`` on a frame boundary, anew for every place;
+            `VALIDATION` never crops.
+        parts: the rows of a global batch that each micro-batch of this rank takes.
     """
 
     def __init__(
         self,
         cuts: Sequence[Cut],
         units: Units,
+        config: DataConfig,
         masks: MaskSource,
         *,
         seed: int,
         purpose: int,
-        max_seconds: float | None,
-        normalize_audio: bool,
-        micro_batches: int,
-        mine: Sequence[int],
+        parts: Sequence[slice],
     ) -> None:
         self._cuts = list(cuts)
         if not self._cuts:
@@ -84,15 +83,15 @@ class Utterances(Dataset):
         self._units = units
         # A copy on the CPU: the model's own may be on a GPU, which a forked worker must not touch.
         self._masks = copy.deepcopy(masks).cpu() if isinstance(masks, torch.nn.Module) else masks
-        self._seed, self._purpose, self._normalize = seed, purpose, normalize_audio
-        self._micro_batches, self._mine = micro_batches, list(mine)
+        self._seed, self._purpose, self._parts = seed, purpose, parts
+        self._normalize = config.normalize_audio
         whole = np.array([utterance_samples(cut) for cut in self._cuts])
         _check_units(self._cuts, whole, units)
         whole_frames = _frames(whole)
-        limit = int(whole.max()) if max_seconds is None else round(max_seconds * SAMPLE_RATE)
+        limit = round(config.max_seconds * SAMPLE_RATE) if purpose == TRAINING else int(whole.max())
         most_frames = num_frames(limit)
         if most_frames == 0:
-            raise ValueError(f"max_seconds={max_seconds} is shorter than one frame (0.025 s)")
+            raise ValueError(f"max_seconds={config.max_seconds} is shorter than one frame (0.025 s)")
         self.samples: np.ndarray = np.where(whole > limit, num_samples(most_frames), whole)
         """int64 ``[utterances]``, after cropping"""
         self._frames = np.minimum(whole_frames, most_frames)
@@ -112,9 +111,8 @@ class Utterances(Dataset):
         rng = np.random.default_rng([self._seed, self._purpose, place.epoch, place.batch])
         starts = rng.integers(0, self._spare_frames[rows], endpoint=True)
         mask = _draw(self._masks, self._frames[rows], seed=int(rng.integers(2**63)))
-        parts = (slice(part, None, self._micro_batches) for part in self._mine)
         longest = int(self.samples[rows].max())
-        return [self._micro_batch(rows[part], starts[part], mask[part], longest) for part in parts]
+        return [self._micro_batch(rows[part], starts[part], mask[part], longest) for part in self._parts]
 
     def _micro_batch(self, rows: np.ndarray, starts: np.ndarray, mask: Tensor, longest: int) -> Batch:
         lengths = self.samples[rows]

@@ -11,6 +11,7 @@ from hubert_fast.models.masking import MaskGenerator
 from hubert_fast.pretrain.audio import AudioError, NonFiniteAudioError
 from hubert_fast.pretrain.batches import Batch, GlobalBatches, ValidationBatches
 from hubert_fast.pretrain.config import DataConfig
+from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.frames import num_frames
 from hubert_fast.pretrain.manifest import load_manifest
 from hubert_fast.pretrain.units import Units
@@ -43,9 +44,9 @@ def parts(folder):
     return load_manifest(folder / "manifest", "train"), Units.load(folder / "units.safetensors")
 
 
-def stream(folder, *, kind=GlobalBatches, seed=0, config=CONFIG, masks=None, split=None, **changes):
-    config = dataclasses.replace(config, **{name: changes.pop(name) for name in list(changes) if hasattr(config, name)})
-    return kind(*parts(folder), config, masks or HalfMasked(), seed=seed, **changes)
+def stream(folder, *, kind=GlobalBatches, seed=0, masks=None, rank=0, world_size=1, accumulate=1, **changes):
+    config, process = dataclasses.replace(CONFIG, **changes), Process(rank=rank, world_size=world_size)
+    return kind(*parts(folder), config, masks or HalfMasked(), seed=seed, accumulate=accumulate, process=process)
 
 
 def take(batches, count):
@@ -246,7 +247,7 @@ def test_settings_that_cannot_work_are_named(folder, changes, message):
 
 def test_no_utterances_is_an_error(folder):
     with pytest.raises(ValueError, match="cuts is empty"):
-        GlobalBatches([], parts(folder)[1], CONFIG, HalfMasked(), seed=0)
+        GlobalBatches([], parts(folder)[1], CONFIG, HalfMasked(), seed=0, process=Process())
 
 
 def test_validation_holds_every_utterance_whole_and_is_the_same_every_time(folder):

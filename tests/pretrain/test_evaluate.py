@@ -7,7 +7,7 @@ import soundfile
 import torch
 
 from hubert_fast.pretrain import evaluate as evaluation
-from hubert_fast.pretrain.config import UnitsConfig
+from hubert_fast.pretrain.config import EvaluationConfig, UnitsConfig
 from hubert_fast.pretrain.features import MfccFeatures
 from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
 from hubert_fast.pretrain.manifest import load_manifest, scan
@@ -87,9 +87,10 @@ def iteration(tmp_path: Path, manifest: Path, monkeypatch) -> Path:
     return directory
 
 
-def run(iteration: Path, **options) -> dict:
-    options = {"clusters": 8, "seed": 0, "autocast": False, "progress": False} | options
-    return evaluation.evaluate(iteration, iteration.parent / "manifest", **options)
+def run(iteration: Path, *, autocast: bool = False, normalize_audio: bool = False, **settings) -> dict:
+    config = EvaluationConfig(**{"clusters": 8} | settings)
+    options = {"seed": 0, "autocast": autocast, "normalize_audio": normalize_audio, "progress": False}
+    return evaluation.evaluate(iteration, iteration.parent / "manifest", config, **options)
 
 
 def by_name(result: dict) -> dict[str, dict]:
@@ -136,11 +137,12 @@ def test_an_evaluation_of_other_weights_or_settings_is_made_anew(iteration: Path
     assert (second["representations"] == first["representations"]) == (change == "weights")
 
 
-def test_the_same_seed_gives_the_same_result(iteration: Path):
-    first = run(iteration, fit_frames=150, batch_seconds=1.0)
+def test_the_same_seed_gives_the_same_result(iteration: Path, monkeypatch):
+    monkeypatch.setattr(evaluation, "_BATCH_SECONDS", 1.0)
+    first = run(iteration, fit_frames=150)
     assert 150 <= first["fit_frames"] < 160, "the frames of an utterance are rounded up"
     (iteration / "evaluation.json").unlink()
-    assert run(iteration, fit_frames=150, batch_seconds=1.0) == first
+    assert run(iteration, fit_frames=150) == first
 
 
 def test_frames_are_limited_by_memory_but_never_below_what_the_clusters_need(iteration: Path, monkeypatch):

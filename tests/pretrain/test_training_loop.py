@@ -12,7 +12,7 @@ from torch import nn
 
 from hubert_fast.pretrain import training_loop
 from hubert_fast.pretrain.checkpoint import DiskFullError, list_checkpoints, load_checkpoint
-from hubert_fast.pretrain.config import LoggingConfig, OptimizerConfig
+from hubert_fast.pretrain.config import IterationConfig, LoggingConfig, OptimizerConfig, PretrainConfig
 from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.finite import NonFiniteTrainingError
 from hubert_fast.pretrain.interrupts import TrainingInterrupted
@@ -96,14 +96,11 @@ def trainer_at(out, *, dropout=0.0, optimizer=OPTIMIZER, logging=LOGGING, batche
         Objective(dropout=dropout),
         batches or Batches(),
         HeldOut(),
-        optimizer,
-        logging,
+        PretrainConfig(autocast=autocast, logging=logging),
+        IterationConfig(optimizer=optimizer),
         process=Process(),
         out=out,
         description={"model_config": "{}", "num_classes": 5},
-        seed=0,
-        autocast=autocast,
-        unused_parameters=False,
         progress=False,
     )
 

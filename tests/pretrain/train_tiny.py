@@ -19,12 +19,14 @@ import soundfile
 from hubert_fast.pretrain.config import (
     STANDARD_CONV_LAYERS,
     DataConfig,
+    IterationConfig,
     LoggingConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimizerConfig,
+    PretrainConfig,
     UnitsConfig,
 )
+from hubert_fast.pretrain.distributed import joined
 from hubert_fast.pretrain.features import MfccFeatures
 from hubert_fast.pretrain.manifest import scan
 from hubert_fast.pretrain.trainer import TrainResult, train
@@ -80,20 +82,18 @@ def train_tiny(
     autocast: bool = True,
     seed: int = 1,
 ) -> TrainResult:
-    return train(
-        dataclasses.replace(MODEL, **model),
-        DataConfig(batch_seconds=5.0, max_seconds=1.0, workers=workers),
-        OptimizerConfig(steps=steps, learning_rate=learning_rate, accumulate=accumulate),
-        ObjectiveConfig(),
-        LoggingConfig(log_every=3, valid_every=6, save_every=save_every),
-        manifest_dir=corpus / "manifest",
-        units_dir=corpus / "units",
-        out=out,
+    optimizer = OptimizerConfig(steps=steps, learning_rate=learning_rate, accumulate=accumulate)
+    iteration = IterationConfig(model=dataclasses.replace(MODEL, **model), optimizer=optimizer)
+    config = PretrainConfig(
         seed=seed,
-        resume=resume,
         autocast=autocast,
-        progress=False,
+        data=DataConfig(batch_seconds=5.0, max_seconds=1.0, workers=workers),
+        logging=LoggingConfig(log_every=3, valid_every=6, save_every=save_every),
+        first=iteration,
     )
+    folders = {"manifest_dir": corpus / "manifest", "units_dir": corpus / "units", "out": out}
+    with joined() as process:
+        return train(config, iteration, **folders, process=process, resume=resume, progress=False)
 
 
 if __name__ == "__main__":
