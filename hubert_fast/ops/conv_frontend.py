@@ -204,6 +204,13 @@ def _fake(arguments: Arguments, save: bool) -> tuple[Tensor]:
     return (arguments.waveforms.new_empty(shape, dtype=arguments.dtype),)
 
 
+def _flops(arguments: Arguments, backward: bool) -> int:
+    """Audio has no gradient, so layer 0 has one product backward, and the others two."""
+    batch, sizes = len(arguments.waveforms), zip(arguments.frames, arguments.weights)
+    first, *later = [2 * batch * frames * weight.numel() for frames, weight in sizes]
+    return first + (2 if backward else 1) * sum(later)
+
+
 _operator = Operator(
     "conv_frontend",
     Arguments,
@@ -220,4 +227,5 @@ _operator = Operator(
     gradients=["weights", "biases", "norm_weights", "norm_biases"],
     kept=["waveforms", "valid_samples"],
     objection=_objection,
+    flops=_flops,
 )

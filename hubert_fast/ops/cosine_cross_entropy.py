@@ -7,7 +7,7 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from hubert_fast.ops.cosine_logits import check_cosine_arguments
+from hubert_fast.ops.cosine_logits import check_cosine_arguments, cosine_flops
 from hubert_fast.ops.operator import Operator
 from hubert_fast.reference import cosine_cross_entropy as reference
 
@@ -52,6 +52,11 @@ def _fake(arguments: Arguments, save: bool) -> tuple[Tensor, Tensor]:
     return loss, arguments.labels.new_empty(())
 
 
+def _flops(arguments: Arguments, backward: bool) -> int:
+    selected = arguments.labels if arguments.index is None else arguments.index
+    return cosine_flops(len(selected), arguments.label_embeddings, backward)
+
+
 _operator = Operator(
     "cosine_cross_entropy",
     Arguments,
@@ -65,4 +70,5 @@ _operator = Operator(
     fake=_fake,
     gradients=["frames", "label_embeddings"],
     kept=["frames", "label_embeddings", "labels", "index"],
+    flops=_flops,
 )

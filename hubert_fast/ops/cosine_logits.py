@@ -55,6 +55,11 @@ def check_cosine_arguments(frames: Tensor, label_embeddings: Tensor, labels: Ten
         raise ValueError(f"labels must be int64 of shape [{frames.shape[0]}]; got {labels.dtype} {tuple(labels.shape)}")
 
 
+def cosine_flops(frames: int, label_embeddings: Tensor, backward: bool) -> int:
+    """A product of ``frames`` with all classes; two of its size backward."""
+    return (2 if backward else 1) * 2 * frames * label_embeddings.numel()
+
+
 _operator = Operator(
     "cosine_logits",
     Arguments,
@@ -70,4 +75,5 @@ _operator = Operator(
     ),
     gradients=["frames", "label_embeddings"],
     kept=["frames", "label_embeddings", "labels"],
+    flops=lambda arguments, backward: cosine_flops(len(arguments.labels), arguments.label_embeddings, backward),
 )

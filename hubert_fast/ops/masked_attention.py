@@ -101,6 +101,20 @@ def _reference(arguments: Arguments) -> tuple[Tensor]:
     return (reference.masked_attention(qkv, offsets, key_lengths, dropout_p=dropout_p, seed=seed),)
 
 
+def _flops(arguments: Arguments, backward: bool) -> int:
+    """Of two products forward and five backward, one of them again, as PyTorch counts flash attention.
+
+    Where the lengths would have to be asked of a GPU, all sequences count as the longest.
+    """
+    _, _, heads, head_dim = arguments.qkv.shape
+    offsets = arguments.offsets
+    if type(offsets) is Tensor and offsets.device.type == "cpu":
+        pairs = int(offsets.diff().square().sum())
+    else:
+        pairs = (len(offsets) - 1) * arguments.max_frames**2
+    return (5 if backward else 2) * 2 * heads * head_dim * pairs
+
+
 _operator = Operator(
     "masked_attention",
     Arguments,
@@ -116,4 +130,5 @@ _operator = Operator(
     kept=["qkv", "offsets", "key_lengths", "seed"],
     kept_results=["out"],
     objection=_objection,
+    flops=_flops,
 )

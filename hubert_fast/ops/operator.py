@@ -16,7 +16,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from types import MappingProxyType, ModuleType
+from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, ContextManager, Generic, List, Optional, Tuple
 
 import torch
@@ -40,6 +41,11 @@ _titled = (
 )  # names what runs inside for profilers, costs nothing where there is none
 
 
+def _nothing(*_: Any) -> None:
+    return None
+
+
+@dataclass(eq=False)
 class Operator(Generic[Record]):
     """A fused operator, as its module in `hubert_fast.ops` declares it.
 
@@ -56,39 +62,35 @@ class Operator(Generic[Record]):
         one_gradient: of two arguments, by name, where for these arguments their gradients are one tensor.
         objection: why a backend other than "reference" cannot take arguments, besides what no Triton kernel takes.
         unavailable: as in `backend.register`; where Triton is absent is known.
+        flops: of the products of a forward or, if its second argument says so, of a backward, 2 a multiply-add. None: there
+            are none.
     """
 
-    def __init__(
-        self,
-        name: str,
-        arguments: type[Record],
-        *,
-        backends: Mapping[str, str],
-        reference: Callable[[Record], Results],
-        results: Sequence[str],
-        fake: Callable[[Record, bool], Results],
-        gradients: Sequence[str],
-        kept: Sequence[str] = (),
-        kept_results: Sequence[str] = (),
-        one_gradient: Callable[[Record], Optional[Tuple[str, str]]] = lambda arguments: None,
-        objection: Callable[[str, Record], backend.Objection] = lambda name, arguments: None,
-        unavailable: Mapping[str, backend.Availability] = MappingProxyType({}),
-    ) -> None:
-        self.name, self.title, self.backward_title = name, f"hubert_fast::{name}", f"hubert_fast::{name}_backward"
-        self.layout, self.results, self.fake, self.one_gradient = (
-            Layout(arguments, gradients, kept),
-            results,
-            fake,
-            one_gradient,
-        )
-        self._reference, self._objects = reference, objection
-        self._kept_results = [list(results).index(each) for each in kept_results]
-        self._call = type(name, (_Call,), {})
+    name: str
+    arguments: type[Record]
+    backends: Mapping[str, str]
+    reference: Callable[[Record], Results]
+    results: Sequence[str]
+    fake: Callable[[Record, bool], Results]
+    gradients: Sequence[str]
+    kept: Sequence[str] = ()
+    kept_results: Sequence[str] = ()
+    one_gradient: Callable[[Record], Optional[Tuple[str, str]]] = _nothing
+    objection: Callable[[str, Record], backend.Objection] = _nothing
+    unavailable: Mapping[str, backend.Availability] = field(default_factory=dict)
+    flops: Optional[Callable[[Record, bool], int]] = None
+
+    def __post_init__(self) -> None:
+        self.title, self.backward_title = f"hubert_fast::{self.name}", f"hubert_fast::{self.name}_backward"
+        self.layout = Layout(self.arguments, self.gradients, self.kept)
+        self._kept_results = [list(self.results).index(each) for each in self.kept_results]
+        self._call = type(self.name, (_Call,), {})
         self._registered = register(self)
-        if "triton" in backends:
-            unavailable = {"triton": triton_backend.why_not(), **unavailable}
-        on_gpu = [each for each in backends if each in ("triton", "cuda")]
-        backend.register(name, dict(backends), unavailable=unavailable, on_gpu=on_gpu)
+        unavailable = dict(self.unavailable)
+        if "triton" in self.backends:
+            unavailable["triton"] = triton_backend.why_not()
+        on_gpu = [each for each in self.backends if each in ("triton", "cuda")]
+        backend.register(self.name, dict(self.backends), unavailable=unavailable, on_gpu=on_gpu)
 
     def __call__(self, arguments: Record) -> Results:
         """The results on the backend that `choose` names."""
@@ -105,7 +107,7 @@ class Operator(Generic[Record]):
     def run(self, chosen: str, arguments: Record) -> Results:
         """The results on backend ``chosen``; one that these arguments do not make is None or empty."""
         if chosen == "reference":
-            return self._reference(arguments)
+            return self.reference(arguments)
         given = (arguments[place] for place in self.layout.places)
         save = torch.is_grad_enabled() and any(each.requires_grad for each in tensors_of(given))
         if torch.compiler.is_compiling() or _must_be_seen(arguments):
@@ -141,7 +143,7 @@ class Operator(Generic[Record]):
         reason = None
         if name == "triton":
             reason = triton_backend.objection(self.name, *(arguments[place] for place in self.layout.places))
-        return self._objects(name, arguments) if reason is None and name != "reference" else reason
+        return self.objection(name, arguments) if reason is None and name != "reference" else reason
 
 
 def _must_be_seen(arguments: Tuple) -> bool:

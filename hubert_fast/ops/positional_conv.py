@@ -102,6 +102,10 @@ def _reference(arguments: Arguments) -> tuple[Tensor]:
         return (reference.positional_conv(x, weight, bias, offsets, groups=groups, gain=gain),)
 
 
+def _flops(arguments: Arguments, backward: bool) -> int:
+    return (2 if backward else 1) * 2 * len(arguments.x) * arguments.weight.numel()
+
+
 _operator = Operator(
     "positional_conv",
     Arguments,
@@ -115,4 +119,5 @@ _operator = Operator(
     fake=lambda arguments, save: (arguments.x.new_empty(arguments.x.shape),),
     gradients=["x", "weight", "bias", "gain"],
     kept=["x", "weight", "bias", "gain", "offsets"],
+    flops=_flops,
 )

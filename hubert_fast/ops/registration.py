@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, List, Optional, Tuple
 import torch
 from torch import Tensor
 
+from hubert_fast.ops import flop_formulas
 from hubert_fast.ops.record import tensors_of
 
 if TYPE_CHECKING:
@@ -83,6 +84,14 @@ def register(operator: Operator) -> Callable[..., tuple[Any, ...]]:
     fields = {name: Optional[Tensor] if each is Tensor else each for name, each in types.items()}
     more = {"saved": List[Tensor], "upstream": List[Optional[Tensor]], "asked": List[bool], "chosen": str}
     backward = _define(operator.backward_title, run_backward, {**fields, **more}, List[Tensor], fake_backward)
+    if operator.flops is not None:
+        size = len(types)
+        for name, is_backward in ((operator.name, False), (f"{operator.name}_backward", True)):
+
+            def count(*given: Any, is_backward: bool = is_backward, **others: Any) -> int:
+                return operator.flops(layout.record._make(given[:size]), is_backward)
+
+            flop_formulas.add(getattr(torch.ops.hubert_fast, name), count)
     return registered
 
 

@@ -43,7 +43,7 @@ def test_agree_with_the_reference_in_any_order_of_threads(simulated, dtype, tens
 
 
 def _assert_agree(simulated, problem, *, tensor_cores=False):
-    """Within the tolerance, or as near as PyTorch comes in the same dtype, as far as one draw tells: a frame alone has no variance."""
+    """Within the tolerance, or as near as PyTorch comes in the same dtype: a frame alone has no variance."""
     truth = problem.reference()
     ours = [
         error(*pair) for pair in zip(simulation.run(simulated, problem, tensor_cores=tensor_cores), truth, strict=True)

@@ -1,0 +1,53 @@
+"""The operators' formulas for `torch.utils.flop_counter`, and for what is built on it.
+
+That module imports Triton, which would double the time that importing this package takes: formulas wait until it is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, Optional
+
+_MODULE = "torch.utils.flop_counter"
+
+_formulas: list[tuple[Any, Callable[..., int]]] = []
+
+
+def add(operator: Any, formula: Callable[..., int]) -> None:
+    """Count ``formula`` of the arguments of a call of ``operator``, one of ``torch.ops``."""
+    _formulas.append((operator, formula))
+    module = sys.modules.get(_MODULE)
+    if module is not None:
+        _register(module, operator, formula)
+
+
+def _register(module: ModuleType, operator: Any, formula: Callable[..., int]) -> None:
+    module.register_flop_formula(operator, get_raw=True)(formula)
+
+
+class _Finder:
+    """Of `sys.meta_path`, until the module is imported: registers what was added, right after."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Optional[ModuleSpec]:
+        if name != _MODULE:
+            return None
+        sys.meta_path.remove(cls)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            for each in _formulas:
+                _register(module, *each)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if _MODULE not in sys.modules:
+    sys.meta_path.insert(0, _Finder)
