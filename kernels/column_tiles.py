@@ -10,7 +10,8 @@ batch compiles anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -33,13 +34,13 @@ def parts_of(rows: int, most: int = _PARTS) -> int:
     return min(most, triton.cdiv(rows, _ROWS_OF_A_PART))
 
 
-def _blocks(x: Tensor, elements: int) -> list[Blocks]:
+@functools.cache
+def _blocks(arch: int, channels: int, elements: int) -> list[Blocks]:
     """Tiles for passes without sums along a row: ROWS x COLUMNS at a time, TILES times a program where it has no loop.
 
     ``elements`` is what a tile best has: less for kernels that hold several sums in registers.
     """
-    channels, elements = x.shape[1], 2 * elements // x.element_size()
-    if architecture(x) == INTERPRETER:
+    if arch == INTERPRETER:
         return [Blocks({"ROWS": 16, "COLUMNS": 64, "TILES": 2}, warps=1)]
     columns = next(
         (each for each in (1024, 512, 256) if channels % each == 0), min(1024, triton.next_power_of_2(channels))
@@ -132,7 +133,7 @@ def launch_tiles(kernel: Any, x: Tensor, arguments: Mapping[str, Any], *, elemen
     def grid(sizes: Mapping[str, int]) -> tuple[int, ...]:
         return triton.cdiv(rows, sizes["ROWS"] * sizes["TILES"]), triton.cdiv(channels, sizes["COLUMNS"])
 
-    launch(kernel, grid, {**arguments, "rows": rows, "CHANNELS": channels}, _blocks(x, elements))
+    _launch(kernel, grid, x, arguments, elements)
 
 
 def launch_parts(kernel: Any, x: Tensor, arguments: Mapping[str, Any], *, elements: int = _ELEMENTS) -> None:
@@ -142,4 +143,10 @@ def launch_parts(kernel: Any, x: Tensor, arguments: Mapping[str, Any], *, elemen
     def grid(sizes: Mapping[str, int]) -> tuple[int, ...]:
         return parts_of(rows), triton.cdiv(channels, sizes["COLUMNS"])
 
-    launch(kernel, grid, {**arguments, "rows": rows, "CHANNELS": channels}, _blocks(x, elements))
+    _launch(kernel, grid, x, arguments, elements)
+
+
+def _launch(kernel: Any, grid: Callable, x: Tensor, arguments: Mapping[str, Any], elements: int) -> None:
+    rows, channels = x.shape
+    blocks = _blocks(architecture(x), channels, 2 * elements // x.element_size())
+    launch(kernel, grid, {**arguments, "rows": rows, "CHANNELS": channels}, blocks)

@@ -6,6 +6,7 @@ norms. The one of the embeddings is added up over splits of the frames whose num
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -128,6 +129,7 @@ def backward(
     return frames_grad, unit_rows_backward(directions_grad, scored.label_embeddings, 1 / TEMPERATURE)
 
 
+@functools.cache
 def _blocks(arch: int) -> list[Blocks]:
     """BLOCK_R frames, BLOCK_C classes, BLOCK_D columns of a gradient."""
     if arch == INTERPRETER:

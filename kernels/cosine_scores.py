@@ -6,6 +6,7 @@ product is divided by their norm; label embeddings come as directions in bfloat1
 
 from __future__ import annotations
 
+import functools
 from typing import Optional
 
 import torch
@@ -43,6 +44,7 @@ def row_splits(rows: int, classes: int, dim: int) -> tuple[int, int]:
 # Frames of more parts take more registers; on Hopper four warps own a block of 64 rows, which is one instruction's.
 
 
+@functools.cache
 def score_blocks(arch: int, frame_parts: int) -> list[Blocks]:
     """For kernels whose results are as wide as a block of classes."""
     if arch == INTERPRETER:
@@ -53,6 +55,7 @@ def score_blocks(arch: int, frame_parts: int) -> list[Blocks]:
     return [Blocks({"BLOCK_R": 64, "BLOCK_C": 128, "BLOCK_K": 64}, warps=4, stages=3), small]
 
 
+@functools.cache
 def frames_gradient_blocks(arch: int, frame_parts: int, padded_dim: int) -> list[Blocks]:
     """For kernels that add up over classes."""
     if arch == INTERPRETER:
@@ -66,6 +69,7 @@ def frames_gradient_blocks(arch: int, frame_parts: int, padded_dim: int) -> list
     return [small]
 
 
+@functools.cache
 def directions_gradient_blocks(arch: int, frame_parts: int, padded_dim: int) -> list[Blocks]:
     """For kernels that add up over frames."""
     if arch == INTERPRETER:

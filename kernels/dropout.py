@@ -8,6 +8,7 @@ tests/kernels/test_dropout.py says what was tested of the result.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Optional
 
 import triton
@@ -17,11 +18,13 @@ from torch import Tensor
 _LEVELS = 1 << 32
 
 
+@functools.cache
 def threshold(p: float) -> int:
     """What `keep` compares with: ``p`` to within 2^-33, shifted into the range of int32."""
     return min(round(p * _LEVELS), _LEVELS - 1) - (_LEVELS >> 1)
 
 
+@functools.cache
 def scale(p: float) -> float:
     """What kept values are multiplied by, so that the expectation is unchanged."""
     return _LEVELS / ((_LEVELS >> 1) - threshold(p))

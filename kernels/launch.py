@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import Any, ContextManager, Optional
 
@@ -30,6 +30,9 @@ INTERPRETER = 0
 
 INTERPRETED = triton.knobs.runtime.interpret
 
+_AUTOTUNE = os.environ.get("HUBERT_FAST_AUTOTUNE") == "1"
+_HERE = nullcontext()
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -38,6 +41,11 @@ class Blocks:
     sizes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     warps: int = 4
     stages: int = 2
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """Triton's compile options. Multiply-adds are fused whatever the default: Triton 3.10 turns it round."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -71,12 +79,15 @@ def _architecture(index: int) -> int:
     return {8: 80, 9: 90}.get(capability[0], 100)
 
 
+@lru_cache
+def _is_capable(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= 8
+
+
 def why_not(tensor: Tensor, *, automatic: bool) -> Optional[str]:
     """Why kernels cannot take ``tensor``, or None. ``automatic``: nobody asked for them by name."""
     if tensor.device.type == "cuda":
-        if torch.cuda.get_device_capability(tensor.device)[0] < 8:
-            return "its kernels need a GPU of compute capability 8.0 or newer"
-        return None
+        return None if _is_capable(tensor.device) else "its kernels need a GPU of compute capability 8.0 or newer"
     if tensor.device.type == "meta" and _recorded is not None:
         return None
     if tensor.device.type != "cpu" or not INTERPRETED:
@@ -104,17 +115,18 @@ def launch(
         _recorded.append(Launch(kernel, dict(arguments), candidates[0], _recorded_architecture))
         return
     blocks = candidates[0]
-    if os.environ.get("HUBERT_FAST_AUTOTUNE") == "1" and len(candidates) > 1 and not INTERPRETED:
+    if _AUTOTUNE and len(candidates) > 1 and not INTERPRETED:
         with _device_of(arguments):
             _tuned(kernel, tuple(candidates), [name for name in arguments if name.isupper()])[grid](
                 **arguments, enable_fp_fusion=True
             )
         return
-    programs = grid({**arguments, **blocks.sizes})
+    given = {**arguments, **blocks.sizes}
+    programs = grid(given)
     if 0 in programs:
         return  # CUDA refuses an empty grid; there is nothing to do
     with _device_of(arguments):
-        kernel[programs](**arguments, **blocks.sizes, **options(blocks))
+        kernel[programs](**given, **blocks.options)
 
 
 def _device_of(arguments: Mapping[str, Any]) -> ContextManager[Any]:
@@ -124,12 +136,7 @@ def _device_of(arguments: Mapping[str, Any]) -> ContextManager[Any]:
             if each.is_cuda and each.device.index != torch.cuda.current_device():
                 return torch.cuda.device(each.device)
             break
-    return nullcontext()
-
-
-def options(blocks: Blocks) -> dict[str, Any]:
-    """Triton's compile options. Multiply-adds are fused whatever the default: Triton 3.10 turns it round."""
-    return {"num_warps": blocks.warps, "num_stages": blocks.stages, "enable_fp_fusion": True}
+    return _HERE
 
 
 _tuners: dict[Any, Any] = {}

@@ -11,6 +11,7 @@ from a table: 32 random bits a key would cost each program more than its exponen
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -345,7 +346,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
         "qkv": qkv, "offsets": offsets, "key_lengths": key_lengths, "out": out, "lse": lse if save else None,
         "columns": columns, "seed": seed, "keep_scale": dropout.scale(dropout_p), **_constants(qkv, dropout_p),
     }  # fmt: skip
-    launch(_forward, _grid("BLOCK_QUERIES", arguments), given, _forward_blocks(qkv, dropout_p))
+    launch(_forward, _grid("BLOCK_QUERIES", arguments), given, _forward_blocks(*_kind(qkv), dropout_p > 0.0))
     return (out,), saved if save else []
 
 
@@ -368,9 +369,9 @@ def backward(arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor]
         "row_bits": None if columns is None else torch.empty_like(lse, dtype=torch.int32), **constants,
     }  # fmt: skip
     of_queries = {"out": out, "seed": seed, "inverse_keep_scale": 1 / keep_scale}
-    launch(_query_backward, _grid("BLOCK_QUERIES", arguments), shared | of_queries, _query_backward_blocks(qkv))
+    launch(_query_backward, _grid("BLOCK_QUERIES", arguments), shared | of_queries, _query_backward_blocks(*_kind(qkv)))
     of_keys = {"keep_scale": keep_scale}
-    launch(_key_backward, _grid("BLOCK_KEYS", arguments), shared | of_keys, _key_backward_blocks(qkv))
+    launch(_key_backward, _grid("BLOCK_KEYS", arguments), shared | of_keys, _key_backward_blocks(*_kind(qkv)))
     return (qkv_grad,)
 
 
@@ -390,27 +391,34 @@ def _grid(block: str, arguments: Arguments) -> Callable[[Mapping[str, int]], tup
     return lambda sizes: (triton.cdiv(longest, sizes[block]), heads, sequences)
 
 
-def _forward_blocks(qkv: Tensor, dropout_p: float) -> list[Blocks]:
-    arch, wide = architecture(qkv), qkv.shape[3] > 64
+def _kind(qkv: Tensor) -> tuple[int, torch.dtype, int]:
+    """What the block sizes follow from."""
+    return architecture(qkv), qkv.dtype, qkv.shape[3]
+
+
+@functools.cache
+def _forward_blocks(arch: int, dtype: torch.dtype, head_dim: int, dropout: bool) -> list[Blocks]:
+    wide = head_dim > 64
     if arch == INTERPRETER:
         return [_blocks(32, 32, 4, 1)]
-    if qkv.dtype == torch.float32:
+    if dtype == torch.float32:
         return [_blocks(32, 32, 8, 2) if wide else _blocks(32, 16, 4, 2)]
     if arch == 90:  # two or three programs a multiprocessor: while one is at its exponentials, another multiplies
         if wide:
             return [_blocks(64, 64, 4, 2), _blocks(128, 64, 8, 2)]
         four, eight = _blocks(128, 64, 4, 3), _blocks(128, 64, 8, 3)
-        return [eight, four] if dropout_p > 0.0 else [four, eight]  # with random bits four warps run out of registers
+        return [eight, four] if dropout else [four, eight]  # with random bits four warps run out of registers
     if arch == 100:
         return [_blocks(128, 64, 8, 2), _blocks(128, 64, 8, 3)]
     return [_blocks(128, 64, 8, 2)] if wide else [_blocks(128, 64, 8, 3), _blocks(64, 64, 4, 3)]
 
 
-def _query_backward_blocks(qkv: Tensor) -> list[Blocks]:
-    arch, wide = architecture(qkv), qkv.shape[3] > 64
+@functools.cache
+def _query_backward_blocks(arch: int, dtype: torch.dtype, head_dim: int) -> list[Blocks]:
+    wide = head_dim > 64
     if arch == INTERPRETER:
         return [_blocks(32, 32, 4, 1)]
-    if qkv.dtype == torch.float32:
+    if dtype == torch.float32:
         # Triton 3.6 spills four warps' 32 keys.
         return [_blocks(32, 32, 8, 2) if wide else _blocks(32, 16, 4, 2)]
     small, large = _blocks(64, 64, 4, 2), _blocks(128, 64, 8, 2)
@@ -421,15 +429,16 @@ def _query_backward_blocks(qkv: Tensor) -> list[Blocks]:
     return [_blocks(128, 32, 8, 2)] if wide else [_blocks(128, 32, 8, 3), _blocks(64, 32, 4, 3)]
 
 
-def _key_backward_blocks(qkv: Tensor) -> list[Blocks]:
-    arch, wide = architecture(qkv), qkv.shape[3] > 64
+@functools.cache
+def _key_backward_blocks(arch: int, dtype: torch.dtype, head_dim: int) -> list[Blocks]:
+    wide = head_dim > 64
     if arch == INTERPRETER:
         return [_blocks(32, 32, 4, 1)]
-    if qkv.dtype == torch.float32:
+    if dtype == torch.float32:
         narrow = arch == (80 if wide else 100)  # where ptxas spills some bytes of 32 keys
         return [_blocks(16, 16 if narrow else 32, 4, 2)]
     if arch == 90:
-        wider = qkv.shape[3] > 80
+        wider = head_dim > 80
         return [_blocks(32, 128, 8, 2)] if wider else [_blocks(64, 64, 4, 2), _blocks(32, 64, 4, 2)]
     if arch == 100:
         return [_blocks(64, 128, 8, 2), _blocks(64, 64, 4, 2)]

@@ -16,6 +16,7 @@ gradient of the filters is, a group, the product of x, shifted by each tap, with
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Optional
 
@@ -312,6 +313,7 @@ def _precision(x: Tensor) -> str:
     return "tf32" if x.dtype == torch.float32 and tf32.in_convolutions() else "ieee"
 
 
+@functools.cache
 def _tile_columns(arch: int, width: int, taps: int, itemsize: int) -> tuple[int, int]:
     """(columns of a tile, frames of a run): the pair with the least to compute and to bring to the tensor cores.
 
@@ -330,6 +332,7 @@ def _tile_columns(arch: int, width: int, taps: int, itemsize: int) -> tuple[int,
     return columns, max(1, columns // width)
 
 
+@functools.cache
 def _convolve_blocks(arch: int, columns: int, itemsize: int, precision: str) -> list[Blocks]:
     """Shared memory beyond the tiles is L1, which is to hold what a tile of runs sees of x: three stages rather than four."""
 
@@ -347,6 +350,7 @@ def _convolve_blocks(arch: int, columns: int, itemsize: int, precision: str) -> 
     return [blocks(128, 64, 8, 3), blocks(128, 64, 8, 4), blocks(64, 64, 4, 3), blocks(128, 32, 8, 4)]
 
 
+@functools.cache
 def _filters_blocks(arch: int, width: int, itemsize: int) -> list[Blocks]:
     """Tensor cores take 64 rows at least: groups of 48 and 64 channels fill one tile of output channels, 80 need two."""
 

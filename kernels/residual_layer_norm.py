@@ -7,6 +7,7 @@ order writing and reading it moves the bytes that reading residual and update ag
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
@@ -236,6 +237,7 @@ def _dropout_settings(arguments: Arguments) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _blocks(arch: int, channels: int) -> list[Blocks]:
     """A row is as wide as a program, a warp 256 channels of it: sums over rows then stay within a thread."""
     columns = triton.next_power_of_2(channels)

@@ -13,9 +13,10 @@ dispatch modes, transforms, subclasses of tensors.
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, ContextManager, Generic, List, Optional, Tuple
@@ -26,7 +27,6 @@ from torch.autograd.function import once_differentiable
 
 from hubert_fast import backend
 from hubert_fast.ops import triton_backend
-from hubert_fast.ops.autocast import without_autocast
 from hubert_fast.ops.record import Layout, Record, tensors_of
 from hubert_fast.ops.registration import register
 
@@ -84,7 +84,8 @@ class Operator(Generic[Record]):
         self.title, self.backward_title = f"hubert_fast::{self.name}", f"hubert_fast::{self.name}_backward"
         self.layout = Layout(self.arguments, self.gradients, self.kept)
         self._kept_results = [list(self.results).index(each) for each in self.kept_results]
-        self._call = type(self.name, (_Call,), {})
+        # Past `Function.apply`, which asks for transforms: `_must_be_seen` has.
+        self._call = super(torch.autograd.Function, type(self.name, (_Call,), {})).apply
         self._registered = register(self)
         unavailable = dict(self.unavailable)
         if "triton" in self.backends:
@@ -114,23 +115,23 @@ class Operator(Generic[Record]):
             return self._registered(*arguments, save, chosen)[:-1]
         with _titled(self.title):
             if save:
-                return self._call.apply(self, chosen, *self.layout.flat(arguments))
+                return self._call(self, chosen, *self.layout.flat(arguments))
             return self.forward(chosen, arguments, False)[0]
 
     def implementation(self, chosen: str) -> ModuleType:
         """The module that implements backend ``chosen``, imported when somebody wants it."""
-        return importlib.import_module(f"hubert_fast.{_ROOMS[chosen]}.{self.name}")
+        return _imported(_ROOMS[chosen], self.name)
 
     def forward(self, chosen: str, arguments: Record, save: bool) -> tuple[Results, List[Tensor]]:
         """That of the implementation, in the dtypes that it decides on."""
-        with _own_dtypes(arguments[0].device):
+        with _without_autocast(arguments[0].device.type):
             return self.implementation(chosen).forward(arguments, save)
 
     def backward(
         self, chosen: str, arguments: Record, saved: List[Tensor], gradients: Results, wanted: List[bool]
     ) -> Sequence[Any]:
         """That of the implementation, likewise."""
-        with _titled(self.backward_title), _own_dtypes(arguments[0].device):
+        with _titled(self.backward_title), _without_autocast(arguments[0].device.type):
             return self.implementation(chosen).backward(arguments, saved, gradients, wanted)
 
     def keep(self, ctx: Any, chosen: str, arguments: Record, results: Results, saved: List[Tensor]) -> None:
@@ -146,6 +147,11 @@ class Operator(Generic[Record]):
         return self.objection(name, arguments) if reason is None and name != "reference" else reason
 
 
+@functools.cache
+def _imported(room: str, name: str) -> ModuleType:
+    return importlib.import_module(f"hubert_fast.{room}.{name}")
+
+
 def _must_be_seen(arguments: Tuple) -> bool:
     """Whether `torch.library` must stand between: without it the answer would be another, or none."""
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
@@ -155,8 +161,18 @@ def _must_be_seen(arguments: Tuple) -> bool:
     return any(type(each) not in _PLAIN for each in tensors_of(arguments))
 
 
-def _own_dtypes(device: torch.device) -> ContextManager[Any]:
-    return without_autocast(device) if torch.is_autocast_enabled(device.type) else _NOTHING
+def _without_autocast(device_type: str) -> ContextManager[None]:
+    return _switched_off(device_type) if torch.is_autocast_enabled(device_type) else _NOTHING
+
+
+@contextmanager
+def _switched_off(device_type: str) -> Iterator[None]:
+    """What `torch.autocast` does, without its dtype and its cache."""
+    torch.set_autocast_enabled(device_type, False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device_type, True)
 
 
 class _Call(torch.autograd.Function):
@@ -171,12 +187,18 @@ class _Call(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Optional[Tensor]) -> Tuple[Any, ...]:
-        operator, layout = ctx.operator, ctx.operator.layout
-        if all(each is None for each in gradients):
-            return None, None, *layout.flat_gradients(ctx, ())
-        arguments, saved = layout.kept(ctx)
-        wanted = layout.wanted(ctx.needs_input_grad[2:])
-        found = operator.backward(ctx.chosen, arguments, saved, gradients, wanted)
-        return None, None, *layout.flat_gradients(ctx, found)
+        return (_differentiated_once if torch.is_grad_enabled() else _backward)(ctx, *gradients)
+
+
+def _backward(ctx: Any, *gradients: Optional[Tensor]) -> Tuple[Any, ...]:
+    operator, layout = ctx.operator, ctx.operator.layout
+    if all(each is None for each in gradients):
+        return None, None, *layout.flat_gradients(ctx, ())
+    arguments, saved = layout.kept(ctx)
+    wanted = layout.wanted(ctx.needs_input_grad[2:])
+    found = operator.backward(ctx.chosen, arguments, saved, gradients, wanted)
+    return None, None, *layout.flat_gradients(ctx, found)
+
+
+_differentiated_once = once_differentiable(_backward)

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 import hubert_fast
 from benchmarks.architecture import ARCHITECTURES
 from hubert_fast import tf32
-from hubert_fast.kernels.launch import Launch, options, recording
+from hubert_fast.kernels.launch import Launch, recording
 from hubert_fast.models import encoder, plain
 from hubert_fast.ops import triton_backend
 from tools.aot.__main__ import OPERATORS
@@ -62,7 +62,7 @@ class _Keys:
         self.found.clear()
         triton.runtime.driver.set_active(_Gpu)
         try:
-            launch.kernel[(1,)](**launch.arguments, **launch.blocks.sizes, **options(launch.blocks))
+            launch.kernel[(1,)](**launch.arguments, **launch.blocks.sizes, **launch.blocks.options)
         except InterruptedError:
             pass
         return self.found[0]

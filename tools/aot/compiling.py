@@ -20,7 +20,7 @@ from triton.backends.nvidia.driver import CudaLauncher
 
 from benchmarks.sizes import SIZES
 from hubert_fast import tf32
-from hubert_fast.kernels.launch import Launch, options, recording
+from hubert_fast.kernels.launch import Launch, recording
 
 # Bytes of shared memory that a program may have (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -136,7 +136,7 @@ def key_of(launch: Launch) -> tuple[Any, ...]:
 def _warm_up(launch: Launch) -> Any:
     """The kernel that Triton's launcher compiles for ``launch``: under the key by which it looks for it on a GPU."""
     triton.runtime.driver.set_active(_NoGpu(launch.architecture))
-    settings = {**launch.arguments, **launch.blocks.sizes, **options(launch.blocks)}
+    settings = {**launch.arguments, **launch.blocks.sizes, **launch.blocks.options}
     return launch.kernel.run(grid=(1,), warmup=True, **settings)
 
 
