@@ -36,9 +36,7 @@ _ROOMS = {"triton": "kernels", "cuda": "cuda_backend", "cpu": "cpu_backend", "to
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NOTHING = nullcontext()
-_titled = (
-    torch._C._profiler._RecordFunctionFast
-)  # names what runs inside for profilers, costs nothing where there is none
+_titled = torch._C._profiler._RecordFunctionFast  # names what runs inside, and costs nothing where nobody profiles
 
 
 def _nothing(*_: Any) -> None:
