@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
+
+from hubert_fast.pretrain.config import ModelConfig
 
 _STANDARD_CONVOLUTIONS = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)
 
@@ -63,18 +65,7 @@ class Architecture:
             "encoder_dropout": self.dropout,
             "encoder_layer_norm_first": self.pre_norm,
             "encoder_layer_drop": 0.0,
-            "mask_prob": 0.8,
-            "mask_selection": "static",
-            "mask_other": 0.0,
-            "mask_length": 10,
-            "no_mask_overlap": False,
-            "mask_min_space": 1,
-            "mask_channel_prob": 0.0,
-            "mask_channel_selection": "static",
-            "mask_channel_other": 0.0,
-            "mask_channel_length": 10,
-            "no_mask_channel_overlap": False,
-            "mask_channel_min_space": 1,
+            **{each.name: each.default for each in fields(ModelConfig) if "mask" in each.name},  # the recipe's
             "skip_masked": False,
             "skip_nomask": False,
             "num_classes": num_classes,

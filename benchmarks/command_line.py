@@ -119,7 +119,7 @@ def _measure(options: argparse.Namespace, arguments: list[str]) -> int:
     from .lost_device import DeviceLost, works_here
     from .peers import PEERS, by_name
     from .progress import Progress
-    from .report import Report, load, save
+    from .report import Report, dtype_name, load, save
     from .suite import Suite
 
     since = options.go_on_since
@@ -130,13 +130,17 @@ def _measure(options: argparse.Namespace, arguments: list[str]) -> int:
     peers = PEERS if options.peers is None else tuple(by_name(name) for name in options.peers)
     torch.backends.cudnn.benchmark = True  # shapes repeat; peers that use cuDNN are to have its fastest
     path = options.out / "bench.json"
-    report = Report(describe(device), _settings(options, models, dtypes)) if since is None else load(path)
+    report = (
+        Report(describe(device), _settings(options, models, [*map(dtype_name, dtypes)]))
+        if since is None
+        else load(path)
+    )
     interrupted, lost = False, None
     with Progress(budget) as progress:
         progress.say("limits")
-        for dtype in [each for each in dtypes if _name(each) not in report.limits]:
-            report.limits[_name(dtype)] = measure_limits(device, dtype)
-        rate = report.limits[_name(dtypes[0])].flops_per_second
+        for dtype in [each for each in dtypes if dtype_name(each) not in report.limits]:
+            report.limits[dtype_name(dtype)] = measure_limits(device, dtype)
+        rate = report.limits[dtype_name(dtypes[0])].flops_per_second
         scale = GPU if device.type == "cuda" else cpu_scale(options.minutes, rate)
         if options.batch is not None:
             scale = replace(scale, utterances=int(options.batch[0]), utterance_seconds=options.batch[1])
@@ -200,11 +204,11 @@ def _default_dtypes(device: torch.device) -> list[str]:
     return ["bfloat16", "float32"] if fast else ["float32"]
 
 
-def _settings(options: argparse.Namespace, models: list[str], dtypes: list[torch.dtype]) -> dict[str, object]:
+def _settings(options: argparse.Namespace, models: list[str], dtypes: list[str]) -> dict[str, object]:
     return {
         "minutes": options.minutes,
         "models": models,
-        "dtypes": [_name(dtype) for dtype in dtypes],
+        "dtypes": dtypes,
         "cases": options.cases,
         "batch": options.batch,
         "peers": options.peers,
@@ -213,7 +217,3 @@ def _settings(options: argparse.Namespace, models: list[str], dtypes: list[torch
         "environment": {key: os.environ[key] for key in _SETTINGS if key in os.environ},
         "backends": {each.operator: each.runs for each in hubert_fast.backend.report()},
     }
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import quantities
-from .report import Report, Row, Seconds, load
-from .table import columns
+from .report import Report, Row, load
+from .table import columns, written
 
 SLOWER, FASTER, WITHIN = "slower", "faster", "within the spread"
 ONLY_BEFORE, ONLY_AFTER = "only in A", "only in B"
@@ -65,13 +65,10 @@ class Change:
             return ONLY_BEFORE
         if self.before is None:
             return ONLY_AFTER
-        if _overlap(self.before.seconds, self.after.seconds):
+        before, after = self.before.seconds, self.after.seconds
+        if before.p20 <= after.p80 and after.p20 <= before.p80:
             return WITHIN
-        return SLOWER if self.after.seconds.median > self.before.seconds.median else FASTER
-
-
-def _overlap(a: Seconds, b: Seconds) -> bool:
-    return a.p20 <= b.p80 and b.p20 <= a.p80
+        return SLOWER if after.median > before.median else FASTER
 
 
 def compare(a: Report, b: Report) -> list[Change]:
@@ -85,11 +82,8 @@ def compare(a: Report, b: Report) -> list[Change]:
     return sorted(changes, key=_prominence)
 
 
-_Key = tuple[str, str, str, str, str]
-
-
-def _by_key(report: Report) -> dict[_Key, Row]:
-    rows: dict[_Key, Row] = {}
+def _by_key(report: Report) -> dict[tuple[str, ...], Row]:
+    rows: dict[tuple[str, ...], Row] = {}
     for row in report.rows:
         key = (row.kind, row.case, row.implementation, row.device, row.dtype)
         if key in rows:
@@ -108,7 +102,7 @@ def differences(a: Report, b: Report) -> list[str]:
     """Sentences about what else than the code differs, and so may be behind a change."""
     keys = [key for key in dict.fromkeys([*a.machine, *b.machine]) if key not in _THE_CODE]
     sentences = [
-        f"{key}: {_said(a.machine, key)} in A, {_said(b.machine, key)} in B"
+        f"{key}: {a.machine.get(key, 'not said')} in A, {b.machine.get(key, 'not said')} in B"
         for key in keys
         if a.machine.get(key) != b.machine.get(key)
     ]
@@ -126,10 +120,6 @@ def differences(a: Report, b: Report) -> list[str]:
     return sorted(sentences)
 
 
-def _said(machine: dict[str, object], key: str) -> str:
-    return str(machine[key]) if key in machine else "not said"
-
-
 def render(changes: Sequence[Change]) -> str:
     """A table of text, a line a change."""
     lines = [("", "time B/A", "A", "B", "memory B/A", "case", "implementation")]
@@ -138,23 +128,17 @@ def render(changes: Sequence[Change]) -> str:
         lines.append(
             (
                 change.verdict,
-                _ratio(change.ratio),
-                _median(change.before),
-                _median(change.after),
-                _ratio(change.memory_ratio),
+                written(change.ratio, "{:.2f}".format, absent="-"),
+                *(
+                    "-" if each is None else quantities.seconds(each.seconds.median)
+                    for each in (change.before, change.after)
+                ),
+                written(change.memory_ratio, "{:.2f}".format, absent="-"),
                 f"{row.kind}: {row.case}, {row.device}, {row.dtype}",
                 row.implementation,
             )
         )
     return columns(lines, left=(0, 5, 6))
-
-
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _median(row: Row | None) -> str:
-    return "-" if row is None else quantities.seconds(row.seconds.median)
 
 
 def main_compare(a: Path, b: Path, fail_above: float | None = None) -> int:

@@ -8,6 +8,7 @@ Unlike in `benchmarks.operators`, which the suite uses, implementations do not t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -85,6 +86,12 @@ def calls() -> Callable[[OperatorCase], Calls]:
 def timed(request: pytest.FixtureRequest, benchmark: Any, calls: Any, limits: Limits) -> Iterator[Callable[[], None]]:
     """Checks and times one implementation of one case."""
     case, name = request.param
+    turns = itertools.count()
+
+    def before_a_call() -> tuple[tuple[int], dict[str, Any]]:
+        """Which inputs it works on; and work for the GPU, behind which the host gets ahead."""
+        fill_queue(case.device)
+        return (next(turns),), {}
 
     def run() -> None:
         try:
@@ -92,7 +99,7 @@ def timed(request: pytest.FixtureRequest, benchmark: Any, calls: Any, limits: Li
         except (BackendError, CannotRun) as reason:
             pytest.skip(str(reason))
         rounds = request.config.getoption("--rounds") or _ROUNDS[case.device]
-        benchmark.pedantic(call, setup=_Turns(case.device), rounds=rounds, warmup_rounds=_WARMUP_ROUNDS)
+        benchmark.pedantic(call, setup=before_a_call, rounds=rounds, warmup_rounds=_WARMUP_ROUNDS)
         if benchmark.enabled:
             seconds = Seconds.of(benchmark.stats.stats.data)
             row = row_of(request.module.OPERATOR, case, name, seconds, limits, error)
@@ -100,15 +107,3 @@ def timed(request: pytest.FixtureRequest, benchmark: Any, calls: Any, limits: Li
 
     with fastest_convolutions():
         yield run
-
-
-class _Turns:
-    """Before each call: which inputs it works on, and work for the GPU behind which the host gets ahead."""
-
-    def __init__(self, device: str) -> None:
-        self._device, self._next = device, 0
-
-    def __call__(self) -> tuple[tuple[int], dict[str, Any]]:
-        fill_queue(self._device)
-        self._next += 1
-        return (self._next - 1,), {}

@@ -88,17 +88,8 @@ def build_driver(folder: Path) -> Path:
     library = folder / "libcuda.so.1"
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     source = Path(__file__).with_name("nothing.c")
-    command = [
-        *compiler,
-        "-O1",
-        "-shared",
-        "-fPIC",
-        "-Wl,-soname,libcuda.so.1",
-        f"-I{include}",
-        str(source),
-        "-o",
-        str(library),
-    ]
+    command = [*compiler, "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+    command += [f"-I{include}", str(source), "-o", str(library)]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import hubert_fast
+from hubert_fast.pretrain.proc import proc_bytes, proc_field
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -41,25 +42,19 @@ def version(package: str) -> str | None:
 
 
 def processor() -> str:
-    return _cpuinfo("model name") or platform.machine()
+    return proc_field("cpuinfo", "model name") or platform.machine()
 
 
 def processor_flags() -> set[str]:
     """What the processor can do, in Linux' words; none where they are not known."""
-    return set(_cpuinfo("flags").split())
-
-
-def _cpuinfo(name: str) -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == name), "")
+    return set((proc_field("cpuinfo", "flags") or "").split())
 
 
 def memory_bytes(device: torch.device) -> int | None:
     """Of the device; None where it is not known."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return _meminfo("MemTotal")
+    return proc_bytes("meminfo", "MemTotal")
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -68,13 +63,7 @@ def available_bytes(device: torch.device) -> int | None:
         # What PyTorch's allocator holds and nothing uses counts as free.
         reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved - used
-    return _meminfo("MemAvailable")
-
-
-def _meminfo(name: str) -> int | None:
-    path = Path("/proc/meminfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":")), None)
+    return proc_bytes("meminfo", "MemAvailable")
 
 
 def _commit() -> str | None:

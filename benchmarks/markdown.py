@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from .quantities import digits, seconds, size
 from .report import LeftOut, Report, Row
-from .table import reasons, same_case, speedup
+from .table import OURS, baseline, fastest_other, reasons, same_case, speedup, speedup_over_others, written
 
-_OURS = "hubert_fast"
-_BASELINE = "torchaudio"
 _NOTHING = "–"
+_or_nothing = partial(written, absent=_NOTHING)
 
 LEGEND = """\
 Medians, and the 20th and 80th percentile, of calls of all implementations in one process, in turn where memory holds them
@@ -38,7 +38,7 @@ def section(report: Report, name: str) -> str:
 def _heading(report: Report, name: str) -> str:
     machine = report.machine
     cpu = report.rows[0].device == "cpu"
-    device = f"{machine['device']}, {_threads(machine['threads'])}" if cpu else machine["device"]
+    threads = f", {machine['threads']} thread{'' if machine['threads'] == 1 else 's'}" if cpu else ""
     names = ("torch", "python", "cuda", "triton", "hubert_fast")
     software = {name: machine[name] for name in names if machine.get(name)}
     software |= {row.implementation.split()[0]: row.version for row in report.rows if row.kind != "operator"}
@@ -48,26 +48,14 @@ def _heading(report: Report, name: str) -> str:
     ]
     commit = f" (commit {machine['commit']})" if machine.get("commit") else ""
     return (
-        f"### {device}, {machine['date']}\n\n"
+        f"### {machine['device']}{threads}, {machine['date']}\n\n"
         f"{', '.join(f'{each} {version}' for each, version in software.items())}{commit}. "
         f"The device's limits, measured in the same run, in {'; in '.join(limits)}. "
         f"All of it: [`benchmarks/results/{name}`](benchmarks/results/{name})."
     )
 
 
-def _threads(count: int) -> str:
-    return f"{count} thread{'' if count == 1 else 's'}"
-
-
-def _steps(rows: list[Row]) -> str:
-    return "Training steps:\n\n" + _whole(rows, "a step")
-
-
-def _inference(rows: list[Row]) -> str:
-    return "Inference (`extract_features`):\n\n" + _whole(rows, "a batch")
-
-
-def _whole(rows: list[Row], call: str) -> str:
+def _whole(rows: list[Row], title: str, call: str) -> str:
     head = ["case", "dtype", "implementation", call, "p20 to p80", "audio s per s"]
     head += ["x torchaudio", "x fastest other", "memory", "of torchaudio's", "MFU"]
     cells = []
@@ -77,30 +65,22 @@ def _whole(rows: list[Row], call: str) -> str:
             [
                 row.case if first else "",
                 row.dtype if first else "",
-                f"**{row.implementation}**" if row.implementation == _OURS else row.implementation,
+                f"**{row.implementation}**" if row.implementation == OURS else row.implementation,
                 seconds(row.seconds.median),
                 f"{seconds(row.seconds.p20)} to {seconds(row.seconds.p80)}",
                 _or_nothing(row.throughput, digits),
                 _or_nothing(speedup(row, rows), "{:.2f}".format),
-                _or_nothing(_against_fastest_other(row, rows), "{:.2f}".format),
+                _or_nothing(speedup_over_others(row, rows), "{:.2f}".format),
                 _or_nothing(row.peak_bytes, size),
                 _or_nothing(_share_of_memory(row, rows), "{:.2f}".format),
                 _or_nothing(row.share_of_limit, "{:.0%}".format),
             ]
         )
-    return _table(head, cells, left=3)
-
-
-def _against_fastest_other(row: Row, rows: Iterable[Row]) -> float | None:
-    """How many times as fast as the fastest of the others one of ours is in its case."""
-    if not row.implementation.startswith(_OURS):
-        return None
-    others = [each for each in rows if same_case(each, row) and not each.implementation.startswith(_OURS)]
-    return min((each.seconds.median for each in others), default=0.0) / row.seconds.median or None
+    return f"{title}:\n\n{_table(head, cells, left=3)}"
 
 
 def _share_of_memory(row: Row, rows: Iterable[Row]) -> float | None:
-    theirs = next((each for each in rows if each.implementation == _BASELINE and same_case(each, row)), None)
+    theirs = baseline(row, rows)
     if theirs is None or not theirs.peak_bytes or row.peak_bytes is None:
         return None
     return row.peak_bytes / theirs.peak_bytes
@@ -117,7 +97,7 @@ def _scaling(rows: list[Row]) -> str:
         cells = []
         for value in sorted({row.shape["value"] for row in points}):
             at = {row.implementation: row for row in points if row.shape["value"] == value}
-            ratio = speedup(at[_OURS], at.values()) if _OURS in at else None
+            ratio = speedup(at[OURS], at.values()) if OURS in at else None
             cells.append(
                 [f"{value:,g}", *(_point(at.get(name)) for name in names), _or_nothing(ratio, "{:.2f}".format)]
             )
@@ -136,9 +116,8 @@ def _operators(rows: list[Row]) -> str:
     """Ours beside the fastest of the others."""
     head = ["operator", "dtype", "hubert_fast", "fastest other", "", "ratio", "floor", "of the floor"]
     cells = []
-    for row in (row for row in rows if row.implementation == _OURS):
-        others = [each for each in rows if same_case(each, row) and not each.implementation.startswith(_OURS)]
-        best = min(others, key=lambda each: each.seconds.median, default=None)
+    for row in (row for row in rows if row.implementation == OURS):
+        best = fastest_other(row, rows)
         cells.append(
             [
                 row.case,
@@ -146,7 +125,7 @@ def _operators(rows: list[Row]) -> str:
                 seconds(row.seconds.median),
                 _NOTHING if best is None else best.implementation,
                 _NOTHING if best is None else seconds(best.seconds.median),
-                _NOTHING if best is None else f"{best.seconds.median / row.seconds.median:.2f}",
+                _or_nothing(speedup_over_others(row, rows), "{:.2f}".format),
                 _or_nothing(row.floor_seconds, seconds),
                 _or_nothing(row.share_of_limit, "{:.0%}".format),
             ]
@@ -172,13 +151,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> 
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in (head, rule, *rows))
 
 
-def _or_nothing(value: float | None, written: Callable[[float], str]) -> str:
-    return _NOTHING if value is None else written(value)
-
-
 _PARTS: dict[str, Callable[[list[Row]], str]] = {
-    "step": _steps,
-    "inference": _inference,
+    "step": partial(_whole, title="Training steps", call="a step"),
+    "inference": partial(_whole, title="Inference (`extract_features`)", call="a batch"),
     "scaling": _scaling,
     "operator": _operators,
 }

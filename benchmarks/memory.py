@@ -11,25 +11,32 @@ from typing import Any
 import torch
 from torch import nn
 
+from hubert_fast.pretrain.proc import proc_bytes
+
 
 def peak_of(call: Callable[[], Any], device: torch.device) -> int | None:
     """Bytes that ``call`` takes at its peak beyond what is held before it. None where the system does not say."""
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return allocated_peak_of(call, device)
     if not Path("/proc/self/clear_refs").exists():
         call()
         return None
     _give_back_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _status("VmRSS")
+    before = proc_bytes("self/status", "VmRSS")
     call()
-    return max(0, _status("VmHWM") - before)
+    return max(0, proc_bytes("self/status", "VmHWM") - before)
+
+
+def allocated_peak_of(call: Callable[[], Any], device: torch.device | str) -> int:
+    """As PyTorch's allocator on a GPU counts it."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def held_by(module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
@@ -45,10 +52,3 @@ def _give_back_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status does not name {name}")

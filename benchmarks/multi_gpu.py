@@ -30,6 +30,15 @@ _GPUS = (1, 2, 4, 8, 16, 32, 64)
 _USUAL_LENGTH = 12.3  # seconds, the mean of LibriSpeech: decides only about attention's share of the backward
 _GRADIENT_BYTES = 4  # float32, also under autocast
 
+# Assumptions that may not be 0.
+_POSITIVE = (
+    "gpus_per_node",
+    "nvlink_bytes_per_second",
+    "network_bytes_per_second",
+    "reached_bandwidth",
+    "bucket_bytes",
+)
+
 
 @dataclass(frozen=True)
 class Assumptions:
@@ -49,19 +58,10 @@ class Assumptions:
     )
 
     def __post_init__(self) -> None:
-        positive = (
-            "gpus_per_node",
-            "nvlink_bytes_per_second",
-            "network_bytes_per_second",
-            "reached_bandwidth",
-            "bucket_bytes",
-        )
         for each in fields(self):
-            value = getattr(self, each.name)
-            if not (value > 0 if each.name in positive else value >= 0):
-                raise ValueError(
-                    f"{each.name} must be {'positive' if each.name in positive else 'at least 0'}; got {value}"
-                )
+            value, positive = getattr(self, each.name), each.name in _POSITIVE
+            if not (value > 0 if positive else value >= 0):
+                raise ValueError(f"{each.name} must be {'positive' if positive else 'at least 0'}; got {value}")
 
 
 class Projection(NamedTuple):

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 
@@ -130,24 +130,22 @@ def fastest_convolutions() -> Iterator[None]:
 
 
 def _measure(report: Report, operator: str, case: OperatorCase, names: Sequence[str]) -> None:
-    calls, made = Calls(case), {}
+    calls = Calls(case)
+    made: dict[str, Callable[[int], Any]] = {}
+    known: dict[str, tuple[float, int]] = {}  # by how much results are off, and bytes of a call
     for name in names:
         reason = why_no_more(report, name, lambda each: each.startswith(f"{operator}: "))
         if reason is not None:
             report.left_out.append(LeftOut(_title(operator, case), name, reason))
             continue
         try:
-            made[name] = _Made(calls, name)
+            call, error = calls.make(name)
+            known[name], made[name] = (error, peak_bytes(call, case.device)), call
         except Exception as error:  # one implementation that fails must not keep the others from being measured
             _leave_out(report, operator, case, name, error)
-    taken, errors = in_turn(
-        {name: each.call for name, each in made.items()}, case.device, repeats=_REPEATS, seconds=_SECONDS
-    )
+    taken, errors = in_turn(made, case.device, repeats=_REPEATS, seconds=_SECONDS)
     limits = report.limits[case.dtype_name]
-    rows = [
-        row_of(operator, case, name, Seconds.of(seconds), limits, made[name].error, made[name].step_bytes)
-        for name, seconds in taken.items()
-    ]
+    rows = [row_of(operator, case, name, Seconds.of(seconds), limits, *known[name]) for name, seconds in taken.items()]
     place = (f"{operator}: {case.name}", case.dtype_name)
     same = [number for number, row in enumerate(report.rows) if (row.case, row.dtype) == place]
     end = same[-1] + 1 if same else len(report.rows)
@@ -166,14 +164,6 @@ def _leave_out(report: Report, operator: str, case: OperatorCase, name: str, err
 def _title(operator: str, case: OperatorCase) -> str:
     """The case as entries of what was left out name it."""
     return f"{operator}: {case.name}, {case.dtype_name}"
-
-
-class _Made:
-    """An implementation whose results are right, with what its first calls say."""
-
-    def __init__(self, calls: Calls, name: str) -> None:
-        self.call, self.error = calls.make(name)
-        self.step_bytes = peak_bytes(self.call, calls.case.device)
 
 
 def row_of(

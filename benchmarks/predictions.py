@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-AUDIO_SECONDS = 175.0
 TFLOPS, COPY_TB_PER_S = 798.0, 3.0
 
 

@@ -13,9 +13,16 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hubert_fast.pretrain.atomic import write_text
 
 SCHEMA = 1
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As result files have it: ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)

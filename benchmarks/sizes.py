@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .architecture import ARCHITECTURES
+
 
 @dataclass(frozen=True)
 class Size:
@@ -18,9 +20,9 @@ class Size:
     conv_channels: int
     final_dim: int
     classes: int
+    groups: int
+    conv_norm: str  # of the convolutional front end
     taps: int = 128
-    groups: int = 16
-    conv_norm: str = "group_norm"  # of the convolutional front end
 
     @property
     def head_dim(self) -> int:
@@ -31,24 +33,28 @@ class Size:
         return self.dim // self.groups
 
 
-# 175 s of audio in utterances of up to 15.6 s; row counts that 16 does not divide, as most are not.
-_BATCH = {"batch": 14, "frames": 779, "rows": 8743, "kept": 4021, "conv_channels": 512}
-_LAYER_NORM = {"conv_norm": "layer_norm"}
-
-SIZES = {
-    each.name: each
-    for each in (
-        Size("base", **_BATCH, dim=768, heads=12, ffn=3072, final_dim=256, classes=500),
-        Size("large", **_BATCH, **_LAYER_NORM, dim=1024, heads=16, ffn=4096, final_dim=768, classes=500),
-        Size("xlarge", **_BATCH, **_LAYER_NORM, dim=1280, heads=16, ffn=5120, final_dim=1024, classes=500),
+def _of(model: str, **batch: int) -> Size:
+    architecture = ARCHITECTURES[model]
+    return Size(
+        model,
+        dim=architecture.dim,
+        heads=architecture.heads,
+        ffn=architecture.ffn,
+        conv_channels=architecture.convolutions[-1][0],
+        final_dim=architecture.final_dim,
+        groups=architecture.groups,
+        conv_norm=architecture.norm,
+        **batch,
     )
+
+
+# 175 s of audio in utterances of up to 15.6 s; row counts that 16 does not divide, as most are not.
+SIZES = {
+    model: _of(model, batch=14, frames=779, rows=8743, kept=4021, classes=500) for model in ("base", "large", "xlarge")
 }
 
-
 # For the suite's own tests: milliseconds on any machine.
-_TINY = Size(
-    "tiny", batch=2, frames=30, rows=47, kept=21, dim=64, heads=2, ffn=128, conv_channels=32, final_dim=32, classes=20, taps=16
-)  # fmt: skip
+_TINY = _of("tiny", batch=2, frames=30, rows=47, kept=21, classes=20, taps=16)
 
 
 def size_on(device: str, name: str) -> Size:

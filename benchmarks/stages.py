@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -88,7 +89,9 @@ def split(peer_model: PeerModel, step: Callable[[], None], device: torch.device)
     if _is_compiled(peer_model):
         return {}
     total = seconds_of(step, device)
-    with _scopes(peer_model), _profiler(device) as profiler:
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it has nothing to say to who did not ask for a profile
+    with _scopes(peer_model), profile(activities=activities) as profiler:
         profiled = seconds_of(step, device)
     events = profiler.events()
     if any(event.name == _GRAPH_LAUNCH for event in events):
@@ -154,12 +157,6 @@ def _is_compiled(peer_model: PeerModel) -> bool:
     return any(getattr(part, mark, None) is not None for part in parts for mark in marks)
 
 
-def _profiler(device: torch.device) -> profile:
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it has nothing to say to who did not ask for a profile
-    return profile(activities=activities)
-
-
 @contextmanager
 def _scopes(peer_model: PeerModel) -> Iterator[None]:
     """Encloses every stage of the model in a scope that the profiler sees."""
@@ -178,8 +175,7 @@ def _module_scopes(root: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
             yield module, "forward", stage
 
 
-@contextmanager
-def _enclosed(owner: Any, name: str, stage: str) -> Iterator[None]:
+def _enclosed(owner: Any, name: str, stage: str) -> AbstractContextManager:
     """``owner.name`` in a scope, for a while."""
     function = getattr(owner, name)
 
@@ -188,12 +184,4 @@ def _enclosed(owner: Any, name: str, stage: str) -> Iterator[None]:
         with record_function(_PREFIX + stage):
             return function(*args, **kwargs)
 
-    own = vars(owner).get(name)
-    setattr(owner, name, enclosed)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
+    return mock.patch.object(owner, name, enclosed)

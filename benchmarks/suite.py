@@ -27,7 +27,7 @@ from .memory import held_by, peak_of
 from .models import Models
 from .peers.agreement import DifferentWork
 from .peers.peer import Peer, PeerModel, Setting
-from .report import ELSEWHERE, NO_TIME, LeftOut, Limits, Report, Row, Seconds
+from .report import ELSEWHERE, NO_TIME, LeftOut, Limits, Report, Row, Seconds, dtype_name
 from .stages import split
 from .training import TrainingStep, infer, one_pass, seconds_of
 
@@ -136,7 +136,7 @@ class Suite:
         operators.measure(
             self.report,
             device=self.device,
-            dtypes=[_name(case.dtype)],
+            dtypes=[dtype_name(case.dtype)],
             size=case.architecture.name,
             seconds_left=lambda: until - time.monotonic(),
             progress=self.say,
@@ -163,9 +163,9 @@ class Suite:
                 self._models.forget_all()
 
     def _measure_limits(self, dtype: torch.dtype) -> None:
-        if _name(dtype) not in self.report.limits:
-            self.say(f"limits in {_name(dtype)}")
-            self.report.limits[_name(dtype)] = measure_limits(self.device, dtype)
+        if dtype_name(dtype) not in self.report.limits:
+            self.say(f"limits in {dtype_name(dtype)}")
+            self.report.limits[dtype_name(dtype)] = measure_limits(self.device, dtype)
 
     def _measure_limits_again(self) -> None:
         """What a busy machine did not reach at the beginning it may reach now; rows stand beside the best."""
@@ -182,7 +182,7 @@ class Suite:
         sides = [side for peer in peers if (side := self._prepare(case, peer, batches)) is not None]
         try:
             self._take_turns(case, sides, batches, max(started + seconds, time.monotonic() + _TURNS_SHARE * seconds))
-            was_split = any(row.stages and row.dtype == _name(case.dtype) for row in self.report.rows)
+            was_split = any(row.stages and row.dtype == dtype_name(case.dtype) for row in self.report.rows)
             was_split = was_split or case.dtype in self._split
             if case.kind == "step" and case.layout == "even" and not was_split:
                 self._split.add(case.dtype)
@@ -202,7 +202,7 @@ class Suite:
             if turn >= _FEWEST[case.kind] and (time.monotonic() > until or self.budget.left() < 0):
                 break
             for side in list(sides):
-                self.say(f"{case.name}, {_name(case.dtype)}: in turn", f"{turn + 1}, {side.peer.name}")
+                self.say(f"{case.name}, {dtype_name(case.dtype)}: in turn", f"{turn + 1}, {side.peer.name}")
                 try:
                     side.times.append(seconds_of(self._call(case, side, batches), self.device) / len(batches))
                 except Exception as error:  # memory that was there before, say
@@ -213,13 +213,13 @@ class Suite:
         """The side, checked, warmed up, and its memory measured; None where that fails, and the report says why."""
         setting = self._setting(case)
         try:
-            self.say(f"{case.name}, {_name(case.dtype)}: checking {peer.name}")
+            self.say(f"{case.name}, {dtype_name(case.dtype)}: checking {peer.name}")
             checked = self._models.check(peer, setting)
-            self.say(f"{case.name}, {_name(case.dtype)}: building {peer.name}")
+            self.say(f"{case.name}, {dtype_name(case.dtype)}: building {peer.name}")
             model, step = self._models.build(peer, setting)
             side = _Side(peer, model, step, checked)
             call = self._call(case, side, batches)
-            self.say(f"{case.name}, {_name(case.dtype)}: first call of {peer.name}")
+            self.say(f"{case.name}, {dtype_name(case.dtype)}: first call of {peer.name}")
             side.first_seconds = seconds_of(call, self.device)
             started = time.monotonic()
             step_bytes = peak_of(call, self.device)
@@ -245,7 +245,7 @@ class Suite:
         for side in sides:
             if self.budget.left() < 4 * max(side.times):
                 return
-            self.say(f"{case.name}, {_name(case.dtype)}: stages of {side.peer.name}")
+            self.say(f"{case.name}, {dtype_name(case.dtype)}: stages of {side.peer.name}")
             call = self._call(case, side, batches[:1])
             try:
                 side.stages = split(side.model, call, self.device) or None
@@ -263,14 +263,14 @@ class Suite:
             implementation=side.peer.name,
             version=side.peer.version(),
             device=self.device.type,
-            dtype=_name(case.dtype),
+            dtype=dtype_name(case.dtype),
             shape=_shape(case),
             seconds=Seconds.of(side.times),
             peak_bytes=None if side.step_bytes is None else held + side.step_bytes,
             step_bytes=side.step_bytes,
             audio_seconds=case.audio_seconds,
             flops=flops,
-            limits=self.report.limits[_name(case.dtype)],
+            limits=self.report.limits[dtype_name(case.dtype)],
             first_seconds=side.first_seconds,
             stages=side.stages,
             check=side.checked,
@@ -278,7 +278,7 @@ class Suite:
 
     def _that_can(self, case: Case) -> list[Peer]:
         """Those that are asked for and can run the case; the others are noted with the reason."""
-        able, settled = [], self.report.settled(case.kind, case.name, _name(case.dtype))
+        able, settled = [], self.report.settled(case.kind, case.name, dtype_name(case.dtype))
         for peer in self.peers:
             if peer.name in settled or (case.peers is not None and peer.name not in case.peers):
                 continue
@@ -315,7 +315,7 @@ class Suite:
         return fitting
 
     def _seconds_needed(self, case: Case, peer: Peer) -> float:
-        rate, setting = self.report.limits[_name(case.dtype)].flops_per_second, self._setting(case)
+        rate, setting = self.report.limits[dtype_name(case.dtype)].flops_per_second, self._setting(case)
         checked, built = self._models.known_check(peer, setting) is not None, self._models.is_built(peer, setting)
         return self._pace.seconds(case, peer, _UNTIMED + _FEWEST[case.kind], rate, checked=checked, built=built)
 
@@ -349,7 +349,7 @@ class Suite:
 
 def _title(case: Case | Operators) -> str:
     """The case as entries of what was left out name it."""
-    return f"{'operators' if isinstance(case, Operators) else case.name}, {_name(case.dtype)}"
+    return f"{'operators' if isinstance(case, Operators) else case.name}, {dtype_name(case.dtype)}"
 
 
 def _is_of_models(title: str) -> bool:
@@ -377,7 +377,3 @@ def _shape(case: Case) -> dict[str, str | int | float]:
 
 def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from .quantities import digits, seconds, size
 from .report import NO_TIME, LeftOut, Report, Row
 
-_BASELINE, _OURS = "torchaudio", "hubert_fast"
+_BASELINE, OURS = "torchaudio", "hubert_fast"
 
 
 def render(report: Report) -> str:
@@ -37,8 +37,29 @@ def columns(cells: Sequence[Sequence[str]], *, left: Iterable[int] = (0,)) -> st
 
 def speedup(row: Row, rows: Iterable[Row]) -> float | None:
     """How many times as fast as torchaudio ``row`` is in its own case; None without torchaudio."""
-    theirs = next((each for each in rows if each.implementation == _BASELINE and same_case(each, row)), None)
+    theirs = baseline(row, rows)
     return None if theirs is None else theirs.seconds.median / row.seconds.median
+
+
+def baseline(row: Row, rows: Iterable[Row]) -> Row | None:
+    """torchaudio's in the case of ``row``."""
+    return next((each for each in rows if each.implementation == _BASELINE and same_case(each, row)), None)
+
+
+def fastest_other(row: Row, rows: Iterable[Row]) -> Row | None:
+    """The fastest that is not ours in the case of ``row``."""
+    others = [each for each in rows if same_case(each, row) and not each.implementation.startswith(OURS)]
+    return min(others, key=lambda each: each.seconds.median, default=None)
+
+
+def speedup_over_others(row: Row, rows: Iterable[Row]) -> float | None:
+    """How many times as fast one of ours is as the fastest of the others; None for those, and where there is none."""
+    best = fastest_other(row, rows) if row.implementation.startswith(OURS) else None
+    return None if best is None else best.seconds.median / row.seconds.median
+
+
+def written(value: float | None, form: Callable[[float], str], *, absent: str = "") -> str:
+    return absent if value is None else form(value)
 
 
 def same_case(one: Row, other: Row) -> bool:
@@ -55,38 +76,29 @@ def _heading(report: Report) -> str:
 
 
 def _whole(rows: list[Row]) -> str:
-    head = [
-        "case",
-        "dtype",
-        "implementation",
-        "median",
-        "p20",
-        "p80",
-        "audio s/s",
-        "x torchaudio",
-        "memory",
-        "of step",
-        "MFU",
-    ]
+    head = ["case", "dtype", "implementation", "median", "p20", "p80", "audio s/s"]
+    head += ["x torchaudio", "memory", "of step", "MFU"]
     cells = [head]
     for number, row in enumerate(rows):
         first = number == 0 or not same_case(rows[number - 1], row)
-        times = (row.seconds.median, row.seconds.p20, row.seconds.p80)
-        ratio = speedup(row, rows)
         cells.append(
             [
                 row.case if first else "",
                 row.dtype if first else "",
                 row.implementation,
-                *(seconds(each) for each in times),
+                *_times(row),
                 digits(row.throughput or 0.0),
-                "" if ratio is None else f"{ratio:.2f}",
-                "" if row.peak_bytes is None else size(row.peak_bytes),
-                "" if row.step_bytes is None else size(row.step_bytes),
-                "" if row.share_of_limit is None else f"{row.share_of_limit:.0%}",
+                written(speedup(row, rows), "{:.2f}".format),
+                written(row.peak_bytes, size),
+                written(row.step_bytes, size),
+                written(row.share_of_limit, "{:.0%}".format),
             ]
         )
     return columns(cells, left=(0, 1, 2))
+
+
+def _times(row: Row) -> list[str]:
+    return [seconds(each) for each in (row.seconds.median, row.seconds.p20, row.seconds.p80)]
 
 
 def _operators(rows: list[Row]) -> str:
@@ -96,27 +108,18 @@ def _operators(rows: list[Row]) -> str:
     for number, row in enumerate(rows):
         if number == 0 or not same_case(rows[number - 1], row):
             titles[len(cells)] = row.case
-        floor, share, ratio = row.floor_seconds, row.share_of_limit, _beside_the_best(row, rows)
         cells.append(
             [
                 f"  {row.implementation}",
                 row.dtype,
-                *(seconds(each) for each in (row.seconds.median, row.seconds.p20, row.seconds.p80)),
-                "" if floor is None else seconds(floor),
-                "" if share is None else f"{share:.0%}",
-                "" if ratio is None else f"{ratio:.2f}",
+                *_times(row),
+                written(row.floor_seconds, seconds),
+                written(row.share_of_limit, "{:.0%}".format),
+                written(speedup_over_others(row, rows), "{:.2f}".format),
             ]
         )
     lines = columns(cells, left=(0, 1)).split("\n")
     return "\n".join(f"{titles[number]}\n{line}" if number in titles else line for number, line in enumerate(lines))
-
-
-def _beside_the_best(row: Row, rows: Iterable[Row]) -> float | None:
-    """How many times as fast ours is as the fastest of the others in its case; None for those, and where there is none."""
-    if not row.implementation.startswith(_OURS):
-        return None
-    others = [each for each in rows if same_case(each, row) and not each.implementation.startswith(_OURS)]
-    return min(each.seconds.median for each in others) / row.seconds.median if others else None
 
 
 def reasons(left_out: Iterable[LeftOut]) -> dict[tuple[str, str], list[str]]:

@@ -24,6 +24,12 @@ def import_models() -> ModuleType:
     return importlib.import_module("torchaudio.models")
 
 
+def import_components() -> ModuleType:
+    """The parts of its wav2vec 2.0, which have no public names."""
+    import_models()
+    return importlib.import_module("torchaudio.models.wav2vec2.components")
+
+
 def _extension_stand_in() -> ModuleType:
     """What torchaudio asks of ``torchaudio._extension``, with the answers of an installation without compiled parts."""
     stand_in = ModuleType("torchaudio._extension")

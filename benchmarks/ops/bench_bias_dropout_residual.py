@@ -1,8 +1,6 @@
 """``bias_dropout_residual``, in the shapes of a model's blocks.
 
-    python -m benchmarks.ops.bench_bias_dropout_residual
-
-The seed is given, as a model gives it, so that drawing one is not timed.
+python -m benchmarks.ops.bench_bias_dropout_residual
 """
 
 from __future__ import annotations
@@ -15,38 +13,29 @@ import torch.nn.functional as F
 from hubert_fast.ops.bias_dropout_residual import bias_dropout_residual
 
 from ..sizes import Size
-from .case import OURS, Inputs, OperatorCase, Tensors, Work, both_ways, generator_on, ours, pytorch
-from .rows import parameter, rows, seed_on
+from .case import OperatorCase, Tensors
+from .command_line import main
+from .rows import parameter, row_cases, rows
 
 OPERATOR = "bias_dropout_residual"
 
 
 def cases(size: Size, dtype: torch.dtype, device: str) -> Iterator[OperatorCase]:
-    for dropout_p in (0.1, 0.0):
-        yield from _cases(size, dtype, device, dropout_p)
-
-
-def _cases(size: Size, dtype: torch.dtype, device: str, dropout_p: float) -> Iterator[OperatorCase]:
     tensor_bytes = size.rows * size.dim * dtype.itemsize
 
-    def draw(seed: int) -> Inputs:
-        generator = generator_on(device, seed)
+    def draw(generator: torch.Generator) -> tuple[Tensors, Tensors]:
         x, residual, direction = (rows(generator, size.rows, size.dim, dtype) for _ in range(3))
-        return Inputs((x, parameter(generator, size.dim), residual, seed_on(device)), (direction.detach(),))
+        return (x, parameter(generator, size.dim), residual), (direction,)
 
-    sides = {OURS: ours(OPERATOR, device, _ours), **pytorch("PyTorch", _plain)}
-    case = OperatorCase(
-        name=f"{size.name}, {size.rows} x {size.dim}, dropout {dropout_p}",
-        shape={"model": size.name, "rows": size.rows, "channels": size.dim, "dropout": dropout_p},
-        device=device,
-        dtype=dtype,
-        draw=draw,
-        sides=sides,
-        truth=sides["PyTorch"],
-        least=Work(3 * tensor_bytes),
-        dropout_p=dropout_p,
-    )
-    yield from both_ways(case, Work(2 * tensor_bytes))  # the gradient of the residual is that of the result
+    for dropout_p in (0.1, 0.0):
+        yield from row_cases(
+            OPERATOR, size, dtype, device, dropout_p,
+            name=f"{size.rows} x {size.dim}",
+            shape={"rows": size.rows, "channels": size.dim},
+            draw=draw,
+            functions=(_ours, _plain),
+            least_bytes=(3 * tensor_bytes, 2 * tensor_bytes),  # the gradient of the residual is that of the result
+        )  # fmt: skip
 
 
 def _ours(tensors: Tensors, dropout_p: float) -> Tensors:
@@ -64,6 +53,4 @@ def test_bias_dropout_residual(timed) -> None:
 
 
 if __name__ == "__main__":
-    from .command_line import main
-
     main(OPERATOR)

@@ -1,8 +1,6 @@
 """``bias_gelu_dropout``, in the shapes of a model's feed-forward blocks.
 
-    python -m benchmarks.ops.bench_bias_gelu_dropout
-
-The seed is given, as a model gives it, so that drawing one is not timed.
+python -m benchmarks.ops.bench_bias_gelu_dropout
 """
 
 from __future__ import annotations
@@ -15,38 +13,29 @@ import torch.nn.functional as F
 from hubert_fast.ops.bias_gelu_dropout import bias_gelu_dropout
 
 from ..sizes import Size
-from .case import OURS, Inputs, OperatorCase, Tensors, Work, both_ways, generator_on, ours, pytorch
-from .rows import parameter, rows, seed_on
+from .case import OperatorCase, Tensors
+from .command_line import main
+from .rows import parameter, row_cases, rows
 
 OPERATOR = "bias_gelu_dropout"
 
 
 def cases(size: Size, dtype: torch.dtype, device: str) -> Iterator[OperatorCase]:
-    for dropout_p in (0.0, 0.1):  # HuBERT Base has none here
-        yield from _cases(size, dtype, device, dropout_p)
-
-
-def _cases(size: Size, dtype: torch.dtype, device: str, dropout_p: float) -> Iterator[OperatorCase]:
     tensor_bytes = size.rows * size.ffn * dtype.itemsize
 
-    def draw(seed: int) -> Inputs:
-        generator = generator_on(device, seed)
+    def draw(generator: torch.Generator) -> tuple[Tensors, Tensors]:
         x, direction = (rows(generator, size.rows, size.ffn, dtype) for _ in range(2))
-        return Inputs((x, parameter(generator, size.ffn), seed_on(device)), (direction.detach(),))
+        return (x, parameter(generator, size.ffn)), (direction,)
 
-    sides = {OURS: ours(OPERATOR, device, _ours), **pytorch("PyTorch", _plain)}
-    case = OperatorCase(
-        name=f"{size.name}, {size.rows} x {size.ffn}, dropout {dropout_p}",
-        shape={"model": size.name, "rows": size.rows, "channels": size.ffn, "dropout": dropout_p},
-        device=device,
-        dtype=dtype,
-        draw=draw,
-        sides=sides,
-        truth=sides["PyTorch"],
-        least=Work(2 * tensor_bytes),
-        dropout_p=dropout_p,
-    )
-    yield from both_ways(case, Work(3 * tensor_bytes))
+    for dropout_p in (0.0, 0.1):  # HuBERT Base has none here
+        yield from row_cases(
+            OPERATOR, size, dtype, device, dropout_p,
+            name=f"{size.rows} x {size.ffn}",
+            shape={"rows": size.rows, "channels": size.ffn},
+            draw=draw,
+            functions=(_ours, _plain),
+            least_bytes=(2 * tensor_bytes, 3 * tensor_bytes),
+        )  # fmt: skip
 
 
 def _ours(tensors: Tensors, dropout_p: float) -> Tensors:
@@ -64,6 +53,4 @@ def test_bias_gelu_dropout(timed) -> None:
 
 
 if __name__ == "__main__":
-    from .command_line import main
-
     main(OPERATOR)

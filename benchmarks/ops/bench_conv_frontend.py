@@ -9,47 +9,37 @@ none for its input. "layer 0" is that layer into a tensor of its own, which the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hubert_fast.ops.conv_frontend import conv_frontend
 from hubert_fast.reference import conv_frontend as reference
 
+from ..machine import version
 from ..sizes import Size
-from ..torchaudio_peer import import_models, installed
-from .case import (
-    OURS,
-    Function,
-    Inputs,
-    OperatorCase,
-    Side,
-    Tensors,
-    Work,
-    both_ways,
-    generator_on,
-    ours,
-    pytorch,
-    randn,
-    torchaudio_version,
-)
+from ..torchaudio_peer import import_components, installed
+from .case import OURS, Inputs, OperatorCase, Side, Tensors, Work, both_ways, generator_on, ours, pytorch, randn
+from .command_line import main
 
 OPERATOR = "conv_frontend"
 
-_SHAPES = ((10, 5), *((3, 2),) * 4, *((2, 2),) * 2)  # (taps, stride) of each layer
+SHAPES = ((10, 5), *((3, 2),) * 4, *((2, 2),) * 2)  # (taps, stride) of each layer
 _SAMPLES_OF_FRAME, _STRIDE = 400, 320
 
 
-class _Stack(NamedTuple):
-    """The layers of a case."""
+class Stack(NamedTuple):
+    """The layers of a case, and how much audio they take."""
 
     shapes: tuple[tuple[int, int], ...]
     channels: int
     norm: str
     dtype: torch.dtype
     device: str
+    batch: int
+    samples: int
 
     @property
     def strides(self) -> list[int]:
@@ -59,12 +49,60 @@ class _Stack(NamedTuple):
     def has_biases(self) -> bool:
         return self.norm == "layer_norm"  # as HuBERT Large has them
 
+    @property
+    def norms(self) -> int:
+        return 1 if self.norm == "group_norm" else len(self.shapes)
+
+    @property
+    def inputs(self) -> list[int]:
+        """Channels that each layer reads."""
+        return [1] + [self.channels] * (len(self.shapes) - 1)
+
+    def frames(self) -> list[int]:
+        """Of each layer."""
+        frames, samples = [], self.samples
+        for taps, stride in self.shapes:
+            samples = (samples - taps) // stride + 1
+            frames.append(samples)
+        return frames
+
+    def products(self) -> list[float]:
+        """FLOPs of each layer's convolution."""
+        return [
+            2.0 * self.batch * frames * self.channels * taps * into
+            for into, frames, (taps, _) in zip(self.inputs, self.frames(), self.shapes)
+        ]
+
+    def work(self) -> tuple[Work, Work]:
+        """Of forward and backward.
+
+        The backward reads audio, gradient of the features and filters, writes their gradients, and has two products of each
+        layer but the first.
+        """
+        audio, features = 4 * self.batch * self.samples, self.batch * self.frames()[-1] * self.channels
+        filters = 4 * sum(self.channels * taps * into for into, (taps, _) in zip(self.inputs, self.shapes))
+        read, (first, *others) = audio + features * self.dtype.itemsize, self.products()
+        return Work(read + filters, first + sum(others)), Work(read + 2 * filters, first + 2 * sum(others))
+
+    def draw(self, seed: int) -> Inputs:
+        """Audio, then filters, biases, norm weights and norm biases."""
+        generator, channels = generator_on(self.device, seed), self.channels
+        audio = randn(generator, self.batch, self.samples)
+        filters = [
+            randn(generator, channels, into, taps) * (2 / (into * taps)) ** 0.5
+            for into, (taps, _) in zip(self.inputs, self.shapes)
+        ]
+        biases = [0.1 * randn(generator, channels) for _ in range(len(filters) * self.has_biases)]
+        norm_weights = [1.0 + 0.1 * randn(generator, channels) for _ in range(self.norms)]
+        norm_biases = [0.1 * randn(generator, channels) for _ in range(self.norms)]
+        parameters = (each.requires_grad_() for each in (*filters, *biases, *norm_weights, *norm_biases))
+        return Inputs((audio, *parameters), (randn(generator, self.batch, self.frames()[-1], channels),))
+
     def split(self, parameters: Tensors) -> list[list[Tensor]]:
         """Filters, biases, norm weights and norm biases."""
         layers = len(self.shapes)
-        norms = 1 if self.norm == "group_norm" else layers
         groups, rest = [], list(parameters)
-        for count in (layers, layers * self.has_biases, norms, norms):
+        for count in (layers, layers * self.has_biases, self.norms, self.norms):
             groups.append(rest[:count])
             rest = rest[count:]
         return groups
@@ -75,101 +113,43 @@ class _Stack(NamedTuple):
 
 def cases(size: Size, dtype: torch.dtype, device: str) -> Iterator[OperatorCase]:
     batch = 1 if torch.device(device).type == "cpu" else size.batch  # seconds, even of one utterance
-    for name, layers in (("all layers", len(_SHAPES)), ("layer 0", 1)):
-        stack = _Stack(_SHAPES[:layers], size.conv_channels, size.conv_norm, dtype, device)
-        yield from _cases(name, size, batch, stack)
-
-
-def _cases(name: str, size: Size, batch: int, stack: _Stack) -> Iterator[OperatorCase]:
     samples = _SAMPLES_OF_FRAME + (size.frames - 1) * _STRIDE
-    case = OperatorCase(
-        name=f"{size.name}, {name}, {batch} x {samples / 16_000:.1f} s, {stack.norm}",
-        shape={
-            "model": size.name, "layers": len(stack.shapes), "utterances": batch, "samples": samples,
-            "channels": stack.channels, "norm": stack.norm,
-        },
-        device=stack.device,
-        dtype=stack.dtype,
-        draw=partial(_draw, stack, batch, samples),
-        sides=_sides(stack),
-        truth=Side(partial(_plain, stack=stack._replace(dtype=torch.float32)), torch.__version__),
-        least=_forward_work(stack, batch, samples),
-    )  # fmt: skip
-    yield from both_ways(case, _backward_work(stack, batch, samples))
+    for name, layers in (("all layers", len(SHAPES)), ("layer 0", 1)):
+        stack = Stack(SHAPES[:layers], size.conv_channels, size.conv_norm, dtype, device, batch, samples)
+        forward, backward = stack.work()
+        case = OperatorCase(
+            name=f"{size.name}, {name}, {batch} x {samples / 16_000:.1f} s, {stack.norm}",
+            shape={
+                "model": size.name, "layers": layers, "utterances": batch, "samples": samples,
+                "channels": stack.channels, "norm": stack.norm,
+            },
+            device=device,
+            dtype=dtype,
+            draw=stack.draw,
+            sides=_sides(stack),
+            truth=Side(partial(_plain, stack=stack._replace(dtype=torch.float32)), torch.__version__),
+            least=forward,
+        )  # fmt: skip
+        yield from both_ways(case, backward)
 
 
-def _draw(stack: _Stack, batch: int, samples: int, seed: int) -> Inputs:
-    """Audio, then filters, biases, norm weights and norm biases."""
-    generator, channels = generator_on(stack.device, seed), stack.channels
-    audio = randn(generator, batch, samples)
-    inputs_of = [1] + [channels] * (len(stack.shapes) - 1)
-    filters = [
-        randn(generator, channels, into, taps) * (2 / (into * taps)) ** 0.5
-        for into, (taps, _) in zip(inputs_of, stack.shapes)
-    ]
-    norms = 1 if stack.norm == "group_norm" else len(filters)
-    biases = [0.1 * randn(generator, channels) for _ in range(len(filters) * stack.has_biases)]
-    norm_weights = [1.0 + 0.1 * randn(generator, channels) for _ in range(norms)]
-    norm_biases = [0.1 * randn(generator, channels) for _ in range(norms)]
-    parameters = (each.requires_grad_() for each in (*filters, *biases, *norm_weights, *norm_biases))
-    return Inputs((audio, *parameters), (randn(generator, batch, _frames(stack, samples)[-1], channels),))
+def _sides(stack: Stack) -> dict[str, Side]:
+    call = partial(_ours, stack=stack)
+    sides = {OURS: ours(OPERATOR, stack.device, call), f"{OURS} torch": ours(OPERATOR, stack.device, call, "torch")}
+    if not installed():
+        return sides | pytorch("PyTorch", partial(_plain, stack=stack))
+    sides["torchaudio"] = Side(partial(_torchaudio, stack=stack), version("torchaudio"))
+    compiled = "PyTorch, compiled"  # by itself it would be the same operations
+    return sides | {compiled: pytorch("PyTorch", partial(_plain, stack=stack))[compiled]}
 
 
-def _frames(stack: _Stack, samples: int) -> list[int]:
-    """Of each layer."""
-    frames = []
-    for taps, stride in stack.shapes:
-        samples = (samples - taps) // stride + 1
-        frames.append(samples)
-    return frames
+def _ours(tensors: Tensors, dropout_p: float, *, stack: Stack) -> Tensors:
+    audio, *parameters = tensors
+    with stack.autocast():
+        return (conv_frontend(audio, *stack.split(tuple(parameters)), strides=stack.strides, norm=stack.norm),)
 
 
-def _products(stack: _Stack, batch: int, samples: int) -> list[float]:
-    """FLOPs of each layer's convolution."""
-    channels = stack.channels
-    return [
-        2.0 * batch * frames * channels * taps * (channels if layer else 1)
-        for layer, (frames, (taps, _)) in enumerate(zip(_frames(stack, samples), stack.shapes))
-    ]
-
-
-def _values(stack: _Stack, batch: int, samples: int) -> tuple[int, int, int]:
-    """Bytes of the audio, of the features and of the filters."""
-    inputs = [stack.channels * taps * (stack.channels if layer else 1) for layer, (taps, _) in enumerate(stack.shapes)]
-    features = batch * _frames(stack, samples)[-1] * stack.channels
-    return 4 * batch * samples, features * stack.dtype.itemsize, 4 * sum(inputs)
-
-
-def _forward_work(stack: _Stack, batch: int, samples: int) -> Work:
-    return Work(sum(_values(stack, batch, samples)), sum(_products(stack, batch, samples)))
-
-
-def _backward_work(stack: _Stack, batch: int, samples: int) -> Work:
-    """Audio, gradient of the features and filters read, their gradients written; two products of each layer but the first."""
-    audio, features, filters = _values(stack, batch, samples)
-    first, *others = _products(stack, batch, samples)
-    return Work(audio + features + 2 * filters, first + 2 * sum(others))
-
-
-def _sides(stack: _Stack) -> dict[str, Side]:
-    sides = {OURS: _ours(stack), f"{OURS} torch": _ours(stack, "torch")}
-    plain = pytorch("PyTorch", partial(_plain, stack=stack))
-    if installed():
-        sides["torchaudio"] = Side(_TorchaudiosExtractor(stack), torchaudio_version())
-        del plain["PyTorch"]  # the same operations
-    return sides | plain
-
-
-def _ours(stack: _Stack, name: str | None = None) -> Side:
-    def call(tensors: Tensors, dropout_p: float) -> Tensors:
-        audio, *parameters = tensors
-        with stack.autocast():
-            return (conv_frontend(audio, *stack.split(tuple(parameters)), strides=stack.strides, norm=stack.norm),)
-
-    return ours(OPERATOR, stack.device, call, name)
-
-
-def _plain(tensors: Tensors, dropout_p: float, *, stack: _Stack) -> Tensors:
+def _plain(tensors: Tensors, dropout_p: float, *, stack: Stack) -> Tensors:
     """Convolution, norm and GELU layer by layer."""
     audio, *parameters = tensors
     groups = stack.split(tuple(parameters))
@@ -177,33 +157,18 @@ def _plain(tensors: Tensors, dropout_p: float, *, stack: _Stack) -> Tensors:
         return (reference.conv_frontend(audio, *groups, strides=stack.strides, norm=stack.norm),)
 
 
-class _TorchaudiosExtractor:
+def _torchaudio(tensors: Tensors, dropout_p: float, *, stack: Stack) -> Tensors:
     """torchaudio's own module, called with the tensors of the case as its parameters."""
+    audio, *parameters = tensors
+    named = _named(*stack.split(tuple(parameters)))
+    with stack.autocast():
+        return (torch.func.functional_call(_torchaudios_extractor(stack), named, (audio, None))[0],)
 
-    def __init__(self, stack: _Stack) -> None:
-        self._stack = stack
-        self._called: Function | None = None
 
-    def __call__(self, tensors: Tensors, dropout_p: float) -> Tensors:
-        if self._called is None:
-            self._called = self._build()
-        return self._called(tensors, dropout_p)
-
-    def _build(self) -> Function:
-        import_models()
-        from torchaudio.models.wav2vec2 import components
-
-        stack = self._stack
-        shapes = [(stack.channels, *shape) for shape in stack.shapes]
-        module = components._get_feature_extractor(stack.norm, shapes, stack.has_biases).to(stack.device)
-
-        def call(tensors: Tensors, dropout_p: float) -> Tensors:
-            audio, *parameters = tensors
-            named = _named(*stack.split(tuple(parameters)))
-            with stack.autocast():
-                return (torch.func.functional_call(module, named, (audio, None))[0],)
-
-        return call
+@lru_cache(maxsize=1)
+def _torchaudios_extractor(stack: Stack) -> nn.Module:
+    shapes = [(stack.channels, *shape) for shape in stack.shapes]
+    return import_components()._get_feature_extractor(stack.norm, shapes, stack.has_biases).to(stack.device)
 
 
 def _named(filters: list[Tensor], biases: list[Tensor], norm_weights: list[Tensor], norm_biases: list[Tensor]) -> dict:
@@ -222,6 +187,4 @@ def test_conv_frontend(timed) -> None:
 
 
 if __name__ == "__main__":
-    from .command_line import main
-
     main(OPERATOR)

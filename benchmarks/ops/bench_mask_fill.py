@@ -1,8 +1,6 @@
 """``mask_fill``, in the shapes of a model's input: half of the frames masked, the padding of a batch.
 
-    python -m benchmarks.ops.bench_mask_fill
-
-The seed is given, as a model gives it, so that drawing one is not timed.
+python -m benchmarks.ops.bench_mask_fill
 """
 
 from __future__ import annotations
@@ -11,56 +9,39 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from hubert_fast.ops.mask_fill import mask_fill
 
 from ..sizes import Size
-from .case import OURS, Inputs, OperatorCase, Tensors, Work, both_ways, generator_on, ours, pytorch
-from .rows import parameter, rows, seed_on
+from .case import OperatorCase, Tensors
+from .command_line import main
+from .rows import parameter, row_cases, rows, some_of
 
 OPERATOR = "mask_fill"
 
 
 def cases(size: Size, dtype: torch.dtype, device: str) -> Iterator[OperatorCase]:
-    for dropout_p in (0.1, 0.0):
-        yield from _cases(size, dtype, device, dropout_p)
-
-
-def _cases(size: Size, dtype: torch.dtype, device: str, dropout_p: float) -> Iterator[OperatorCase]:
     count, row_bytes = size.batch * size.frames, size.dim * dtype.itemsize
+    padding = count - size.rows
 
-    def draw(seed: int) -> Inputs:
-        generator = generator_on(device, seed)
+    def draw(generator: torch.Generator) -> tuple[Tensors, Tensors]:
         x, direction = (rows(generator, count, size.dim, dtype) for _ in range(2))
         bias, embedding = (parameter(generator, size.dim) for _ in range(2))
-        return Inputs((x, bias, embedding, *_flags(size, generator), seed_on(device)), (direction.detach(),))
+        # The last rows are padding, and of the others as many as the model masks are masked.
+        row = torch.arange(count, device=device)
+        mask = torch.zeros_like(row, dtype=torch.bool).index_fill_(0, some_of(generator, size.rows, size.kept), True)
+        return (x, bias, embedding, mask, row >= size.rows), (direction,)
 
-    padding = count - size.rows
-    sides = {OURS: ours(OPERATOR, device, _ours), **pytorch("PyTorch", _plain)}
-    case = OperatorCase(
-        name=f"{size.name}, {count} x {size.dim}, {size.kept} masked, {padding} of padding, dropout {dropout_p}",
-        shape={
-            "model": size.name, "rows": count, "channels": size.dim, "masked": size.kept, "padding": padding,
-            "dropout": dropout_p,
-        },
-        device=device,
-        dtype=dtype,
-        draw=draw,
-        sides=sides,
-        truth=sides["PyTorch"],
-        least=Work((count + size.rows - size.kept) * row_bytes),  # what is replaced need not be read
-        dropout_p=dropout_p,
-    )  # fmt: skip
-    yield from both_ways(case, Work((count + size.rows) * row_bytes))  # nor what comes back into padding
-
-
-def _flags(size: Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Masked frames and padding: the last rows are padding, and of the others as many as the model masks are masked."""
-    row = torch.arange(size.batch * size.frames, device=generator.device)
-    masked = torch.randperm(size.rows, device=generator.device, generator=generator)[: size.kept]
-    mask = torch.zeros_like(row, dtype=torch.bool).index_fill_(0, masked, True)
-    return mask, row >= size.rows
+    for dropout_p in (0.1, 0.0):
+        yield from row_cases(
+            OPERATOR, size, dtype, device, dropout_p,
+            name=f"{count} x {size.dim}, {size.kept} masked, {padding} of padding",
+            shape={"rows": count, "channels": size.dim, "masked": size.kept, "padding": padding},
+            draw=draw,
+            functions=(_ours, _plain),
+            # What is replaced need not be read, nor what comes back into padding.
+            least_bytes=((count + size.rows - size.kept) * row_bytes, (count + size.rows) * row_bytes),
+        )  # fmt: skip
 
 
 def _ours(tensors: Tensors, dropout_p: float) -> Tensors:
@@ -79,6 +60,4 @@ def test_mask_fill(timed) -> None:
 
 
 if __name__ == "__main__":
-    from .command_line import main
-
     main(OPERATOR)

@@ -24,6 +24,7 @@ from hubert_fast.ops.masked_attention import masked_attention
 
 from ..sizes import Size
 from .case import OURS, Inputs, OperatorCase, Side, Tensors, Work, both_ways, generator_on, ours, randn
+from .command_line import main
 from .utterances import Utterances
 
 OPERATOR = "masked_attention"
@@ -168,6 +169,4 @@ def test_masked_attention(timed) -> None:
 
 
 if __name__ == "__main__":
-    from .command_line import main
-
     main(OPERATOR)

@@ -19,6 +19,7 @@ from hubert_fast.ops.positional_conv import positional_conv
 
 from ..sizes import Size
 from .case import OURS, Inputs, OperatorCase, Side, Tensors, Work, both_ways, generator_on, ours, pytorch, randn
+from .command_line import main
 from .utterances import Utterances
 
 OPERATOR = "positional_conv"
@@ -112,6 +113,4 @@ def test_positional_conv(timed) -> None:
 
 
 if __name__ == "__main__":
-    from .command_line import main
-
     main(OPERATOR)

@@ -1,8 +1,6 @@
 """``residual_layer_norm``: post-norm and pre-norm blocks, and packing, in a model's shapes.
 
-    python -m benchmarks.ops.bench_residual_layer_norm
-
-The seed is given, as a model gives it, so that drawing one is not timed.
+python -m benchmarks.ops.bench_residual_layer_norm
 """
 
 from __future__ import annotations
@@ -15,9 +13,11 @@ import torch.nn.functional as F
 
 from hubert_fast.ops.residual_layer_norm import residual_layer_norm
 
+from ..report import dtype_name
 from ..sizes import Size
-from .case import OURS, Inputs, OperatorCase, Tensors, Work, both_ways, generator_on, ours, pytorch
-from .rows import parameter, rows, seed_on, stream_dtype
+from .case import OperatorCase, Tensors
+from .command_line import main
+from .rows import parameter, row_cases, rows, some_of, stream_dtype
 
 OPERATOR = "residual_layer_norm"
 
@@ -34,34 +34,29 @@ def _block(size: Size, dtype: torch.dtype, device: str, dropout_p: float, *, wit
     stream = stream_dtype(dtype, device, pre_norm=with_sum)
     stream_bytes, update_bytes = (size.rows * size.dim * each.itemsize for each in (stream, dtype))
 
-    def draw(seed: int) -> Inputs:
-        generator = generator_on(device, seed)
+    def draw(generator: torch.Generator) -> tuple[Tensors, Tensors]:
         residual, update = (rows(generator, size.rows, size.dim, each) for each in (stream, dtype))
         vectors = [parameter(generator, size.dim) for _ in range(3)]
-        directions = [rows(generator, size.rows, size.dim, stream).detach() for _ in range(1 + with_sum)]
-        return Inputs((residual, update, *vectors, seed_on(device)), tuple(directions))
+        directions = [rows(generator, size.rows, size.dim, stream) for _ in range(1 + with_sum)]
+        return (residual, update, *vectors), tuple(directions)
 
-    functions = [partial(each, with_sum=with_sum) for each in (_our_block, _plain_block)]
-    sides = {OURS: ours(OPERATOR, device, functions[0]), **pytorch("PyTorch", functions[1])}
     block = f"{'pre' if with_sum else 'post'}-norm" + ("" if stream == dtype else ", float32 stream")
-    case = OperatorCase(
-        name=f"{size.name}, {block}, {size.rows} x {size.dim}, dropout {dropout_p}",
-        shape={
-            "model": size.name, "rows": size.rows, "channels": size.dim, "pre_norm": with_sum, "dropout": dropout_p,
-            "stream": str(stream).removeprefix("torch."),
-        },
-        device=device,
-        dtype=dtype,
-        draw=draw,
-        sides=sides,
-        truth=sides["PyTorch"],
-        least=Work((2 + with_sum) * stream_bytes + update_bytes),  # residual, normed, the sum where it is wanted; update
-        dropout_p=dropout_p,
-    )  # fmt: skip
+    # Residual, normed, the sum where it is wanted; update.
+    forward = (2 + with_sum) * stream_bytes + update_bytes
     # The sum, where it is kept for this alone; gradient of normed, sum, gradient of the residual; gradient of the sum, and that
     # of the update where it is another.
     kept, another = 1 - with_sum, dropout_p > 0.0 or stream != dtype
-    yield from both_ways(case, Work((kept + 3 + with_sum) * stream_bytes + another * update_bytes))
+    backward = (kept + 3 + with_sum) * stream_bytes + another * update_bytes
+    return row_cases(
+        OPERATOR, size, dtype, device, dropout_p,
+        name=f"{block}, {size.rows} x {size.dim}",
+        shape={
+            "rows": size.rows, "channels": size.dim, "pre_norm": with_sum, "stream": dtype_name(stream),
+        },
+        draw=draw,
+        functions=(partial(_our_block, with_sum=with_sum), partial(_plain_block, with_sum=with_sum)),
+        least_bytes=(forward, backward),
+    )  # fmt: skip
 
 
 def _our_block(tensors: Tensors, dropout_p: float, *, with_sum: bool) -> Tensors:
@@ -85,28 +80,19 @@ def _packing(size: Size, dtype: torch.dtype, device: str, dropout_p: float) -> I
     """The rows of the valid frames are taken out of the padded grid on the way into LayerNorm."""
     positions, row_bytes = size.batch * size.frames, size.dim * dtype.itemsize
 
-    def draw(seed: int) -> Inputs:
-        generator = generator_on(device, seed)
+    def draw(generator: torch.Generator) -> tuple[Tensors, Tensors]:
         residual, direction = (rows(generator, count, size.dim, dtype) for count in (positions, size.rows))
         vectors = [parameter(generator, size.dim) for _ in range(2)]
-        index = torch.randperm(positions, device=device, generator=generator)[: size.rows].sort().values
-        return Inputs((residual, *vectors, index, seed_on(device)), (direction.detach(),))
+        return (residual, *vectors, some_of(generator, positions, size.rows)), (direction,)
 
-    sides = {OURS: ours(OPERATOR, device, _our_packing), **pytorch("PyTorch", _plain_packing)}
-    case = OperatorCase(
-        name=f"{size.name}, packing, {size.rows} of {positions} x {size.dim}, dropout {dropout_p}",
-        shape={
-            "model": size.name, "rows": size.rows, "positions": positions, "channels": size.dim, "dropout": dropout_p,
-        },
-        device=device,
-        dtype=dtype,
+    return row_cases(
+        OPERATOR, size, dtype, device, dropout_p,
+        name=f"packing, {size.rows} of {positions} x {size.dim}",
+        shape={"rows": size.rows, "positions": positions, "channels": size.dim},
         draw=draw,
-        sides=sides,
-        truth=sides["PyTorch"],
-        least=Work(2 * size.rows * row_bytes),
-        dropout_p=dropout_p,
+        functions=(_our_packing, _plain_packing),
+        least_bytes=(2 * size.rows * row_bytes, (2 * size.rows + positions) * row_bytes),
     )  # fmt: skip
-    yield from both_ways(case, Work((2 * size.rows + positions) * row_bytes))
 
 
 def _our_packing(tensors: Tensors, dropout_p: float) -> Tensors:
@@ -126,6 +112,4 @@ def test_residual_layer_norm(timed) -> None:
 
 
 if __name__ == "__main__":
-    from .command_line import main
-
     main(OPERATOR)

@@ -14,9 +14,12 @@ import torch
 import hubert_fast
 from hubert_fast.ops.span_mask import span_mask
 
+from ..machine import version
 from ..sizes import Size
-from ..torchaudio_peer import import_models, installed
-from .case import OURS, Inputs, OperatorCase, Side, Tensors, Work, torchaudio_version
+from ..torchaudio_peer import import_components, installed
+from .case import OURS, Inputs, OperatorCase, Side, Tensors, Work
+from .command_line import main
+from .utterances import Utterances
 
 OPERATOR = "span_mask"
 
@@ -24,10 +27,10 @@ _SETTINGS = {"mask_prob": 0.8, "mask_length": 10}
 
 
 def cases(size: Size, dtype: torch.dtype, device: str) -> Iterator[OperatorCase]:
-    lengths = _lengths(size)
+    lengths = Utterances.of(size, "cpu", padded=True).lengths
     sides = {OURS: Side(_ours, f"{hubert_fast.__version__}, on the host")}
     if installed():
-        sides["torchaudio"] = Side(_torchaudio, torchaudio_version())
+        sides["torchaudio"] = Side(_torchaudio, version("torchaudio"))
     yield OperatorCase(
         name=f"{size.name}, {size.batch} x {size.frames} frames",
         shape={"model": size.name, "utterances": size.batch, "frames": size.frames, **_SETTINGS},
@@ -42,22 +45,14 @@ def cases(size: Size, dtype: torch.dtype, device: str) -> Iterator[OperatorCase]
     )
 
 
-def _lengths(size: Size) -> torch.Tensor:
-    shortest = 2 * size.rows / size.batch - size.frames
-    return torch.linspace(shortest, size.frames, size.batch).round().long()
-
-
 def _ours(tensors: Tensors, dropout_p: float) -> Tensors:
     lengths, padding = tensors
     return (span_mask(tuple(padding.shape), lengths, min_masks=2, **_SETTINGS),)
 
 
 def _torchaudio(tensors: Tensors, dropout_p: float) -> Tensors:
-    import_models()
-    from torchaudio.models.wav2vec2 import components
-
     _, padding = tensors
-    return (components._compute_mask_indices(tuple(padding.shape), padding, min_masks=2, **_SETTINGS),)
+    return (import_components()._compute_mask_indices(tuple(padding.shape), padding, min_masks=2, **_SETTINGS),)
 
 
 def test_span_mask(timed) -> None:
@@ -65,6 +60,4 @@ def test_span_mask(timed) -> None:
 
 
 if __name__ == "__main__":
-    from .command_line import main
-
     main(OPERATOR)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Optional
@@ -12,6 +11,8 @@ from torch import Tensor
 
 import hubert_fast
 from hubert_fast import backend
+
+from ..report import dtype_name
 
 OURS = "hubert_fast"
 
@@ -37,17 +38,13 @@ class Inputs(NamedTuple):
 Function = Callable[[Tensors, float], Tensors]
 
 
-def _as_drawn(inputs: Inputs) -> Inputs:
-    return inputs
-
-
 @dataclass(frozen=True)
 class Side:
     """An implementation."""
 
     function: Function
     version: str
-    prepare: Callable[[Inputs], Inputs] = _as_drawn  # inputs in its own layout, with leaves of its own
+    prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs  # inputs in its own layout, with leaves of its own
     canonical: Callable[[Sequence[Tensor]], Sequence[Tensor]] = tuple  # outputs and gradients, in that of the others
     compiled: bool = False  # torch.compile is to be put around the function
 
@@ -82,7 +79,7 @@ class OperatorCase:
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return dtype_name(self.dtype)
 
 
 def both_ways(case: OperatorCase, backward: Work) -> Iterator[OperatorCase]:
@@ -112,10 +109,6 @@ def pytorch(name: str, function: Function, **layout: Any) -> dict[str, Side]:
     """PyTorch's operations, by themselves and compiled."""
     side = Side(function, torch.__version__, **layout)
     return {name: side, f"{name}, compiled": replace(side, compiled=True)}
-
-
-def torchaudio_version() -> str:
-    return importlib.metadata.version("torchaudio")
 
 
 def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -15,8 +15,7 @@ import argparse
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,12 +27,12 @@ from hubert_fast.ops.conv_frontend import Arguments
 from ..clock import Instant
 from ..limits import measure_limits
 from ..report import Limits
+from .bench_conv_frontend import SHAPES, Stack
 from .turns import in_turn
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_LAYERS = [(10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2)]
-_CHANNELS = 512
-_RATE = 16_000
+_WARM_UP = 2  # steps
+_QUEUED_CYCLES = 200_000_000  # a tenth of a second, in which the host gets ahead
 
 
 def main() -> None:
@@ -42,11 +41,13 @@ def main() -> None:
         raise SystemExit("this benchmark needs an NVIDIA GPU, and torch finds none")
     if extension.cuda() is None:
         raise SystemExit(f"this benchmark needs the CUDA kernels: {extension.why_not('cuda')}")
-    case = _Case(arguments)
-    limits = measure_limits("cuda", case.dtype)
-    stages = _stages(case, arguments.repeats, limits)
+    case, dtype = _Case(arguments), _DTYPES[arguments.dtype]
+    limits = measure_limits("cuda", dtype)
+    stages = _stages(case, dtype, arguments.repeats, limits)
     steps = {"forward": lambda i: case.forward(), "both": lambda i: case.both()}
-    taken = in_turn(steps, "cuda", repeats=arguments.repeats, seconds=float("inf"))
+    taken, errors = in_turn(steps, "cuda", repeats=arguments.repeats, seconds=float("inf"))
+    for error in errors.values():
+        raise error
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {arguments.batch} x {arguments.seconds} s, "
         f"{arguments.dtype}, {arguments.norm}"
@@ -64,8 +65,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@dataclass(frozen=True)
-class _Stage:
+class _Stage(NamedTuple):
     """Calls of the extension under one label."""
 
     label: str
@@ -78,31 +78,13 @@ class _Case:
     """Parameters and audio of one case, and its steps."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.dtype, self.norm = _DTYPES[arguments.dtype], arguments.norm
-        generator = torch.Generator("cuda").manual_seed(0)
-
-        def randn(*shape: int) -> Tensor:
-            return torch.randn(shape, device="cuda", generator=generator)
-
-        samples = int(arguments.seconds * _RATE)
-        self.waveforms = randn(arguments.batch, samples)
-        widths = [1] + [_CHANNELS] * len(_LAYERS)
-        norms = 1 if self.norm == "group_norm" else len(_LAYERS)
-        bias = self.norm == "layer_norm"  # as HuBERT Large has them
-        self.groups = [
-            [
-                randn(out, into, kernel) * (2 / (into * kernel)) ** 0.5
-                for into, out, (kernel, _) in zip(widths, widths[1:], _LAYERS)
-            ],
-            [0.1 * randn(_CHANNELS) for _ in _LAYERS] if bias else [],
-            [torch.ones(_CHANNELS, device="cuda") for _ in range(norms)],
-            [torch.zeros(_CHANNELS, device="cuda") for _ in range(norms)],
-        ]
-        strides = [stride for _, stride in _LAYERS]
-        self.arguments = Arguments(self.waveforms, *self.groups, strides, self.norm, None, self.dtype)
-        self.frames = self.arguments.frames
-        self.batch = arguments.batch
-        self.direction = randn(self.batch, self.frames[-1], _CHANNELS).to(self.dtype)
+        samples = int(arguments.seconds * 16_000)
+        stack = Stack(SHAPES, 512, arguments.norm, _DTYPES[arguments.dtype], "cuda", arguments.batch, samples)
+        inputs = stack.draw(0)
+        audio, *parameters = (each.detach() for each in inputs.tensors)
+        self.arguments = Arguments(audio, *stack.split(parameters), stack.strides, stack.norm, None, stack.dtype)
+        self.direction = inputs.directions[0].to(stack.dtype)
+        self.flops = sum(each.flops for each in stack.work())
 
     @torch.no_grad()
     def forward(self, kernels: Any = None) -> tuple[tuple[Tensor], list[Tensor]]:
@@ -112,14 +94,6 @@ class _Case:
     def both(self, kernels: Any = None) -> None:
         _, saved = self.forward(kernels)
         backend.backward(self.arguments, saved, (self.direction,), [True] * 4, kernels=kernels)
-
-    def flops(self) -> float:
-        """Of the convolutions: the forward once, the later layers' backward twice, layer 0's filters once more."""
-        counts = [
-            2 * self.batch * frames * _CHANNELS * kernel * (1 if layer == 0 else _CHANNELS)
-            for layer, (frames, (kernel, _)) in enumerate(zip(self.frames, _LAYERS))
-        ]
-        return 2 * counts[0] + 3 * sum(counts[1:])
 
 
 class _Timed:
@@ -220,33 +194,23 @@ _COSTS: dict[str, Callable[[dict[str, int], int], tuple[float, float]]] = {
 }
 
 
-def _fill_queue() -> None:
-    """Work for a tenth of a second, behind which the host gets ahead."""
-    torch.cuda._sleep(200_000_000)
-
-
-def _stages(case: _Case, repeats: int, limits: Limits) -> list[_Stage]:
-    times: dict[str, list[float]] = {}
-    costs: dict[str, tuple[int, float]] = {}
-    for repeat in range(repeats + 2):
-        timed = _Timed(extension.cuda(), case.dtype)
-        _fill_queue()
+def _stages(case: _Case, dtype: torch.dtype, repeats: int, limits: Limits) -> list[_Stage]:
+    times: dict[str, list[float]] = defaultdict(list)
+    for repeat in range(_WARM_UP + repeats):
+        timed = _Timed(extension.cuda(), dtype)
+        torch.cuda._sleep(_QUEUED_CYCLES)
         case.both(timed)
         torch.cuda.synchronize()
-        if repeat < 2:  # the first ones warm up
-            continue
-        sums: dict[str, float] = defaultdict(float)
-        floors: dict[str, tuple[int, float]] = {}
+        calls: dict[str, int] = defaultdict(int)
+        seconds: dict[str, float] = defaultdict(float)
+        floors: dict[str, float] = defaultdict(float)
         for label, start, end, moved, flops in timed.calls:
-            sums[label] += end - start
-            count, floor = floors.get(label, (0, 0.0))
-            floors[label] = count + 1, floor + max(moved / limits.bytes_per_second, flops / limits.flops_per_second)
-        costs = floors
-        for label, seconds in sums.items():
-            times.setdefault(label, []).append(seconds)
-    return [
-        _Stage(label, costs[label][0], statistics.median(seconds), costs[label][1]) for label, seconds in times.items()
-    ]
+            calls[label] += 1
+            seconds[label] += end - start
+            floors[label] += max(moved / limits.bytes_per_second, flops / limits.flops_per_second)
+        for label in seconds if repeat >= _WARM_UP else ():
+            times[label].append(seconds[label])
+    return [_Stage(label, calls[label], statistics.median(each), floors[label]) for label, each in times.items()]
 
 
 def _print(case: _Case, stages: list[_Stage], limits: Limits, forward: float, both: float) -> None:
@@ -257,7 +221,7 @@ def _print(case: _Case, stages: list[_Stage], limits: Limits, forward: float, bo
         share = f"floor {1e6 * floor:9.1f} ({floor / seconds:4.0%})"
         print(f"{1e6 * seconds:9.1f} us, {share}  {stage.calls} x {stage.label}")
     print(f"{1e6 * (both - sum(stage.seconds for stage in stages)):9.1f} us in operations of torch")
-    share = case.flops() / both / limits.flops_per_second
+    share = case.flops / both / limits.flops_per_second
     print(f"forward {1e3 * forward:.2f} ms, with backward {1e3 * both:.2f} ms: {share:.0%} of the rate of products")
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from ..clock import clock, fill_queue, synchronize
+from ..clock import clock, fill_queue
 from ..lost_device import answers
+from ..memory import allocated_peak_of
 
 _UNTIMED = 1  # call of each implementation, after those by which it was checked and warmed up
 _FEWEST = 3  # timed calls of each, however long they take
@@ -66,16 +67,9 @@ def once(call: Call, i: int, device: str) -> float:
 
 def peak_bytes(call: Call, device: str) -> int:
     """Bytes that a call takes at most beyond what is held before it."""
-    return _cuda_peak(call) if torch.device(device).type == "cuda" else _cpu_peak(call)
-
-
-def _cuda_peak(call: Call) -> int:
-    synchronize("cuda")
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call(0)
-    synchronize("cuda")
-    return torch.cuda.max_memory_allocated() - before
+    if torch.device(device).type == "cuda":
+        return allocated_peak_of(lambda: call(0), device)
+    return _cpu_peak(call)
 
 
 def _cpu_peak(call: Call) -> int:
@@ -84,11 +78,8 @@ def _cpu_peak(call: Call) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         call(0)
     held = most = 0
-    for event in sorted(_allocations(profiler), key=lambda event: event.start_ns()):
+    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         most = max(most, held)
     return most
-
-
-def _allocations(profiler: torch.profiler.profile) -> list[Any]:
-    return [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -19,6 +18,7 @@ import hubert_fast
 from hubert_fast import tf32
 
 from ..batches import SAMPLE_RATE, Batch, make
+from ..report import dtype_name
 from .building import build
 from .ours import ObjectiveModel, build_model
 from .peer import Peer, PeerModel, Setting, autocast
@@ -59,7 +59,8 @@ def check(peer: Peer, setting: Setting) -> dict[str, float]:
         architecture = architecture.changed(layers=min(architecture.layers, _LAYERS_OF_COMPILED))
     setting = replace(setting, architecture=architecture, padded=True)
     exact = replace(setting, dtype=torch.float32)
-    with _undisturbed(setting.device):
+    devices = [setting.device] if setting.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), tf32.allowed(False):
         truth = _truth(exact)
         weights, batch = weights_of(exact), _batch(setting, seed=1)
         if peer.compiled or peer.why_not(exact) is not None:
@@ -67,7 +68,7 @@ def check(peer: Peer, setting: Setting) -> dict[str, float]:
         differences = _compare(peer, exact, weights, batch, truth, _IN_FLOAT32)
         if setting.dtype != torch.float32:
             again = _compare(peer, setting, weights, batch, truth, ["loss", "gradient"])
-            differences |= {f"{name} in {_text(setting.dtype)}": each for name, each in again.items()}
+            differences |= {f"{name} in {dtype_name(setting.dtype)}": each for name, each in again.items()}
         return differences
 
 
@@ -95,7 +96,7 @@ def _compare(
         if not difference <= limits[name]:  # not a number is none
             raise DifferentWork(
                 f"{peer.name} does other work than the reference: {name} differs by {difference:.2%} in "
-                f"{_text(setting.dtype)}, and {limits[name]:.2%} is allowed"
+                f"{dtype_name(setting.dtype)}, and {limits[name]:.2%} is allowed"
             )
     return differences
 
@@ -182,14 +183,3 @@ def weights_of(setting: Setting) -> dict[str, Tensor]:
 def _batch(setting: Setting, seed: int) -> Batch:
     lengths = [round(seconds * SAMPLE_RATE) for seconds in _SECONDS]
     return make(lengths, setting.architecture, setting.num_classes, seed=seed).to(setting.device)
-
-
-def _text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-@contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Products in full float32; random numbers and settings are put back."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), tf32.allowed(False):
-        yield

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from unittest import mock
 
 from torch import Tensor, nn
@@ -25,11 +24,6 @@ _DRAWN_BY = (
 def build(peer: Peer, setting: Setting, weights: Mapping[str, Tensor]) -> PeerModel:
     """``peer.build(setting, weights)``; parameters that ``weights`` would leave out hold whatever was in memory."""
     peer.prepare()
-    with setting.device, _undrawn():
+    undrawn = {name: lambda tensor, *_, **__: tensor for name in _DRAWN_BY}
+    with setting.device, mock.patch.multiple(nn.init, **undrawn):
         return peer.build(setting, weights)
-
-
-@contextmanager
-def _undrawn() -> Iterator[None]:
-    with mock.patch.multiple(nn.init, **{name: lambda tensor, *_, **__: tensor for name in _DRAWN_BY}):
-        yield

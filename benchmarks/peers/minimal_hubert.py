@@ -5,7 +5,6 @@ The trainer's other settings of PyTorch (its lowering of the convolutions' backw
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Mapping
@@ -61,12 +60,9 @@ class _MinimalHubertModel(PeerModel):
 class MinimalHubert(Peer):
     """`HuBERTPretrain` in the published sizes, with the dropouts of the architecture and no LayerDrop."""
 
-    name = "minimal-hubert"
+    name = package = "minimal-hubert"
     compiled = True
     broadcasts_logits = True
-
-    def version(self) -> str:
-        return importlib.metadata.version("minimal-hubert")
 
     def why_not(self, setting: Setting) -> str | None:
         if sys.version_info < (3, 12):

@@ -10,7 +10,7 @@ import hubert_fast
 
 from ..batches import Batch
 from .peer import Peer, PeerModel, Setting
-from .recipe import recipe_loss
+from .recipe import RecipeModel
 
 
 def build_model(setting: Setting, weights: Mapping[str, Tensor]) -> hubert_fast.HuBERTPretrainModel:
@@ -29,25 +29,7 @@ class ObjectiveModel(PeerModel):
         return self.module(batch.waveforms, batch.labels, batch.lengths).loss
 
     def features(self, batch: Batch) -> Tensor:
-        return _last_layer(self.module.model, batch)
-
-
-class SwappedInModel(PeerModel):
-    """Lengths are where a script written for torchaudio has them: on the device."""
-
-    def __init__(self, model: hubert_fast.HuBERTPretrainModel) -> None:
-        self.module = model
-
-    def loss(self, batch: Batch) -> Tensor:
-        lengths = None if batch.lengths is None else batch.lengths.to(batch.waveforms.device, non_blocking=True)
-        return recipe_loss(*self.module(batch.waveforms, batch.labels, lengths))
-
-    def features(self, batch: Batch) -> Tensor:
-        return _last_layer(self.module, batch)
-
-
-def _last_layer(model: hubert_fast.HuBERTPretrainModel, batch: Batch) -> Tensor:
-    return model.wav2vec2.extract_features(batch.waveforms, batch.lengths)[0][-1]
+        return self.module.model.wav2vec2.extract_features(batch.waveforms, batch.lengths)[0][-1]
 
 
 class Ours(Peer):
@@ -75,4 +57,4 @@ class HubertFastSwappedIn(Ours):
     name = "hubert_fast swapped in"
 
     def build(self, setting: Setting, weights: Mapping[str, Tensor]) -> PeerModel:
-        return SwappedInModel(build_model(setting, weights))
+        return RecipeModel(build_model(setting, weights))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -60,14 +61,15 @@ class Peer(ABC):
     """An implementation that can be measured."""
 
     name: ClassVar[str]
+    package: ClassVar[str]  # whose version tables show
     compiled: ClassVar[bool] = False  # the first call takes minutes
     broadcasts_logits: ClassVar[bool] = (
         False  # needs several float32 tensors [classes + 1, frames, final_dim] at a time
     )
 
-    @abstractmethod
     def version(self) -> str:
         """Of the library behind it."""
+        return importlib.metadata.version(self.package)
 
     @abstractmethod
     def why_not(self, setting: Setting) -> str | None:

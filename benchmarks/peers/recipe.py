@@ -1,12 +1,32 @@
-"""The loss of torchaudio's HuBERT recipe, and the scaled gradient, for peers that have no such thing."""
+"""torchaudio's HuBERT recipe: its model and loss, and the scaled gradient for peers that have no such thing."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..batches import Batch
+from .peer import PeerModel
 
 FEATURE_WEIGHT = 10.0
+
+
+class RecipeModel(PeerModel):
+    """torchaudio's model, or one in its place, as a script of its recipe uses it: lengths are on the device."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = model
+
+    def loss(self, batch: Batch) -> Tensor:
+        return recipe_loss(*self.module(batch.waveforms, batch.labels, lengths_on_device(batch)))
+
+    def features(self, batch: Batch) -> Tensor:
+        return self.module.wav2vec2.extract_features(batch.waveforms, lengths_on_device(batch))[0][-1]
+
+
+def lengths_on_device(batch: Batch) -> Tensor | None:
+    return None if batch.lengths is None else batch.lengths.to(batch.waveforms.device, non_blocking=True)
 
 
 def recipe_loss(masked: Tensor, unmasked: Tensor | None, feature_penalty: Tensor) -> Tensor:

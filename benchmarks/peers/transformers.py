@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -86,10 +85,8 @@ class TransformersSdpa(Peer):
     """With PyTorch's scaled_dot_product_attention."""
 
     name = "transformers sdpa"
+    package = "transformers"
     _attention = "sdpa"
-
-    def version(self) -> str:
-        return importlib.metadata.version("transformers")
 
     def why_not(self, setting: Setting) -> str | None:
         return None if importlib.util.find_spec("transformers") else "transformers is not installed"

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from hubert_fast.pretrain.atomic import atomic_path
+from hubert_fast.pretrain.config_file import differences
 
 _FILE_NAME = re.compile(r"step-(\d{8,})\.pt")
 
@@ -62,7 +63,8 @@ def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any], *, kee
     path.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(tensor.nbytes for tensor in _tensors(state))
     try:
-        _require_room(path.parent, needed)
+        if shutil.disk_usage(path.parent).free < needed:
+            raise OSError(errno.ENOSPC, "No space left on device")
         # An open file, because torch.save to a path hides the cause of a failure.
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             torch.save(dict(state), file)
@@ -117,11 +119,11 @@ def require_same_run(path: Path, stored: Mapping[str, Any], given: Mapping[str, 
     ``path`` is the file that ``stored`` was read from. Both have ``model_config`` (JSON) and ``num_classes``; where
     both have ``settings`` (JSON: seed, optimizer, data and so on) these are compared too.
     """
-    model = _differences(_model_description(stored), _model_description(given))
+    model = _said(_model_description(stored), _model_description(given))
     if model:
         raise CheckpointMismatchError(f"{path} is of another model than this run's: {'; '.join(model)}")
     if "settings" in stored and "settings" in given:
-        settings = _differences(json.loads(stored["settings"]), json.loads(given["settings"]))
+        settings = _said(json.loads(stored["settings"]), json.loads(given["settings"]))
         if settings:
             raise CheckpointMismatchError(
                 f"{path} was trained with other settings than this run's: {'; '.join(settings)}. "
@@ -139,12 +141,8 @@ def _model_description(run: Mapping[str, Any]) -> dict[str, Any]:
     return {**json.loads(run["model_config"]), "num_classes": int(run["num_classes"])}
 
 
-def _differences(stored: Any, given: Any, name: str = "") -> list[str]:
-    if isinstance(stored, Mapping) and isinstance(given, Mapping):
-        keys = [*stored, *(key for key in given if key not in stored)]
-        prefix = f"{name}." if name else ""
-        return [line for key in keys for line in _differences(stored.get(key), given.get(key), f"{prefix}{key}")]
-    return [] if stored == given else [f"{name} is {stored} there and {given} here"]
+def _said(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    return [f"{name} is {there} there and {here} here" for name, there, here in differences(stored, given)]
 
 
 def _tensors(value: Any) -> Iterable[torch.Tensor]:
@@ -156,11 +154,6 @@ def _tensors(value: Any) -> Iterable[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
-
-
-def _require_room(directory: Path, needed: int) -> None:
-    if shutil.disk_usage(directory).free < needed:
-        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def _is_full_disk(error: BaseException | None) -> bool:

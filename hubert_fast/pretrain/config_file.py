@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,13 @@ def read_config(path: Path, base: PretrainConfig) -> PretrainConfig:
     return _merged(base, values, str(path), "")
 
 
-def differences(one: PretrainConfig, other: PretrainConfig) -> Iterator[tuple[str, Any, Any]]:
-    """(setting, value in one, value in the other) for every setting that differs."""
-    yield from _differences(dataclasses.asdict(one), dataclasses.asdict(other), "")
-
-
-def _differences(one: Any, other: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(one, dict):
-        for key in one:
-            yield from _differences(one[key], other[key], f"{name}.{key}" if name else key)
+def differences(one: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(setting, value in one, value in the other) for every setting of nested tables that differs; None where it is absent."""
+    if dataclasses.is_dataclass(one):
+        one, other = dataclasses.asdict(one), dataclasses.asdict(other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        for key in {**one, **other}:
+            yield from differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
     elif one != other:
         yield name, one, other
 

@@ -93,12 +93,10 @@ def evaluate(
     scored = [cut for cut in cuts["valid"] if phone_alignment(cut)]
     if scored:
         encode = _Encoder(weights, device=device, autocast=autocast, normalize_audio=normalize_audio)
-        reader = _Reader(progress)
-        codebooks, fitted = _fit_codebooks(cuts["train"], reader, encode, config, seed=seed)
+        codebooks, fitted = _fit_codebooks(cuts["train"], encode, config, seed=seed, progress=progress)
         training_units = Units.load(iteration_dir / "units" / "valid.safetensors")
-        held_out = _HeldOut(scored, reader, encode, codebooks, training_units)
-        result |= {"clusters": config.clusters, "fit_frames": fitted} | held_out.description()
-        result["representations"] = held_out.scores(seed)
+        result |= {"clusters": config.clusters, "fit_frames": fitted}
+        result |= _held_out_scores(scored, encode, codebooks, training_units, seed=seed, progress=progress)
     else:
         result["note"] = _NO_ALIGNMENTS
     atomic.write_text(target, json.dumps(result, indent=2) + "\n")
@@ -132,19 +130,14 @@ class _Encoder:
         return features | {f"layer{number}": layer for number, layer in enumerate(layers, start=1)}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """Turns cuts into batches of audio, utterances of like length together."""
-
-    progress: bool
-
-    def batches(self, cuts: Sequence[Cut], title: str) -> Iterator[tuple[list[Cut], list[np.ndarray]]]:
-        with audio_progress(sum(map(_seconds, cuts)), title, enabled=self.progress) as bar:
-            samples = [utterance_samples(cut) for cut in cuts]
-            for indices in batches_of_like_length(samples, _BATCH_SECONDS * SAMPLE_RATE):
-                batch = [cuts[index] for index in indices]
-                yield batch, [load_audio(cut) for cut in batch]
-                bar.update(sum(map(_seconds, batch)))
+def _batches(cuts: Sequence[Cut], title: str, progress: bool) -> Iterator[tuple[list[Cut], list[np.ndarray]]]:
+    """Cuts with their audio, utterances of like length together."""
+    with audio_progress(sum(map(_seconds, cuts)), title, enabled=progress) as bar:
+        samples = [utterance_samples(cut) for cut in cuts]
+        for indices in batches_of_like_length(samples, _BATCH_SECONDS * SAMPLE_RATE):
+            batch = [cuts[index] for index in indices]
+            yield batch, [load_audio(cut) for cut in batch]
+            bar.update(sum(map(_seconds, batch)))
 
 
 def _seconds(cut: Cut) -> float:
@@ -152,21 +145,21 @@ def _seconds(cut: Cut) -> float:
 
 
 def _fit_codebooks(
-    cuts: list[Cut], reader: _Reader, encode: _Encoder, config: EvaluationConfig, *, seed: int
+    cuts: list[Cut], encode: _Encoder, config: EvaluationConfig, *, seed: int, progress: bool
 ) -> tuple[dict[str, Codebook], int]:
     """A codebook per representation, and on how many frames each was fitted."""
     rng = np.random.default_rng(seed)
     fit_frames = _affordable_frames(config.fit_frames, encode, config.clusters)
     chosen, share = _choose_utterances(cuts, fit_frames, rng)
     kept: dict[str, list[np.ndarray]] = {}
-    for _, waveforms in reader.batches(chosen, "features for k-means"):
+    for _, waveforms in _batches(chosen, "features for k-means", progress):
         features = encode(waveforms)
         rows = [_choose_rows(len(utterance), share, rng) for utterance in features[MFCC]]
         for name, utterances in features.items():
             kept.setdefault(name, []).extend(utterance[row] for utterance, row in zip(utterances, rows, strict=True))
     fitted = sum(len(rows) for rows in kept.get(MFCC, []))
     codebooks = {}
-    for name in tqdm(list(kept), desc="k-means", unit=" representations", disable=not reader.progress):
+    for name in tqdm(list(kept), desc="k-means", unit=" representations", disable=not progress):
         # Popped, so that the memory of a representation is free once it is clustered.
         features = np.concatenate(kept.pop(name))
         codebooks[name] = fit_codebook([features], config.clusters, seed=seed, init_attempts=config.init_attempts)
@@ -197,39 +190,41 @@ def _choose_rows(frames: int, share: float, rng: np.random.Generator) -> np.ndar
     return np.sort(rng.choice(frames, size=min(frames, int(np.ceil(frames * share))), replace=False))
 
 
-class _HeldOut:
-    """Phones and units of the held-out frames, utterances one after the other."""
-
-    def __init__(
-        self, cuts: list[Cut], reader: _Reader, encode: _Encoder, codebooks: dict[str, Codebook], training_units: Units
-    ) -> None:
-        self._utterances = len(cuts)
-        phones: list[np.ndarray] = []
-        units: dict[str, list[np.ndarray]] = {name: [] for name in [*codebooks, TRAINING_UNITS]}
-        for batch, waveforms in reader.batches(cuts, "held-out units"):
-            for name, utterances in encode(waveforms).items():
-                units[name].extend(codebooks[name].assign(utterance) for utterance in utterances)
-            for cut, waveform in zip(batch, waveforms, strict=True):
-                frames = num_frames(len(waveform))
-                phones.append(frame_phones(phone_alignment(cut), frames))
-                units[TRAINING_UNITS].append(_units_of(training_units, cut.id, frames))
-        self._phones = np.concatenate(phones)
-        self._units = {name: np.concatenate(utterances) for name, utterances in units.items()}
-        self._clusters = {name: len(codebook.centroids) for name, codebook in codebooks.items()}
-        self._clusters[TRAINING_UNITS] = training_units.num_classes
-
-    def description(self) -> dict[str, Any]:
-        symbols, counts = np.unique(self._phones, return_counts=True)
-        frequencies = {str(symbols[index]): int(counts[index]) for index in np.argsort(-counts, kind="stable")}
-        return {"utterances": self._utterances, "frames": len(self._phones), "phone_frames": frequencies}
-
-    def scores(self, seed: int) -> list[dict[str, Any]]:
-        return [
-            {"name": name, "layer": _layer_number(name), "clusters": self._clusters[name]}
-            | dataclasses.asdict(score_units(self._phones, units))
-            | {"chance_pnmi": chance_pnmi(self._phones, units, seed=seed)}
-            for name, units in self._units.items()
-        ]
+def _held_out_scores(
+    cuts: list[Cut],
+    encode: _Encoder,
+    codebooks: dict[str, Codebook],
+    training_units: Units,
+    *,
+    seed: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """What the result says of the held-out frames: how many there are, their phones, and how each one's units score."""
+    phones: list[np.ndarray] = []
+    units: dict[str, list[np.ndarray]] = {name: [] for name in [*codebooks, TRAINING_UNITS]}
+    for batch, waveforms in _batches(cuts, "held-out units", progress):
+        for name, utterances in encode(waveforms).items():
+            units[name].extend(codebooks[name].assign(utterance) for utterance in utterances)
+        for cut, waveform in zip(batch, waveforms, strict=True):
+            frames = num_frames(len(waveform))
+            phones.append(frame_phones(phone_alignment(cut), frames))
+            units[TRAINING_UNITS].append(_units_of(training_units, cut.id, frames))
+    spoken = np.concatenate(phones)
+    symbols, counts = np.unique(spoken, return_counts=True)
+    frequencies = {str(symbols[index]): int(counts[index]) for index in np.argsort(-counts, kind="stable")}
+    clusters = {name: len(codebook.centroids) for name, codebook in codebooks.items()}
+    clusters[TRAINING_UNITS] = training_units.num_classes
+    representations = []
+    for name, utterances in units.items():
+        heard = np.concatenate(utterances)
+        scores = dataclasses.asdict(score_units(spoken, heard)) | {"chance_pnmi": chance_pnmi(spoken, heard, seed=seed)}
+        representations.append({"name": name, "layer": _layer_number(name), "clusters": clusters[name]} | scores)
+    return {
+        "utterances": len(cuts),
+        "frames": len(spoken),
+        "phone_frames": frequencies,
+        "representations": representations,
+    }
 
 
 def _units_of(units: Units, cut_id: str, frames: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hubert_fast.pretrain import atomic
+from hubert_fast.pretrain.proc import proc_field
 from hubert_fast.pretrain.run_summary import read_json
 
 
@@ -57,22 +58,13 @@ def describe_machine() -> dict[str, str]:
     from hubert_fast._version import __version__
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processor = proc_field("cpuinfo", "model name") or platform.processor() or platform.machine()
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
-        "processor": f"{_processor_name()}, {usable} of {os.cpu_count()} logical cores usable",
+        "processor": f"{processor}, {usable} of {os.cpu_count()} logical cores usable",
         "GPU": ", ".join(gpus) if gpus else "none",
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "hubert_fast": __version__,
     }
-
-
-def _processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()

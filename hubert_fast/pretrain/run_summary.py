@@ -42,7 +42,6 @@ class ModelSummary:
     """What the header of model.safetensors says."""
 
     parameters: int
-    num_classes: int
     config: dict[str, Any]
     """the fields of ModelConfig"""
 
@@ -124,4 +123,4 @@ def read_model_summary(weights: Path) -> ModelSummary | None:
     with naming(weights), safe_open(weights, framework="numpy") as file:
         parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
         metadata = file.metadata()
-    return ModelSummary(parameters, int(metadata["num_classes"]), json.loads(metadata["model_config"]))
+    return ModelSummary(parameters, json.loads(metadata["model_config"]))

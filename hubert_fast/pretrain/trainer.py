@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -28,9 +26,11 @@ from hubert_fast.pretrain.checkpoint import (
 )
 from hubert_fast.pretrain.config import IterationConfig, PretrainConfig
 from hubert_fast.pretrain.distributed import Process
+from hubert_fast.pretrain.features import file_sha256
 from hubert_fast.pretrain.main_only import on_main
 from hubert_fast.pretrain.manifest import load_manifest
-from hubert_fast.pretrain.metrics_log import metrics_path, read_metrics
+from hubert_fast.pretrain.metrics_log import metrics_path
+from hubert_fast.pretrain.run_summary import training_metrics
 from hubert_fast.pretrain.tensor_files import naming
 from hubert_fast.pretrain.training_loop import Trainer
 from hubert_fast.pretrain.units import Units
@@ -81,7 +81,7 @@ def train(
     out = Path(out)
     units_path = Path(units_dir) / "train.safetensors"
     num_classes = _units(units_path).num_classes
-    description = _description(config, iteration, num_classes, on_main(process, lambda: _sha256(units_path)))
+    description = _description(config, iteration, num_classes, on_main(process, lambda: file_sha256(units_path)))
     on_main(process, lambda: _require_free_or_resumed(out, description, resume))
     if not process.from_main(weights_path(out).exists()):
         torch.manual_seed(config.seed)
@@ -192,28 +192,12 @@ def _write_weights(out: Path, model: nn.Module, description: Mapping[str, Any]) 
         write_with(weights_path(out), lambda path: save_file(weights, path, metadata=metadata))
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
-
-
 def _result(out: Path, steps: int) -> TrainResult:
-    lines = read_metrics(out)
-    trained = [line for line in lines if "loss" in line]
-    valid = [line for line in lines if "valid_loss" in line]
-    if not trained:
+    outcome = training_metrics(out).outcome()
+    if "last_loss" not in outcome:
         raise FileNotFoundError(
             f"{weights_path(out)} is there but its {metrics_path(out).name} is missing or empty; "
             f"remove {out} to train again"
         )
-    return TrainResult(
-        weights=weights_path(out),
-        steps=steps,
-        first_loss=trained[0]["loss"],
-        last_loss=trained[-1]["loss"],
-        first_masked_accuracy=trained[0].get("masked_accuracy"),
-        last_masked_accuracy=trained[-1].get("masked_accuracy"),
-        valid_loss=valid[-1]["valid_loss"] if valid else None,
-        valid_masked_accuracy=valid[-1].get("valid_masked_accuracy") if valid else None,
-        audio_seconds=trained[-1]["audio_seconds"],
-        seconds=trained[-1]["seconds"],
-    )
+    names = [each.name for each in dataclasses.fields(TrainResult) if each.name not in ("weights", "steps")]
+    return TrainResult(weights_path(out), steps, **{name: outcome.get(name) for name in names})

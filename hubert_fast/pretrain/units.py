@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,8 @@ def make_units(
     for cut_id, features in _features(rest, source, "units", workers, progress):
         units[cut_id] = codebook.assign(features)
     for split in SPLITS:
-        _save(out / f"{split}.safetensors", {cut.id: units[cut.id] for cut in cuts[split]}, config.clusters)
+        of_split, metadata = {cut.id: units[cut.id] for cut in cuts[split]}, {"num_classes": str(config.clusters)}
+        write_with(out / f"{split}.safetensors", partial(save_file, of_split, metadata=metadata))
     train = np.concatenate([units[cut.id] for cut in cuts["train"]])
     summary = {
         "settings": settings,
@@ -207,17 +208,11 @@ def _features(
 def _read_ahead(cuts: Sequence[Cut], workers: int) -> Iterator[tuple[list[Cut], list[np.ndarray]]]:
     """Groups of cuts with their waveforms; the next group is read while the caller works on this one."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        pending: deque = deque()
-        for group in _groups(cuts):
-            pending.append((group, [pool.submit(load_audio, cut) for cut in group]))
-            if len(pending) == 2:
-                yield _arrived(*pending.popleft())
-        while pending:
-            yield _arrived(*pending.popleft())
-
-
-def _arrived(group: list[Cut], futures: list) -> tuple[list[Cut], list[np.ndarray]]:
-    return group, [future.result() for future in futures]
+        reading = ((group, [pool.submit(load_audio, cut) for cut in group]) for group in _groups(cuts))
+        ahead = next(reading, None)
+        while ahead is not None:
+            (group, futures), ahead = ahead, next(reading, None)
+            yield group, [future.result() for future in futures]
 
 
 def _groups(cuts: Sequence[Cut]) -> Iterator[list[Cut]]:
@@ -230,10 +225,6 @@ def _groups(cuts: Sequence[Cut]) -> Iterator[list[Cut]]:
             group, samples = [], 0
     if group:
         yield group
-
-
-def _save(path: Path, units: dict[str, np.ndarray], num_classes: int) -> None:
-    write_with(path, lambda target: save_file(units, target, metadata={"num_classes": str(num_classes)}))
 
 
 def _usage(units: np.ndarray, clusters: int) -> dict[str, float]:

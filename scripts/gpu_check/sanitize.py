@@ -75,7 +75,8 @@ def steps() -> None:
     from benchmarks.batches import make
     from benchmarks.clock import synchronize
     from benchmarks.peers.agreement import weights_of
-    from benchmarks.peers.ours import ObjectiveModel, SwappedInModel, build_model
+    from benchmarks.peers.ours import ObjectiveModel, build_model
+    from benchmarks.peers.recipe import RecipeModel
     from scripts.gpu_check.models import NUM_CLASSES, architecture, setting
 
     for name in ("base", "large"):
@@ -83,7 +84,7 @@ def steps() -> None:
         batch = make([9_001, 7_777, 4_321], chosen, NUM_CLASSES, seed=3).to(DEVICE)
         for dtype in ("bfloat16", "float32"):
             built = setting(chosen, dtype, padded=True)
-            for wrapped in (ObjectiveModel, SwappedInModel):
+            for wrapped in (ObjectiveModel, RecipeModel):
                 model = wrapped(build_model(built, weights_of(built)))
                 torch.manual_seed(3)
                 model.forward_backward(batch, built.dtype)

@@ -23,8 +23,8 @@ from hubert_fast import tf32
 from hubert_fast.kernels.launch import Launch, recording
 from hubert_fast.models import encoder, plain
 from hubert_fast.ops import triton_backend
-from tools.aot.__main__ import OPERATORS
 from tools.aot.compiling import DTYPES, Job, compiled, launches_of
+from tools.aot.launches import OPERATORS
 
 _ARCH = 90
 _CLASSES = 500

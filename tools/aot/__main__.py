@@ -4,9 +4,9 @@
     python -m tools.aot --operator masked_attention --arch 90 --size base --dtype bfloat16 --keep DIR
     python -m tools.aot --warm --arch 90 --size base --dtype bfloat16 --jobs 16     # before a first step on an H100
 
-Each module of this package launches the kernels of its operator on meta tensors with the shapes of a model; the launches are
-recorded, and Triton's own launcher compiles them, with the block sizes that they would have on that architecture, into the cache
-where it looks for them (TRITON_CACHE_DIR): a training step that finds them there compiles nothing. No driver is called.
+The kernels of each operator are launched on meta tensors with the shapes of a model (launches.py); the launches are recorded,
+and Triton's own launcher compiles them, with the block sizes that they would have on that architecture, into the cache where
+it looks for them (TRITON_CACHE_DIR): a training step that finds them there compiles nothing. No driver is called.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ import triton
 
 from benchmarks.sizes import SIZES
 from tools.aot.compiling import DTYPES, SHARED_BYTES, Job, fill_cache, key_of, launches_of, run
-
-_HERE = Path(__file__).parent
-OPERATORS = sorted(path.stem for path in _HERE.glob("*.py") if path.stem not in ("__main__", "compiling"))
+from tools.aot.launches import OPERATORS
 
 
 def main() -> int:

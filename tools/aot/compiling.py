@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import re
 import subprocess
@@ -21,6 +20,7 @@ from triton.backends.nvidia.driver import CudaLauncher
 from benchmarks.sizes import SIZES
 from hubert_fast import tf32
 from hubert_fast.kernels.launch import Launch, recording
+from tools.aot.launches import launch_all
 
 # Bytes of shared memory that a program may have (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -84,11 +84,10 @@ class _NoGpu:
 @functools.cache
 def launches_of(job: Job) -> list[Launch]:
     """What ``job``'s operator launches."""
-    module = importlib.import_module(f"tools.aot.{job.operator}")
     with recording(job.arch) as launches, tf32.allowed(job.dtype == "tf32"):
-        module.launches(SIZES[job.size], DTYPES[job.dtype])
+        launch_all(job.operator, SIZES[job.size], DTYPES[job.dtype])
     if not launches:
-        raise SystemExit(f"tools/aot/{job.operator}.py launched nothing")
+        raise SystemExit(f"{job.operator} launched nothing")
     return launches
 
 
