@@ -101,7 +101,7 @@ def test_wheel_has_the_kernels_and_the_benchmarks(wheel):
     """They lie beside the package in the source tree, and inside it once installed."""
     names = set(zipfile.ZipFile(wheel).namelist())
     for folder in ("kernels", "benchmarks"):
-        files = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
+        files = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".c")}
         assert {name for name in names if name.startswith(f"hubert_fast/{folder}/")} == {
             f"hubert_fast/{name}" for name in files
         }
