@@ -5,6 +5,9 @@ import time
 import pytest
 import torch
 
+from benchmarks import cases, suite
+from tests.benchmarks import fabricated
+
 
 class LosableDevice:
     """A stand-in for a CUDA context: once it is lost, whoever waits for the device gets the same error, in this process."""
@@ -19,6 +22,21 @@ class LosableDevice:
     def synchronize(self, device=None):
         if self.is_lost:
             self.lose()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Few turns, given limits, and no stages: they have tests of their own, and a profiler takes seconds."""
+    monkeypatch.setattr(suite, "split", lambda *arguments: {"loss": 1.0})
+    monkeypatch.setattr(suite, "_MOST", {"cpu": 5})
+    monkeypatch.setattr(suite, "measure_limits", lambda device, dtype: fabricated.LIMITS)
+
+
+@pytest.fixture
+def only_the_first_case(monkeypatch):
+    """Of what a command plans to measure."""
+    plan = cases.plan
+    monkeypatch.setattr(cases, "plan", lambda *arguments: plan(*arguments)[:1])
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import hubert_fast.cli
-from benchmarks import cases as cases_module
 from benchmarks import peers as peers_module
 from benchmarks import suite as suite_module
 from benchmarks.command_line import main
@@ -15,31 +14,23 @@ from tests.benchmarks.test_suite import Wrong
 
 TINY = ["--models", "tiny", "--device", "cpu", "--dtypes", "float32", "--minutes", "3", "--cases"]
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(suite_module, "split", lambda *arguments: {"loss": 1.0})
-    monkeypatch.setattr(suite_module, "_MOST", {"cpu": 3})
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_it_writes_a_report_and_plots_and_prints_the_table(tmp_path, capsys):
-    assert (
-        main([*TINY, "step", "--peers", "hubert_fast", "--batch", "3", "1", "--out", str(tmp_path / "new" / "folder")])
-        == 0
-    )
-    report = load(tmp_path / "new" / "folder" / "bench.json")
+    folder = tmp_path / "new" / "folder"
+    assert main([*TINY, "step", "--peers", "hubert_fast", "--batch", "3", "1", "--out", str(folder)]) == 0
+    report = load(folder / "bench.json")
     assert {row.implementation for row in report.rows} == {"hubert_fast"} and len(report.rows) >= 2
     assert report.machine["torch"] == torch.__version__ and report.machine["threads"] == torch.get_num_threads()
     assert report.settings["models"] == ["tiny"] and 0 < report.settings["seconds_taken"] < 180
     shown = capsys.readouterr().out
     assert "tiny, 500 classes, 3 x 1 s" in shown and "bench.json" in shown
-    assert (tmp_path / "new" / "folder" / "throughput.png").stat().st_size > 10_000
+    assert (folder / "throughput.png").stat().st_size > 10_000
 
 
-def test_a_rejected_peer_makes_the_exit_status_1(tmp_path, monkeypatch, capsys):
+def test_a_rejected_peer_makes_the_exit_status_1(tmp_path, monkeypatch, only_the_first_case, capsys):
     monkeypatch.setattr(peers_module, "PEERS", (HubertFast(), Wrong()))
-    first_of = cases_module.plan
-    monkeypatch.setattr(cases_module, "plan", lambda *arguments: first_of(*arguments)[:1])
     assert main([*TINY, "step", "--no-plots", "--out", str(tmp_path)]) == 1
     assert "rejected: wrong does other work" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]

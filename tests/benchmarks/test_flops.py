@@ -7,15 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.architecture import ARCHITECTURES, Architecture
-from benchmarks.flops import (
-    ATTENTION,
-    FRONT_END,
-    LOSS,
-    POSITIONAL,
-    inference_flops,
-    step_flops,
-    step_flops_by_stage,
-)
+from benchmarks.flops import ATTENTION, FRONT_END, LOSS, POSITIONAL, inference_flops, step_flops, step_flops_by_stage
 from tests.torchaudio_peer import models
 
 TINY = ARCHITECTURES["tiny"]
@@ -40,16 +32,15 @@ def extra_positional_frame(architecture: Architecture, utterances: int) -> float
 
 
 @pytest.mark.parametrize("name, utterances, samples", [("tiny", 2, 32_000), ("tiny", 1, 4_321), ("base", 1, 16_000)])
-def test_the_forward_pass_is_what_pytorch_counts(name: str, utterances: int, samples: int) -> None:
+def test_the_forward_pass_is_what_pytorch_counts(name, utterances, samples):
     architecture = ARCHITECTURES[name]
-    expected = counted(architecture, utterances, samples, backward=False) - extra_positional_frame(
-        architecture, utterances
-    )
+    expected = counted(architecture, utterances, samples, backward=False)
+    expected -= extra_positional_frame(architecture, utterances)
     assert inference_flops(architecture, [samples] * utterances) == expected
 
 
 @pytest.mark.parametrize("name, utterances, samples", [("tiny", 2, 32_000), ("base", 1, 8_000)])
-def test_forward_and_backward_are_what_pytorch_counts(name: str, utterances: int, samples: int) -> None:
+def test_forward_and_backward_are_what_pytorch_counts(name, utterances, samples):
     architecture = ARCHITECTURES[name]
     extra = extra_positional_frame(architecture, utterances)
     positional = step_flops_by_stage(architecture, [samples] * utterances, 10)[POSITIONAL] / 3 + extra
@@ -59,7 +50,7 @@ def test_forward_and_backward_are_what_pytorch_counts(name: str, utterances: int
     assert step_flops(architecture, [samples] * utterances, 10, masked_frames=0) == expected
 
 
-def test_the_head_is_what_pytorch_counts_of_plain_products() -> None:
+def test_the_head_is_what_pytorch_counts_of_plain_products():
     masked, classes = 37, 20
     hidden = torch.randn(masked, TINY.dim, requires_grad=True)
     projection = torch.randn(TINY.final_dim, TINY.dim, requires_grad=True)
@@ -69,13 +60,13 @@ def test_the_head_is_what_pytorch_counts_of_plain_products() -> None:
     assert step_flops_by_stage(TINY, [16_000], classes, masked)[LOSS] == counter.get_total_flops()
 
 
-def test_base_costs_what_the_design_says() -> None:
+def test_base_costs_what_the_design_says():
     base, samples = ARCHITECTURES["base"], 15 * 16_000
     assert inference_flops(base, [samples]) / 15 == pytest.approx(15.3e9, rel=0.01)
     assert step_flops(base, [samples], 500, masked_frames=375) / 15 == pytest.approx(46e9, rel=0.02)
 
 
-def test_padding_is_not_counted_and_attention_stays_within_an_utterance() -> None:
+def test_padding_is_not_counted_and_attention_stays_within_an_utterance():
     short, long = ([samples] for samples in (16_000, 48_000))
     together = step_flops_by_stage(TINY, short + long, 10, 20)
     apart = [step_flops_by_stage(TINY, each, 10, 10) for each in (short, long)]
@@ -85,12 +76,12 @@ def test_padding_is_not_counted_and_attention_stays_within_an_utterance() -> Non
     assert doubled[ATTENTION] > 2.05 * apart[1][ATTENTION]
 
 
-def test_audio_shorter_than_a_frame_has_no_frames_and_only_first_convolutions() -> None:
+def test_audio_shorter_than_a_frame_has_no_frames_and_only_first_convolutions():
     flops = step_flops_by_stage(TINY, [100], 10)
     assert flops.pop(FRONT_END) > 0 and not any(flops.values())
 
 
-def test_all_frames_are_masked_unless_said_otherwise() -> None:
+def test_all_frames_are_masked_unless_said_otherwise():
     frames = TINY.frames(16_000)
     assert step_flops(TINY, [16_000], 10) == step_flops(TINY, [16_000], 10, frames)
     for wrong in (-1, frames + 1):

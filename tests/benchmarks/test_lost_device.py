@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases as cases_module
 from benchmarks import command_line, fitting, models, operators
 from benchmarks import peers as peers_module
 from benchmarks import suite as suite_module
@@ -19,19 +18,18 @@ from benchmarks.ops import turns
 from benchmarks.ops.case import OURS
 from benchmarks.peers.ours import HubertFast, ObjectiveModel
 from benchmarks.report import Report, load
-from benchmarks.suite import Suite
 from tests.benchmarks import fabricated
-from tests.benchmarks.test_suite import CPU, TINY, Broken, Budget, Other, case
+from tests.benchmarks.test_command_line import TINY as TINY_OPTIONS
+from tests.benchmarks.test_suite import CPU, TINY, Broken, Other, case, suite_of
 
+TINY_STEP = [*TINY_OPTIONS, "step"]
 SAID = "it made the device unusable: RuntimeError: CUDA error: an illegal memory access was encountered"
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(suite_module, "split", lambda *arguments: {"loss": 1.0})
+def quicker(quick, monkeypatch):
     monkeypatch.setattr(suite_module, "_MOST", {"cpu": 4})
     monkeypatch.setattr(fitting, "_PREPARING", {"cpu": 0.0})
-    monkeypatch.setattr(suite_module, "measure_limits", lambda device, dtype: fabricated.LIMITS)
     monkeypatch.setattr(suite_module, "peak_of", lambda call, device: call())
     monkeypatch.setattr(models, "check", lambda peer, setting: getattr(peer, "count", lambda: {})())
     monkeypatch.setattr(models.gc, "collect", lambda: None)
@@ -59,10 +57,6 @@ def losing(losable):
                 return super().loss(batch)
 
     return Losing
-
-
-def suite_of(report, *peers):
-    return Suite(report, CPU, peers, Budget(600.0), say=lambda *doing: None, save=lambda: None)
 
 
 def finish(report, *peers, cases, losable):
@@ -144,13 +138,13 @@ def test_an_operators_implementation_that_loses_the_device_runs_no_more_and_the_
     calls = []
     cases_of = operators.cases_of
 
-    def with_a_loss(operator, size, dtype, device):
-        cases = cases_of(operator, size, dtype, device)[:2]
+    def with_a_loss(operator, *arguments):
+        cases = cases_of(operator, *arguments)[:2]
         function = cases[0].sides["PyTorch"].function
 
-        def lossy(tensors, dropout_p):
+        def lossy(*arguments):
             calls.append(1)
-            return losable.lose() if len(calls) == at else function(tensors, dropout_p)
+            return losable.lose() if len(calls) == at else function(*arguments)
 
         for each in cases if operator == "mask_fill" else ():
             each.sides["PyTorch"] = replace(each.sides["PyTorch"], function=lossy)
@@ -168,10 +162,9 @@ def test_an_operators_implementation_that_loses_the_device_runs_no_more_and_the_
     assert [each.implementation for each in report.left_out] == ["PyTorch"] * 2
 
 
+@pytest.mark.usefixtures("only_the_first_case")
 def test_a_command_goes_on_in_a_fresh_process_and_its_status_says_so(losing, losable, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(peers_module, "PEERS", (HubertFast(), losing()))
-    first_of = cases_module.plan
-    monkeypatch.setattr(cases_module, "plan", lambda *arguments: first_of(*arguments)[:1])
     processes = []
 
     def replace_process(arguments):
@@ -181,8 +174,7 @@ def test_a_command_goes_on_in_a_fresh_process_and_its_status_says_so(losing, los
         return command_line.main(arguments)
 
     monkeypatch.setattr(command_line, "_replace_process", replace_process)
-    options = ["--models", "tiny", "--device", "cpu", "--dtypes", "float32", "--minutes", "3", "--cases", "step"]
-    assert command_line.main([*options, "--out", str(tmp_path)]) == 3
+    assert command_line.main([*TINY_STEP, "--out", str(tmp_path)]) == 3
     assert len(processes) == 1
     shown = capsys.readouterr()
     assert f"): {SAID}" in shown.out
@@ -193,8 +185,7 @@ def test_a_command_goes_on_in_a_fresh_process_and_its_status_says_so(losing, los
 def test_what_was_not_run_is_named_where_a_fresh_process_finds_no_device(losing, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(peers_module, "PEERS", (HubertFast(), losing()))
     monkeypatch.setattr(command_line, "_replace_process", command_line.main)  # in which it stays lost
-    options = ["--models", "tiny", "--device", "cpu", "--dtypes", "float32", "--minutes", "3", "--cases", "step"]
-    assert command_line.main([*options, "--no-plots", "--out", str(tmp_path)]) == 3
+    assert command_line.main([*TINY_STEP, "--no-plots", "--out", str(tmp_path)]) == 3
     report = load(tmp_path / "bench.json")
     reason = "not run: the device does not answer in a fresh process either"
     assert reason in {each.reason for each in report.left_out if each.implementation == "hubert_fast"}
@@ -222,12 +213,15 @@ sys.exit(command_line.main(sys.argv[1:]))
 """
 
 
+def _run(*arguments):
+    root = Path(__file__).parents[2]
+    return subprocess.run([sys.executable, *arguments], cwd=root, capture_output=True, text=True, timeout=600)
+
+
 def test_the_fresh_process_is_one(tmp_path):
     """Nothing of what the first one replaced is in it, and it knows the cases that are left."""
-    options = ["--models", "tiny", "--device", "cpu", "--dtypes", "float32", "--minutes", "30", "--cases", "step"]
-    options += ["--peers", "hubert_fast", "hubert_fast swapped in", "--batch", "1", "1", "--no-plots"]
-    command = [sys.executable, "-c", _SCRIPT, *options, "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600)
+    options = ["--minutes", "30", "--peers", "hubert_fast", "hubert_fast swapped in", "--batch", "1", "1", "--no-plots"]
+    done = _run("-c", _SCRIPT, *TINY_STEP, *options, "--out", str(tmp_path))
     assert done.returncode == 3, done.stdout + done.stderr
     report = load(tmp_path / "bench.json")
     assert {row.implementation for row in report.rows} == {"hubert_fast"}
@@ -238,8 +232,7 @@ def test_the_fresh_process_is_one(tmp_path):
 
 def test_the_fresh_process_has_the_interpreters_flags():
     script = "import os; from benchmarks import command_line; os.execv = print; command_line._replace_process(['--out', 'x'])"
-    command = [sys.executable, "-B", "-X", "dev", "-W", "ignore", "-c", script]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600)
+    done = _run("-B", "-X", "dev", "-W", "ignore", "-c", script)
     assert done.stdout.endswith("'-m', 'benchmarks', '--out', 'x']\n"), done.stderr
     assert all(f"'{flag}'" in done.stdout for flag in ("-B", "-Wignore", "dev")), done.stdout
 

@@ -1,7 +1,6 @@
 """The projection to several GPUs: its counts against the real model, its limits, and what it says."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,20 +9,20 @@ from benchmarks.architecture import ARCHITECTURES
 from benchmarks.multi_gpu import Assumptions, all_reduce_seconds, main, parameters, project
 from benchmarks.report import save
 from hubert_fast import hubert_pretrain_model
-from tests.benchmarks.rows import report, row
+from tests.benchmarks.fabricated import report, row
 
 BASE = ARCHITECTURES["base"]
 EASY = Assumptions(length_spread=0.0, compute_lost=0.0, hop_seconds=0.0)
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_parameters_are_those_of_the_model(name: str) -> None:
+def test_parameters_are_those_of_the_model(name):
     with torch.device("meta"):
         model = hubert_pretrain_model(**ARCHITECTURES[name].factory_arguments(123))
     assert parameters(ARCHITECTURES[name], 123) == sum(each.numel() for each in model.parameters())
 
 
-def test_an_all_reduce_moves_each_byte_almost_twice() -> None:
+def test_an_all_reduce_moves_each_byte_almost_twice():
     fast = replace(EASY, nvlink_bytes_per_second=100.0, network_bytes_per_second=10.0, reached_bandwidth=0.5)
     assert all_reduce_seconds(1000, 1, fast) == 0
     assert all_reduce_seconds(1000, 2, fast) == pytest.approx(1000 / 50)
@@ -32,19 +31,19 @@ def test_an_all_reduce_moves_each_byte_almost_twice() -> None:
     assert all_reduce_seconds(1000, 8, replace(fast, hop_seconds=1.0)) == pytest.approx(35 + 6)
 
 
-def test_one_gpu_takes_what_was_measured() -> None:
+def test_one_gpu_takes_what_was_measured():
     alone = project(0.02, BASE, 1)
     assert alone.step_seconds == 0.02 and alone.efficiency == 1.0 and alone.exposed_seconds == 0.0
 
 
-def test_communication_hides_behind_a_long_backward_but_for_the_last_bucket() -> None:
+def test_communication_hides_behind_a_long_backward_but_for_the_last_bucket():
     long = project(100.0, BASE, 8, EASY)
     assert 0 < long.exposed_seconds < 0.2 * long.all_reduce_seconds
     # The front end comes last, and its convolutions take so long that all other buckets are done by then.
     assert long.step_seconds == pytest.approx(100.0 + long.exposed_seconds)
 
 
-def test_a_network_slower_than_the_backward_is_exposed() -> None:
+def test_a_network_slower_than_the_backward_is_exposed():
     slow = replace(EASY, nvlink_bytes_per_second=1e9)
     found = project(0.02, BASE, 8, slow)
     assert found.exposed_seconds > found.all_reduce_seconds - 0.02 * slow.backward_share
@@ -53,13 +52,13 @@ def test_a_network_slower_than_the_backward_is_exposed() -> None:
     assert found.efficiency == pytest.approx(0.02 / found.step_seconds)
 
 
-def test_communication_takes_compute_from_what_it_runs_beside() -> None:
+def test_communication_takes_compute_from_what_it_runs_beside():
     greedy = project(1.0, BASE, 8, replace(EASY, compute_lost=0.5))
     hidden = greedy.all_reduce_seconds - greedy.exposed_seconds
     assert greedy.step_seconds == pytest.approx(1.0 + greedy.exposed_seconds + 0.5 * hidden)
 
 
-def test_every_step_waits_for_the_slowest_rank() -> None:
+def test_every_step_waits_for_the_slowest_rank():
     uneven = replace(EASY, length_spread=0.1)
     waits = [project(1.0, BASE, gpus, uneven).waiting_seconds for gpus in (1, 2, 8, 64)]
     torch.manual_seed(0)
@@ -67,18 +66,18 @@ def test_every_step_waits_for_the_slowest_rank() -> None:
     assert waits == pytest.approx(expected, abs=0.004)
 
 
-def test_more_gpus_are_never_more_efficient() -> None:
+def test_more_gpus_are_never_more_efficient():
     efficiencies = [project(0.0224, BASE, gpus).efficiency for gpus in (1, 2, 4, 8, 16, 32, 64)]
     assert efficiencies == sorted(efficiencies, reverse=True) and efficiencies[-1] > 0.5
 
 
 @pytest.mark.parametrize("seconds, gpus", [(0.0, 1), (1.0, 0)])
-def test_what_cannot_be_is_refused(seconds: float, gpus: int) -> None:
+def test_what_cannot_be_is_refused(seconds, gpus):
     with pytest.raises(ValueError, match="at least 1 and step_seconds positive"):
         project(seconds, BASE, gpus)
 
 
-def test_a_what_if_is_labelled_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_what_if_is_labelled_as_one(capsys):
     assert main(["--step-ms", "22.4", "--audio", "175", "--gpus", "1", "8"]) == 0
     out = capsys.readouterr().out
     assert "Projected, not measured" in out and "took 22.4 ms, which is an assumption too" in out
@@ -86,7 +85,7 @@ def test_a_what_if_is_labelled_as_one(capsys: pytest.CaptureFixture[str]) -> Non
     assert alone.split()[-2:] == ["100.0%", "7,812"]
 
 
-def test_assumptions_can_be_others(capsys: pytest.CaptureFixture[str]) -> None:
+def test_assumptions_can_be_others(capsys):
     what_if = ["--step-ms", "10", "--gpus", "8", "--assume"]
     assert main([*what_if, "length-spread=0", "compute_lost=0", "nvlink_bytes_per_second=1e15", "hop_seconds=0"]) == 0
     assert "100.0%" in capsys.readouterr().out
@@ -96,7 +95,7 @@ def test_assumptions_can_be_others(capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err
 
 
-def test_only_steps_of_ours_on_a_gpu_are_projected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_steps_of_ours_on_a_gpu_are_projected(tmp_path, capsys):
     ours = row(0.02, case="on the GPU", device="cuda", shape={"model": "large", "classes": 500}, audio_seconds=87.0)
     path = tmp_path / "result.json"
     save(report(row(case="on the CPU"), ours, replace(ours, implementation="torchaudio")), path)

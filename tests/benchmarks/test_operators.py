@@ -21,12 +21,9 @@ LIMITS = Limits(bytes_per_second=1e10, flops_per_second=1e12)
 
 
 def _measure(names=None, seconds_left=lambda: 1.0, report=None, dtypes=("float32",), **settings):
-    report = report or Report({}, {}, {"float32": LIMITS, "bfloat16": LIMITS})
-    said = []
-    operators.measure(
-        report, device="cpu", dtypes=dtypes, size="tiny", seconds_left=seconds_left, progress=said.append, operators=names,
-        **settings,
-    )  # fmt: skip
+    report, said = report or Report({}, {}, {"float32": LIMITS, "bfloat16": LIMITS}), []
+    settings |= {"device": "cpu", "dtypes": dtypes, "size": "tiny", "seconds_left": seconds_left, "operators": names}
+    operators.measure(report, progress=said.append, **settings)
     return report, said
 
 
@@ -119,9 +116,8 @@ def test_an_implementation_that_fails_is_left_out_and_the_others_stay(one_call, 
     assert {row.implementation for row in report.rows} == {OURS, "PyTorch"} - {name}
 
 
+@pytest.mark.skipif(not installed(), reason="torchaudio is not installed")
 def test_torchaudio_is_left_out_where_its_logits_do_not_fit(one_call, monkeypatch):
-    if not installed():
-        pytest.skip("torchaudio is not installed")
     monkeypatch.setattr("benchmarks.ops.cosine.available_bytes", lambda device: 10_000_000)
     report, _ = _measure(["cosine_logits"])  # 500 classes x 21 frames x 32 need 13 MB, 100 classes 3 MB
     assert {each.implementation for each in report.left_out} == {"torchaudio"}
@@ -137,11 +133,8 @@ def test_unknown_operators_are_named():
 def test_pytest_runs_them_with_pytest_benchmark(tmp_path):
     pytest.importorskip("pytest_benchmark")
     root, result = Path(__file__).parents[2], tmp_path / "result.json"
-    command = [
-        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/ops/bench_mask_fill.py"),
-        *("--size", "tiny", "--dtype", "float32", "--device", "cpu", "--rounds", "2", "-k", "0.1"),
-        *("--benchmark-json", str(result)),
-    ]
+    command = f"{sys.executable} -m pytest -q -p no:cacheprovider benchmarks/ops/bench_mask_fill.py --size tiny".split()
+    command += f"--dtype float32 --device cpu --rounds 2 -k 0.1 --benchmark-json {result}".split()
     # pytest-benchmark measures nothing in a worker of pytest-xdist, which this environment may say it is.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)

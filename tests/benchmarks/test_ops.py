@@ -53,34 +53,35 @@ def test_layer_norm_models_have_their_own_front_end():
     assert "layer_norm" in case.name
 
 
-@pytest.mark.parametrize(("operator", "number"), [("conv_frontend", 0), ("conv_frontend", 2), ("cosine_logits", 0)])
-@pytest.mark.parametrize("backward", [True, False])
-def test_flops_are_those_of_pytorchs_operations(operator, number, backward):
-    case = _cases(operator)[number + (not backward)]
-    assert case.backward is backward
+def _counted_flops(case):
     inputs = case.truth.prepare(case.draw(0))
     with FlopCounterMode(display=False) as counter:
         outputs = case.truth.function(inputs.tensors, 0.0)
-        if backward:
+        if case.backward:
             torch.autograd.backward(outputs, inputs.directions)
-    assert counter.get_total_flops() == case.least.flops
+    return counter.get_total_flops()
 
 
-# Work counts the valid frames only, so these are held against a batch without padding.
-def test_flops_of_attention_are_those_of_pytorchs_operations():
-    case = next(case for case in _cases("masked_attention") if "100% valid" in case.name and case.backward)
-    inputs = case.truth.prepare(case.draw(0))
-    with FlopCounterMode(display=False) as counter:
-        torch.autograd.backward(case.truth.function(inputs.tensors, 0.0), inputs.directions)
-    assert counter.get_total_flops() == case.least.flops
+# Work counts the valid frames only, so attention and convolution are held against a batch without padding.
+@pytest.mark.parametrize(
+    ("operator", "name"),
+    [
+        ("conv_frontend", "all layers"),
+        ("conv_frontend", "layer 0"),
+        ("cosine_logits", ""),
+        ("masked_attention", "100% valid"),
+    ],
+)
+@pytest.mark.parametrize("backward", [True, False])
+def test_flops_are_those_of_pytorchs_operations(operator, name, backward):
+    case = next(case for case in _cases(operator) if case.backward is backward and name in case.name)
+    assert _counted_flops(case) == case.least.flops
 
 
 def test_flops_of_the_positional_convolution_are_those_of_pytorchs_operations():
     both, forward = (case for case in _cases("positional_conv") if "100% valid" in case.name)
-    with FlopCounterMode(display=False) as counter:
-        forward.truth.function(forward.draw(0).tensors, 0.0)
     # PyTorch computes a frame more, and then drops it. Its counter does not know groups in a backward.
-    assert counter.get_total_flops() * TINY.frames == forward.least.flops * (TINY.frames + 1)
+    assert _counted_flops(forward) * TINY.frames == forward.least.flops * (TINY.frames + 1)
     assert both.least.flops == 3 * forward.least.flops
 
 
@@ -95,14 +96,9 @@ def test_bytes_of_a_pass_are_its_tensors_once_each():
 def test_the_stream_of_a_post_norm_model_is_float32_on_a_gpu_and_its_bytes_count_so(dropout_p, of_update):
     values = TINY.rows * TINY.dim
     for device, stream in (("cuda", 4), ("cpu", 2)):
-        both, forward, pre_norm = (
-            next(case for case in cases_of("residual_layer_norm", TINY, torch.bfloat16, device) if wanted(case))
-            for wanted in (
-                lambda case: case.dropout_p == dropout_p and case.backward and "post-norm" in case.name,
-                lambda case: case.dropout_p == dropout_p and not case.backward and "post-norm" in case.name,
-                lambda case: not case.backward and "pre-norm" in case.name,
-            )
-        )
+        cases = cases_of("residual_layer_norm", TINY, torch.bfloat16, device)
+        both, forward = (case for case in cases if case.dropout_p == dropout_p and "post-norm" in case.name)
+        pre_norm = next(case for case in cases if not case.backward and "pre-norm" in case.name)
         assert forward.least.bytes == (2 * stream + 2) * values  # residual and normed; update
         backward = both.least.bytes - forward.least.bytes
         another = of_update or stream == 4  # else the update has the residual's gradient
@@ -213,10 +209,8 @@ def test_what_is_compiled_for_a_shape_falls_into_no_timed_call_and_not_into_thei
 
 
 def test_dropout_is_on_in_calls_and_off_in_checks():
-    def function(tensors, dropout_p):
-        return (F.dropout(tensors[0], dropout_p),)
-
-    case = replace(_doubling(), sides={OURS: Side(function, "1")}, truth=Side(function, "1"), dropout_p=0.5)
+    side = Side(lambda tensors, dropout_p: (F.dropout(tensors[0], dropout_p),), "1")
+    case = replace(_doubling(), sides={OURS: side}, truth=side, dropout_p=0.5)
     call, error = Calls(case).make(OURS)
     assert error == 0.0 and (call(0)[0] == 0.0).any()
 

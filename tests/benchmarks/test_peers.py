@@ -20,6 +20,7 @@ from hubert_fast import tf32
 CPU = torch.device("cpu")
 TINY = ARCHITECTURES["tiny"]
 FLOAT32 = Setting(TINY, 30, CPU, torch.float32)
+FLOAT32_ON_CUDA = replace(FLOAT32, device=torch.device("cuda"))
 BFLOAT16 = Setting(TINY, 30, CPU, torch.bfloat16)
 PRE_NORM = TINY.changed(norm="layer_norm", pre_norm=True, feature_grad_mult=None)
 
@@ -66,8 +67,14 @@ class Wrong(HubertFast):
         return model
 
 
-def _one_percent_more(model, loss, batch):
-    return 1.01 * loss(batch)
+def _scaled(*, value=1.0, gradient=1.0):
+    """The loss times ``value``, and its gradient times ``gradient``."""
+
+    def change(model, loss, batch):
+        exact = loss(batch)
+        return gradient * exact + (value - gradient) * exact.detach()
+
+    return change
 
 
 def _unaware_of_padding(model, method, batch):
@@ -79,8 +86,7 @@ def _with_other_labels(model, loss, batch):
 
 
 def _without_backward_of_the_encoder(model, loss, batch):
-    for parameter in model.module.model.wav2vec2.parameters():
-        parameter.requires_grad_(False)
+    model.module.model.wav2vec2.requires_grad_(False)
     return loss(batch)
 
 
@@ -90,23 +96,9 @@ def _without_backward_of_the_penalty(model, loss, batch):
     return result.loss - penalty + penalty.detach()
 
 
-def _with_half_a_gradient(model, loss, batch):
-    value = loss(batch)
-    return 0.5 * value + 0.5 * value.detach()
-
-
-def _with_gradients_of_the_wrong_sign(model, loss, batch):
-    value = loss(batch)
-    return 2 * value.detach() - value
-
-
 def _with_frozen_classes(model, loss, batch):
     model.module.model.logit_generator.label_embeddings.requires_grad_(False)
     return loss(batch)
-
-
-def _without_a_number(model, loss, batch):
-    return loss(batch) * torch.nan
 
 
 def _of_the_first_layer(model, features, batch):
@@ -120,12 +112,12 @@ def _one_frame_short(model, features, batch):
 @pytest.mark.parametrize(
     ("method", "change", "message"),
     [
-        ("loss", _one_percent_more, r"loss differs by 1\.00% in float32, and 0\.01% is allowed"),
+        ("loss", _scaled(value=1.01), r"loss differs by 1\.00% in float32, and 0\.01% is allowed"),
         ("loss", _unaware_of_padding, "loss differs by"),
         ("loss", _with_other_labels, "loss differs by"),
-        ("loss", _without_a_number, "loss differs by nan%"),
-        ("loss", _with_half_a_gradient, r"gradient differs by \d+\.\d\d% in float32, and 0\.10% is allowed"),
-        ("loss", _with_gradients_of_the_wrong_sign, "gradient differs by"),
+        ("loss", _scaled(value=torch.nan), "loss differs by nan%"),
+        ("loss", _scaled(gradient=0.5), r"gradient differs by \d+\.\d\d% in float32, and 0\.10% is allowed"),
+        ("loss", _scaled(gradient=-1.0), "gradient differs by"),
         ("loss", _without_backward_of_the_encoder, r"no gradient reaches model\.wav2vec2\.\S+ and \d+ more$"),
         ("loss", _without_backward_of_the_penalty, "gradient differs by"),
         ("loss", _with_frozen_classes, r"no gradient reaches model\.logit_generator\.label_embeddings$"),
@@ -140,12 +132,20 @@ def test_a_peer_that_does_other_work_is_rejected(method, change, message):
         check(Wrong(method, change), FLOAT32)
 
 
-def test_a_peer_that_is_wrong_under_autocast_alone_is_rejected():
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (_scaled(value=1.03), r"loss differs by [23]\.\d\d% in bfloat16, and 2\.00% is allowed"),
+        (_scaled(gradient=0.1), r"gradient differs by \d+\.\d\d% in bfloat16"),
+    ],
+    ids=["loss", "gradient"],
+)
+def test_a_peer_that_is_wrong_under_autocast_alone_is_rejected(wrong, message):
     def change(model, loss, batch):
-        return loss(batch) * (1.03 if torch.is_autocast_enabled("cpu") else 1.0)
+        return wrong(model, loss, batch) if torch.is_autocast_enabled("cpu") else loss(batch)
 
     assert check(Wrong("loss", change), FLOAT32)["loss"] < 1e-5
-    with pytest.raises(DifferentWork, match=r"loss differs by [23]\.\d\d% in bfloat16, and 2\.00% is allowed"):
+    with pytest.raises(DifferentWork, match=message):
         check(Wrong("loss", change), BFLOAT16)
 
 
@@ -168,9 +168,8 @@ def test_a_check_leaves_random_numbers_backends_and_tf32_as_they_were():
     torch.manual_seed(3)
     before = tf32.in_products(), tf32.in_convolutions(), hubert_fast.backend.report()
     with pytest.raises(DifferentWork):
-        check(Wrong("loss", _one_percent_more), FLOAT32)
-    after = tf32.in_products(), tf32.in_convolutions(), hubert_fast.backend.report()
-    assert before == after
+        check(Wrong("loss", _scaled(value=1.01)), FLOAT32)
+    assert (tf32.in_products(), tf32.in_convolutions(), hubert_fast.backend.report()) == before
     assert torch.equal(torch.rand(3), wanted)
 
 
@@ -212,9 +211,8 @@ class _CpuGraphModel(GraphModel):
 
 def test_one_graph_serves_batches_of_a_shape_and_gives_each_its_own_gradients():
     setting = replace(FLOAT32, architecture=TINY.without_dropout())
-    weights = build_model(setting, hubert_fast.hubert_pretrain_model(**TINY.factory_arguments(30)).state_dict())
-    graph = _OnCpu().build(setting, weights.state_dict())
-    plain = HubertFast().build(setting, weights.state_dict())
+    weights = hubert_fast.hubert_pretrain_model(**TINY.factory_arguments(30)).state_dict()
+    graph, plain = (peer.build(setting, weights) for peer in (_OnCpu(), HubertFast()))
     _OnCpu.captures = 0
     for lengths, captures in (([16000, 12000], 1), ([16000, 12100], 1), ([15900, 12000], 2), ([16000, 16000], 3)):
         batch = make(lengths, TINY, 30)
@@ -242,9 +240,7 @@ def test_a_graph_has_no_room_for_rows_and_little_for_masks(lengths, graphs, most
     seeds = []  # that a GPU was given
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
     graph = GraphModel(hubert_fast.hubert_pretrain_model(**TINY.factory_arguments(30)))
-    monkeypatch.setattr(
-        graph.module, "plan", lambda *arguments, mask, rows, kept, **others: (int(mask.sum()), rows, kept)
-    )
+    monkeypatch.setattr(graph.module, "plan", lambda *_, mask, rows, kept, **others: (int(mask.sum()), rows, kept))
     frames = [TINY.frames(each) for each in lengths]
     batch = Batch(
         torch.empty(len(lengths), max(lengths), device="meta"),
@@ -261,9 +257,8 @@ def test_a_graph_has_no_room_for_rows_and_little_for_masks(lengths, graphs, most
         room.append(kept / need)
     # The room was 1.2 and more before it followed from the masks' spread.
     assert len(keys) <= graphs and sum(room) / len(room) < most_room, (len(keys), sum(room) / len(room))
-    assert seeds == list(
-        range(1, 61)
-    )  # those of this test: drawing masks to find the room leaves a GPU's numbers alone
+    # The seeds of this test: drawing masks to find the room leaves a GPU's numbers alone.
+    assert seeds == list(range(1, 61))
 
 
 def test_a_graph_that_remembers_its_first_batch_is_rejected(monkeypatch):
@@ -298,11 +293,7 @@ def test_peers_have_names_and_versions():
     [
         ("hubert_fast graph", FLOAT32, "CUDA graphs need a GPU"),
         ("transformers flash", FLOAT32, "flash attention needs a GPU"),
-        (
-            "transformers flash",
-            replace(FLOAT32, device=torch.device("cuda")),
-            "flash attention does not compute in float32",
-        ),
+        ("transformers flash", FLOAT32_ON_CUDA, "flash attention does not compute in float32"),
     ],
 )
 def test_what_cannot_run_says_why(name, setting, reason):
@@ -326,12 +317,3 @@ def test_a_built_model_has_the_weights_that_it_was_given_although_none_were_draw
     model = build(by_name("hubert_fast"), FLOAT32, weights).module.model
     assert all(torch.equal(each, weights[name]) for name, each in model.state_dict().items())
     assert torch.nn.init.normal_(torch.zeros(3)).count_nonzero() == 3  # drawing works again
-
-
-def test_a_peer_that_does_nothing_backwards_in_16_bits_alone_is_rejected(monkeypatch):
-    def loss(model, loss, batch):
-        value = loss(batch)
-        return 0.1 * value + 0.9 * value.detach() if torch.is_autocast_enabled("cpu") else value
-
-    with pytest.raises(DifferentWork, match=r"gradient differs by \d+\.\d\d% in bfloat16"):
-        check(Wrong("loss", loss), BFLOAT16)

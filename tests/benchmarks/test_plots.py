@@ -1,12 +1,10 @@
 """Pictures of a report: which are drawn, and that bars and lines are as long as the numbers say."""
 
-from pathlib import Path
-
 import pytest
 
 from benchmarks import plots
 from benchmarks.report import Report
-from tests.benchmarks.rows import report, row
+from tests.benchmarks.fabricated import report, row
 
 pytest.importorskip("matplotlib")
 
@@ -31,7 +29,7 @@ def full() -> Report:
     return report(*steps, *scaling_rows(), device="A processor")
 
 
-def test_every_picture_with_data_is_drawn_and_the_others_are_removed(tmp_path: Path) -> None:
+def test_every_picture_with_data_is_drawn_and_the_others_are_removed(tmp_path):
     drawn = plots.draw(full(), tmp_path)
     assert [path.name for path in drawn] == ["throughput.png", "memory.png", "stages.png", "scaling.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000 for path in drawn)
@@ -40,7 +38,7 @@ def test_every_picture_with_data_is_drawn_and_the_others_are_removed(tmp_path: P
     assert plots.draw(report(), tmp_path) == [] and not list(tmp_path.iterdir())
 
 
-def test_bars_are_as_long_as_the_throughput_and_the_spread_is_that_of_the_times() -> None:
+def test_bars_are_as_long_as_the_throughput_and_the_spread_is_that_of_the_times():
     figure = plots.throughput(full())
     assert len(figure.axes) == 2
     axes = figure.axes[1]
@@ -52,19 +50,19 @@ def test_bars_are_as_long_as_the_throughput_and_the_spread_is_that_of_the_times(
     assert [tick.get_weight() for tick in axes.get_yticklabels()] == ["bold", "normal"]
 
 
-def test_memory_is_the_steps_own_and_what_is_held_beside_it() -> None:
+def test_memory_is_the_steps_own_and_what_is_held_beside_it():
     axes = plots.memory(full()).axes[0]
     assert [(bar.get_x(), bar.get_width()) for bar in axes.patches[:2]] == [(0, 1), (1, 2)]
 
 
-def test_stages_are_stacked_and_have_one_colour_in_all_panels() -> None:
+def test_stages_are_stacked_and_have_one_colour_in_all_panels():
     first, second = plots.stages(full()).axes[:2]
     assert [(bar.get_x(), bar.get_width()) for bar in first.patches[:2]] == [(0, 0.3), (0.3, 0.7)]
     colours = [bar.get_facecolor() for bar in first.patches]
     assert colours == [bar.get_facecolor() for bar in second.patches] and colours[0] != colours[1] == colours[3]
 
 
-def test_lines_go_through_the_throughput_along_the_axis() -> None:
+def test_lines_go_through_the_throughput_along_the_axis():
     (axes,) = plots.scaling(full()).axes
     line = axes.lines[0]
     assert line.get_xdata().tolist() == [1, 4, 16]
@@ -72,12 +70,12 @@ def test_lines_go_through_the_throughput_along_the_axis() -> None:
     assert axes.get_xscale() == "log" and axes.get_xlabel() == "classes"
 
 
-def test_a_case_without_one_dtype_leaves_its_panel_empty(tmp_path: Path) -> None:
+def test_a_case_without_one_dtype_leaves_its_panel_empty(tmp_path):
     mixed = report(row(audio_seconds=1.0), row(audio_seconds=1.0, case="large", dtype="bfloat16"))
     assert [axes.axison for axes in plots.throughput(mixed).axes] == [True, False, False, True]
     assert len(plots.draw(mixed, tmp_path)) == 1
 
 
-def test_the_caption_says_device_versions_and_date_once() -> None:
+def test_the_caption_says_device_versions_and_date_once():
     caption = plots._caption(report(row(), row(implementation="hubert_fast graph"), device="A processor", threads=2))
     assert caption.replace("\n", " · ") == "A processor · 2 threads · torch 2.13.0 · hubert_fast 1.0 · 2026-01-01"

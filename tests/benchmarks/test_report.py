@@ -10,8 +10,10 @@ from tests.benchmarks import fabricated
 
 def test_a_report_comes_back_as_it_was_saved(tmp_path):
     report = fabricated.report(
-        fabricated.row(stages={"loss": 0.1}, check={"loss": 1e-6}, first_seconds=3.0),
-        fabricated.row(kind="operator", flops=None, bytes=1e6, limits=None, peak_bytes=None),
+        fabricated.row(stages={"loss": 0.1}, check={"loss": 1e-6}, first_seconds=3.0, limits=fabricated.LIMITS),
+        fabricated.row(
+            kind="operator", bytes=1e6, audio_seconds=8.0, flops=3.7e10, peak_bytes=2 << 30, step_bytes=1 << 30
+        ),
         left_out=[("a case", "a peer", "not installed", False), ("a case", "another", "other work", True)],
     )
     save(report, tmp_path / "bench.json")
@@ -19,7 +21,7 @@ def test_a_report_comes_back_as_it_was_saved(tmp_path):
 
 
 def test_the_file_says_what_follows_from_the_rest(tmp_path):
-    row = fabricated.row(median=2.0, flops=4e10, bytes=6e9)
+    row = fabricated.row(2.0, audio_seconds=8.0, flops=4e10, bytes=6e9, limits=fabricated.LIMITS)
     save(fabricated.report(row), tmp_path / "bench.json")
     written = json.loads((tmp_path / "bench.json").read_text())["rows"][0]
     assert written["throughput"] == 4.0  # 8 s of audio in 2 s

@@ -1,11 +1,7 @@
 """A step split by stage: what takes longer takes longer in its stage, forward and backward, in every implementation."""
 
-from __future__ import annotations
-
 import time
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +12,7 @@ from benchmarks import batches, stages
 from benchmarks.architecture import ARCHITECTURES
 from benchmarks.flops import ATTENTION, FEED_FORWARD, FRONT_END, LOSS, POSITIONAL, PROJECTION
 from benchmarks.peers import by_name
-from benchmarks.peers.peer import PeerModel, Setting
+from benchmarks.peers.peer import Setting
 from benchmarks.stages import ELEMENTWISE, OPTIMIZER, OTHER, STAGES, split
 from benchmarks.training import TrainingStep
 from hubert_fast import hubert_pretrain_model
@@ -38,14 +34,14 @@ NAP = 0.15  # seconds, at the least: longer than all else in a step
 class Side:
     """A peer's model and its training step on a small padded batch."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name):
         setting = Setting(TINY, CLASSES, CPU, torch.float32, padded=True)
         peer = by_name(name)
         if peer.why_not(setting):
             pytest.skip(peer.why_not(setting))
         torch.manual_seed(0)
         weights = hubert_pretrain_model(**TINY.factory_arguments(CLASSES)).state_dict()
-        self.model: PeerModel = peer.build(setting, weights)
+        self.model = peer.build(setting, weights)
         self.training = TrainingStep(self.model)
         self.batch = batches.make([8_000, 6_000], TINY, CLASSES)
         self.step()  # the first one is slower
@@ -53,30 +49,28 @@ class Side:
         self.step()
         self.nap = max(NAP, 5 * (time.perf_counter() - started))  # on a busy machine a step takes long
 
-    def step(self) -> None:
+    def step(self):
         self.training(self.batch, torch.float32)
 
-    def split(self) -> dict[str, float]:
+    def split(self):
         return split(self.model, self.step, CPU)
 
 
 @pytest.fixture(scope="module")
-def ours() -> Side:
+def ours():
     return Side("hubert_fast")
 
 
 @pytest.fixture(scope="module")
-def theirs() -> Side:
+def theirs():
     return Side("torchaudio")
 
 
 @pytest.mark.parametrize("name", ["hubert_fast", "hubert_fast swapped in", "torchaudio", "transformers sdpa"])
-def test_every_stage_takes_time_and_together_they_take_that_of_the_step(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_stage_takes_time_and_together_they_take_that_of_the_step(name, monkeypatch):
     side = Side(name)
 
-    def forty_seconds(step: Callable[[], None], device: torch.device) -> float:
+    def forty_seconds(step, device):
         step()
         return 40.0
 
@@ -86,15 +80,15 @@ def test_every_stage_takes_time_and_together_they_take_that_of_the_step(
     assert sum(found.values()) == pytest.approx(40.0)
 
 
-def sleeping(function: Callable, nap: float) -> Callable:
-    def slow(*args: Any, **kwargs: Any) -> Any:
+def sleeping(function, nap):
+    def slow(*args, **kwargs):
         time.sleep(nap)
         return function(*args, **kwargs)
 
     return slow
 
 
-def assert_only(found: dict[str, float], stage: str, nap: float) -> None:
+def assert_only(found, stage, nap):
     """``stage`` has slept for ``nap`` seconds, the others have not."""
     assert found[stage] > nap / 2, found  # times of the profiled step are scaled to those of another
     assert sum(found.values()) - found[stage] < found[stage], found
@@ -110,9 +104,7 @@ def assert_only(found: dict[str, float], stage: str, nap: float) -> None:
         (cosine_cross_entropy, "backward", LOSS),
     ],
 )
-def test_an_operator_of_ours_that_is_slower_is_slower_in_its_stage(
-    ours: Side, monkeypatch: pytest.MonkeyPatch, module: Any, function: str, stage: str
-) -> None:
+def test_an_operator_of_ours_that_is_slower_is_slower_in_its_stage(ours, monkeypatch, module, function, stage):
     monkeypatch.setattr(module, function, sleeping(getattr(module, function), ours.nap))
     assert_only(ours.split(), stage, ours.nap)
 
@@ -129,10 +121,8 @@ def test_an_operator_of_ours_that_is_slower_is_slower_in_its_stage(
         ("wav2vec2.encoder.transformer.layers.0.feed_forward.intermediate_dropout", ELEMENTWISE),
     ],
 )
-def test_a_module_of_theirs_whose_backward_is_slower_is_slower_in_its_stage(
-    theirs: Side, path: str, stage: str
-) -> None:
-    def slow_backward(module: nn.Module, inputs: Any, output: Any) -> None:
+def test_a_module_of_theirs_whose_backward_is_slower_is_slower_in_its_stage(theirs, path, stage):
+    def slow_backward(module, inputs, output):
         tensor = output[0] if isinstance(output, tuple) else output
         tensor.register_hook(lambda gradient: time.sleep(theirs.nap))
 
@@ -140,10 +130,10 @@ def test_a_module_of_theirs_whose_backward_is_slower_is_slower_in_its_stage(
         assert_only(theirs.split(), stage, theirs.nap)
 
 
-def test_clipping_and_the_optimizer_count_for_the_optimizer(ours: Side) -> None:
+def test_clipping_and_the_optimizer_count_for_the_optimizer(ours):
     class Clipping(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        def forward(ctx, x):
             time.sleep(ours.nap)
             return x.clone()
 
@@ -153,11 +143,11 @@ def test_clipping_and_the_optimizer_count_for_the_optimizer(ours: Side) -> None:
     assert_only(clipped, OPTIMIZER, ours.nap)
 
 
-def test_what_lies_between_operators_is_other(ours: Side) -> None:
+def test_what_lies_between_operators_is_other(ours):
     assert_only(split(ours.model, lambda: (ours.step(), time.sleep(ours.nap)), CPU), OTHER, ours.nap)
 
 
-def test_splitting_leaves_no_trace_and_ours_fused(ours: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splitting_leaves_no_trace_and_ours_fused(ours, monkeypatch):
     seen = []
     attend, kernel = vars(EncoderLayer)["_attend"], bias_gelu_dropout.forward
     monkeypatch.setattr(bias_gelu_dropout, "forward", lambda *args: seen.append(args[0].bias) or kernel(*args))
@@ -167,8 +157,8 @@ def test_splitting_leaves_no_trace_and_ours_fused(ours: Side, monkeypatch: pytes
     assert not any("forward" in vars(module) for module in ours.model.module.modules())
 
 
-def test_nothing_is_left_in_modules_of_theirs_even_after_an_error(theirs: Side) -> None:
-    def fail() -> None:
+def test_nothing_is_left_in_modules_of_theirs_even_after_an_error(theirs):
+    def fail():
         raise RuntimeError("out of memory")
 
     own = vars(type(theirs.model))["loss"]
@@ -179,8 +169,8 @@ def test_nothing_is_left_in_modules_of_theirs_even_after_an_error(theirs: Side) 
     assert vars(type(theirs.model))["loss"] is own
 
 
-def test_compiled_models_are_not_split() -> None:
-    def unwanted() -> None:
+def test_compiled_models_are_not_split():
+    def unwanted():
         raise AssertionError("a step of a compiled model may take minutes")
 
     linear, in_place = nn.Linear(2, 2), nn.Linear(2, 2)
@@ -193,7 +183,7 @@ def test_compiled_models_are_not_split() -> None:
         assert split(model, unwanted, CPU) == {}
 
 
-def event(name: str, parent: Any = None, *, sequence: int = -1, kernels: dict[str, float] | None = None) -> Any:
+def event(name, parent=None, *, sequence=-1, kernels=None):
     """A profiler's, as far as it is read; kernels by name, in microseconds."""
     return SimpleNamespace(
         name=name,
@@ -206,7 +196,7 @@ def event(name: str, parent: Any = None, *, sequence: int = -1, kernels: dict[st
     )
 
 
-def test_on_a_gpu_the_kernels_count_and_not_the_host() -> None:
+def test_on_a_gpu_the_kernels_count_and_not_the_host():
     scope = event("stage: attention", kernels={"stage: attention": 7e6})  # what the profiler makes of a scope itself
     linear = event("aten::linear", scope, sequence=3, kernels={"gemm": 2e6})
     unrelated = event("aten::zeros", sequence=3)  # before the next operator with a gradient
@@ -220,7 +210,7 @@ def test_on_a_gpu_the_kernels_count_and_not_the_host() -> None:
     assert {stage: spent for stage, spent in found.items() if spent} == {ATTENTION: 6.5, LOSS: 1.0}
 
 
-def test_the_rest_of_a_step_is_other_and_more_than_the_step_is_scaled_to_it() -> None:
+def test_the_rest_of_a_step_is_other_and_more_than_the_step_is_scaled_to_it():
     spent = dict.fromkeys(STAGES, 0.0) | {ATTENTION: 3.0, LOSS: 1.0}
     assert stages.completed(spent, 5.0, 5.0) == {ATTENTION: 3.0, LOSS: 1.0, OTHER: 1.0}
     assert stages.completed(spent, 8.0, 4.0) == {ATTENTION: 1.5, LOSS: 0.5, OTHER: 2.0}  # the profiler slows it down

@@ -20,6 +20,8 @@ from tests.benchmarks import fabricated
 
 TINY, CPU = ARCHITECTURES["tiny"], torch.device("cpu")
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 class Other(HubertFast):
     """Another implementation: ours under another name, as a stand-in."""
@@ -28,9 +30,8 @@ class Other(HubertFast):
     model = ObjectiveModel
 
     def build(self, setting, weights):
-        built = self.model(build_model(setting, weights))
         type(self).built = getattr(type(self), "built", 0) + 1
-        return built
+        return self.model(build_model(setting, weights))
 
 
 class Wrong(Other):
@@ -61,30 +62,19 @@ class Broken(Other):
 
 
 def case(**fields):
-    settings = {
-        "share": 0.1,
-        "kind": "step",
-        "num_classes": 7,
-        "dtype": torch.float32,
-        "lengths": (tuple(even(2, 0.5)),),
-        "layout": "even",
-    }
-    return Case(architecture=TINY, **{**settings, **fields})
+    settings = {"share": 0.1, "kind": "step", "num_classes": 7, "dtype": torch.float32, "layout": "even"}
+    return Case(architecture=TINY, **{**settings, "lengths": (tuple(even(2, 0.5)),), **fields})
+
+
+def suite_of(report, *peers, budget=None, save=lambda: None):
+    return Suite(report, CPU, peers, budget or Budget(600.0), say=lambda *doing: None, save=save)
 
 
 def measure(*cases, peers, seconds=600.0, saved=None):
     report = fabricated.report()
     save = (lambda: None) if saved is None else (lambda: saved.append(len(report.rows)))
-    Suite(report, CPU, peers, Budget(seconds), say=lambda *doing: None, save=save).run(cases)
+    suite_of(report, *peers, budget=Budget(seconds), save=save).run(cases)
     return report
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Few turns, and no stages: they have tests of their own, and a profiler takes seconds."""
-    monkeypatch.setattr(suite_module, "split", lambda *arguments: {"loss": 1.0})
-    monkeypatch.setattr(suite_module, "_MOST", {"cpu": 5})
-    monkeypatch.setattr(suite_module, "measure_limits", lambda device, dtype: fabricated.LIMITS)
 
 
 def test_every_side_is_a_row_with_what_was_measured():
@@ -145,9 +135,8 @@ def test_a_slowdown_in_an_operator_shows_in_the_comparison(monkeypatch):
 
 def test_what_does_not_fit_into_the_time_is_left_out_with_the_reason():
     Other.built = 0
-    report = measure(
-        case(), peers=[HubertFast(), Other()], seconds=70.0
-    )  # its share is 7 s, and preparing one is reckoned with 6 s
+    # Its share is 7 s, and preparing one is reckoned with 6 s.
+    report = measure(case(), peers=[HubertFast(), Other()], seconds=70.0)
     assert [row.implementation for row in report.rows] == ["hubert_fast"] and Other.built == 0
     assert report.left_out[0].implementation == "other" and "no time: needs about" in report.left_out[0].reason
 
@@ -179,29 +168,30 @@ def test_where_memory_does_not_hold_all_models_they_go_one_after_the_other(monke
     monkeypatch.setattr(fitting, "memory_bytes", lambda device: 1)
     monkeypatch.setattr(models, "check", lambda peer, setting: {})
     report = fabricated.report()
-    suite = Suite(report, CPU, [HubertFast(), Other()], Budget(600.0), say=lambda *doing: None, save=lambda: None)
+    suite = suite_of(report, HubertFast(), Other())
     suite.measure(case())
     assert [row.implementation for row in report.rows] == ["hubert_fast", "other"] and alive == [0]
 
 
 def test_models_stay_for_the_next_case_of_the_same_model_and_are_checked_once():
-    Other.built = 0
-    measure(case(), case(kind="inference"), case(dtype=torch.bfloat16), peers=[Other()])
-    assert Other.built == 1 + 1 + 2  # once to be timed; to be checked in float32, and for bfloat16 in both
-    Other.built = 0
-    measure(case(dtype=torch.bfloat16), case(), peers=[Other()])
-    assert Other.built == 1 + 2  # float32 was compared already
-    Other.built = 0
-    measure(case(), case(num_classes=9), peers=[Other()])
-    assert Other.built == 2 + 1
+    for cases, built in (
+        (
+            [case(), case(kind="inference"), case(dtype=torch.bfloat16)],
+            1 + 1 + 2,
+        ),  # timed; checked in one dtype, in both
+        ([case(dtype=torch.bfloat16), case()], 1 + 2),  # float32 was compared already
+        ([case(), case(num_classes=9)], 2 + 1),
+    ):
+        Other.built = 0
+        measure(*cases, peers=[Other()])
+        assert Other.built == built
 
 
 def test_limits_are_measured_before_and_after_and_rows_stand_beside_the_best(monkeypatch):
     found = {torch.bfloat16: [Limits(3.0, 5.0), Limits(4.0, 2.0)], torch.float32: [Limits(1.0, 1e12)]}
     monkeypatch.setattr(suite_module, "measure_limits", lambda device, dtype: found[dtype].pop(0))
-    report = measure(
-        case(), case(dtype=torch.bfloat16), case(dtype=torch.bfloat16, kind="inference"), peers=[HubertFast()]
-    )
+    cases = case(), case(dtype=torch.bfloat16), case(dtype=torch.bfloat16, kind="inference")
+    report = measure(*cases, peers=[HubertFast()])
     assert report.limits == {"float32": Limits(1e10, 1e12), "bfloat16": Limits(4.0, 5.0)}  # it came with float32's
     assert [row.limits for row in report.rows] == [report.limits[row.dtype] for row in report.rows]
 
@@ -238,8 +228,7 @@ def test_what_is_compiled_for_a_mask_falls_into_no_turn_and_costs_the_case_none(
                 return super().loss(batch)
 
     report = fabricated.report()
-    budget = Budget(600.0, time.monotonic())
-    suite = Suite(report, CPU, [Compiling()], budget, say=lambda *doing: None, save=lambda: None)
+    suite = suite_of(report, Compiling(), budget=Budget(600.0, time.monotonic()))
     suite.run([case(share=0.05)])  # 30 s, which building and warming up take
     (row,) = report.rows
     assert row.seconds.count == 5 and row.first_seconds == pytest.approx(10.1)
@@ -258,7 +247,6 @@ def test_operators_that_are_asked_for_alone_get_all_the_time(monkeypatch, virtua
     monkeypatch.setattr(suite_module.operators, "measure", measure_operators)
     for kinds, seconds in ((["operators"], 60), (["operators", "inference"], 45)):
         begun.clear()
-        budget = Budget(60.0, time.monotonic())
-        suite = Suite(fabricated.report(), CPU, [], budget, say=lambda *doing: None, save=lambda: None)
+        suite = suite_of(fabricated.report(), budget=Budget(60.0, time.monotonic()))
         suite.run(plan(torch.device("cuda"), GPU, ["base"], [torch.bfloat16], kinds))
         assert begun == ["base"] * seconds  # shares of 0.15 and 0.05

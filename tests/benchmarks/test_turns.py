@@ -59,9 +59,8 @@ def test_a_cpus_time_is_the_counters():
 
 def test_implementations_take_turns_and_the_first_is_not_timed():
     order = []
-    taken, errors = turns.in_turn(
-        {"a": lambda i: order.append(("a", i)), "b": lambda i: order.append(("b", i))}, "cpu", repeats=4, seconds=60.0
-    )
+    calls = {name: lambda i, name=name: order.append((name, i)) for name in "ab"}
+    taken, errors = turns.in_turn(calls, "cpu", repeats=4, seconds=60.0)
     assert order == [(name, i) for i in range(5) for name in "ab"]
     assert [len(each) for each in taken.values()] == [4, 4] and not errors
 

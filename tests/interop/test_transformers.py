@@ -71,11 +71,8 @@ def test_the_names_of_published_files_of_weights_are_understood():
     state_dict = _model().state_dict()
     theirs = to_transformers(state_dict)
     conv = "encoder.pos_conv_embed.conv."
-    for old, new in (
-        ("weight_g", "parametrizations.weight.original0"),
-        ("weight_v", "parametrizations.weight.original1"),
-    ):
-        theirs[conv + old] = theirs.pop(conv + new)
+    for index, old in enumerate(("weight_g", "weight_v")):
+        theirs[conv + old] = theirs.pop(f"{conv}parametrizations.weight.original{index}")
     _assert_same(from_transformers(theirs, head=state_dict), state_dict)
 
 

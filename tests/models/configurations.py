@@ -4,48 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-NUM_CLASSES = 20
-CONV_LAYERS = [(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32, 2, 2)] * 2
+from benchmarks.architecture import ARCHITECTURES
 
-_BASE: dict[str, Any] = dict(
-    extractor_mode="group_norm",
-    extractor_conv_layer_config=CONV_LAYERS,
-    extractor_conv_bias=False,
-    encoder_embed_dim=128,
-    encoder_projection_dropout=0.0,
-    encoder_pos_conv_kernel=16,
-    encoder_pos_conv_groups=4,
-    encoder_num_layers=2,
-    encoder_num_heads=2,
-    encoder_attention_dropout=0.0,
-    encoder_ff_interm_features=192,
-    encoder_ff_interm_dropout=0.0,
-    encoder_dropout=0.0,
-    encoder_layer_norm_first=False,
-    encoder_layer_drop=0.0,
-    mask_prob=0.8,
-    mask_selection="static",
-    mask_other=0.0,
-    mask_length=10,
-    no_mask_overlap=False,
-    mask_min_space=1,
-    mask_channel_prob=0.0,
-    mask_channel_selection="static",
-    mask_channel_other=0.0,
-    mask_channel_length=10,
-    no_mask_channel_overlap=False,
-    mask_channel_min_space=1,
-    skip_masked=False,
-    skip_nomask=False,
-    num_classes=NUM_CLASSES,
-    final_dim=32,
-    feature_grad_mult=0.1,
-)
+NUM_CLASSES = 20
+
+_SMALL = ARCHITECTURES["tiny"].changed(dim=128, ffn=192, taps=16, groups=4).without_dropout()
 
 
 def base(**changes: Any) -> dict[str, Any]:
     """Group norm, post-norm, heads of 64."""
-    return {**_BASE, **changes}
+    return {**_SMALL.factory_arguments(NUM_CLASSES), **changes}
 
 
 def large(**changes: Any) -> dict[str, Any]:

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 import hubert_fast
-from tests import torchaudio_peer
 from tests.models import configurations
-from tests.models.twins import LENGTHS, batch, gradients, recipe_loss, twins
+from tests.models.twins import LENGTHS, batch, gradients, recipe_loss, seeded, twins
 
 SEEDS = 6
 LOSS_SEEDS = 32
@@ -22,32 +21,29 @@ def _squared_errors(grads, truth, scale):
     )
 
 
-def _bfloat16_loss(side, model, data):
+def _losses(name, seed):
+    """The true loss with the float64 model that gave it, and the same of both sides in bfloat16."""
+    config, data = configurations.ALL[name], batch(lengths=LENGTHS, seed=seed)
+    exact, _ = twins(config, torch.float64, seed=seed)
+    truth = recipe_loss(seeded(exact, batch(torch.float64, LENGTHS, seed=seed), seed))
+    theirs, ours = twins(config, seed=seed)
     with torch.autocast("cpu", torch.bfloat16):
-        if side == "ours":
-            return hubert_fast.PretrainingObjective(model)(*data).loss
-        logits, rest, penalty = model(*data)
-        return recipe_loss((logits.float(), rest, penalty))
+        logits, rest, penalty = seeded(theirs, data, seed)
+        their_loss = recipe_loss((logits.float(), rest, penalty))
+        our_loss = seeded(hubert_fast.PretrainingObjective(ours), data, seed).loss
+    return (truth, exact), {"theirs": (their_loss, theirs), "ours": (our_loss, ours)}
 
 
 @pytest.mark.parametrize("name", ["base", "xlarge-bias"])
 def test_bfloat16_gradient_errors_are_at_most_one_and_a_half_times_torchaudios(name):
     """Root mean squares over seeds; one parameter's error is noisy, so 1.5 holds for all together and 2.5 for each."""
-    config = configurations.ALL[name]
     squares = {"theirs": 0.0, "ours": 0.0}
     for seed in range(SEEDS):
-        theirs, ours = twins(config, seed=seed)
-        exact, _ = twins(config, torch.float64, seed=seed)
-        data, double = batch(lengths=LENGTHS, seed=seed), batch(torch.float64, LENGTHS, seed=seed)
-        with torchaudio_peer.in_double_precision():
-            torch.manual_seed(seed)
-            true_loss = recipe_loss(exact(*double))
-            true_loss.backward()
+        (true_loss, exact), sides = _losses(name, seed)
+        true_loss.backward()
         truth = gradients(exact)
         scale = torch.stack([each.norm() for each in truth.values()]).median()
-        for side, model in (("theirs", theirs), ("ours", ours)):
-            torch.manual_seed(seed)
-            loss = _bfloat16_loss(side, model, data)
+        for side, (loss, model) in sides.items():
             loss.backward()
             squares[side] = squares[side] + _squared_errors(gradients(model), truth, scale)
     ratios = (squares["ours"] / squares["theirs"]).sqrt()
@@ -61,28 +57,18 @@ def test_bfloat16_loss_errors_are_at_most_one_and_a_half_times_torchaudios(name)
     """Root mean squares over many seeds: a single loss is one number, whose error is as likely tiny as large."""
     squares = {"theirs": 0.0, "ours": 0.0}
     for seed in range(LOSS_SEEDS):
-        theirs, ours = twins(configurations.ALL[name], seed=seed)
-        exact, _ = twins(configurations.ALL[name], torch.float64, seed=seed)
-        data, double = batch(lengths=LENGTHS, seed=seed), batch(torch.float64, LENGTHS, seed=seed)
         with torch.no_grad():
-            with torchaudio_peer.in_double_precision():
-                torch.manual_seed(seed)
-                truth = float(recipe_loss(exact(*double)))
-            for side, model in (("theirs", theirs), ("ours", ours)):
-                torch.manual_seed(seed)
-                loss = _bfloat16_loss(side, model, data)
-                squares[side] += ((float(loss) - truth) / truth) ** 2
+            (truth, _), sides = _losses(name, seed)
+        for side, (loss, _) in sides.items():
+            squares[side] += ((float(loss) - float(truth)) / float(truth)) ** 2
     assert squares["ours"] <= 1.5**2 * squares["theirs"]
 
 
 @pytest.mark.parametrize("size", [configurations.base, configurations.large])
 def test_outputs_have_torchaudios_dtypes_and_gradients_are_float32(size):
     theirs, ours = twins(size())
-    outputs = []
-    for model in (theirs, ours):
-        torch.manual_seed(0)
-        with torch.autocast("cpu", torch.bfloat16):
-            outputs.append(model(*batch(lengths=LENGTHS)))
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [seeded(model, batch(lengths=LENGTHS)) for model in (theirs, ours)]
     assert [each.dtype for each in outputs[1]] == [each.dtype for each in outputs[0]]
     recipe_loss(outputs[1]).backward()
     assert all(grad.dtype == torch.float32 for grad in gradients(ours).values())

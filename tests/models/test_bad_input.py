@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+from torch import tensor
 
 import hubert_fast
 from tests.models import configurations
 from tests.models.configurations import NUM_CLASSES
-from tests.models.twins import SAMPLES, batch, num_frames, twins
+from tests.models.twins import SAMPLES, Batch, batch, num_frames, seeded, twins, valid_frames
 
 FRAMES = num_frames(SAMPLES)
 GOOD = batch()
+TOO_SHORT = r"shorter than one frame \(400 samples\)"
+ON_THE_CPU = r"must be on the CPU or on the device of waveforms \(cpu\); got meta"
 
 
 @pytest.fixture(scope="module")
@@ -17,90 +20,59 @@ def model():
     return twins(configurations.base())[1]
 
 
-def _calls(model):
-    return {"model": model, "objective": hubert_fast.PretrainingObjective(model)}
-
-
 def _labels(shape, value=0):
     return torch.full(shape, value)
 
 
+# What is wrong: the argument, what is given, and what the message says after the argument's name.
 CASES = {
-    "waveforms rank 1": (
-        dict(waveforms=GOOD.waveforms[0]),
-        r"waveforms must be 2-D \[batch, samples\]; got shape \(12400,\)",
-    ),
-    "waveforms rank 3": (dict(waveforms=GOOD.waveforms[None]), r"waveforms must be 2-D .*; got shape \(1, 3, 12400\)"),
-    "waveforms float64": (dict(waveforms=GOOD.waveforms.double()), r"waveforms .*torch.float32; got torch.float64"),
-    "waveforms int16": (dict(waveforms=GOOD.waveforms.short()), r"waveforms .*torch.float32; got torch.int16"),
-    "waveforms complex": (dict(waveforms=GOOD.waveforms + 0j), r"waveforms .*torch.float32; got torch.complex64"),
-    "waveforms empty batch": (
-        dict(waveforms=GOOD.waveforms[:0], labels=_labels((0, FRAMES)), audio_lengths=None),
-        r"waveforms is an empty batch",
-    ),
-    "waveforms too short": (
-        dict(waveforms=GOOD.waveforms[:, :399], labels=_labels((3, 0))),
-        r"waveforms has 399 samples .*shorter than one frame \(400 samples\)",
-    ),
-    "waveforms no samples": (
-        dict(waveforms=GOOD.waveforms[:, :0], labels=_labels((3, 0))),
-        r"waveforms has 0 samples .*shorter than one frame \(400 samples\)",
-    ),
-    "labels float": (dict(labels=GOOD.labels.float()), r"labels must be integers; got torch.float32"),
-    "labels bool": (dict(labels=GOOD.labels > 3), r"labels must be integers; got torch.bool"),
-    "labels too few": (dict(labels=GOOD.labels[:, 1:]), r"labels must have shape \[3, 38\].*; got \(3, 37\)"),
-    "labels too many": (dict(labels=_labels((3, FRAMES + 1))), r"labels must have shape \[3, 38\].*; got \(3, 39\)"),
-    "labels of another batch": (dict(labels=GOOD.labels[:2]), r"labels must have shape \[3, 38\].*; got \(2, 38\)"),
-    "labels rank 1": (dict(labels=GOOD.labels[0]), r"labels must have shape \[3, 38\].*; got \(38,\)"),
-    "labels too large": (dict(labels=_labels((3, FRAMES), NUM_CLASSES)), r"labels must be in \[0, 20\); got \[20, "),
-    "labels negative": (dict(labels=_labels((3, FRAMES), -1)), r"labels must be in \[0, 20\); got \[-1, "),
-    "lengths too long": (
-        dict(audio_lengths=torch.tensor([12400, 12401, 5])),
-        r"audio_lengths must be within \[0, 12400\].*; got \[12401\]",
-    ),
-    "lengths negative": (
-        dict(audio_lengths=torch.tensor([12400, -1, 5])),
-        r"audio_lengths must be within .*; got \[-1\]",
-    ),
-    "lengths of another batch": (
-        dict(audio_lengths=torch.tensor([12400])),
-        r"audio_lengths must have shape \[3\].*; got \(1,\)",
-    ),
-    "lengths rank 2": (
-        dict(audio_lengths=torch.ones(3, 1).long()),
-        r"audio_lengths must have shape \[3\].*; got \(3, 1\)",
-    ),
-    "lengths float": (dict(audio_lengths=torch.ones(3)), r"audio_lengths must be integers.*; got torch.float32"),
-    "lengths elsewhere": (
-        dict(audio_lengths=torch.ones(3, dtype=torch.long, device="meta")),
-        r"audio_lengths must be on the CPU or on the device of waveforms \(cpu\); got meta",
-    ),
+    "waveforms rank 1": ("waveforms", GOOD.waveforms[0], r"must be 2-D \[batch, samples\]; got shape \(12400,\)"),
+    "waveforms rank 3": ("waveforms", GOOD.waveforms[None], r"must be 2-D .*; got shape \(1, 3, 12400\)"),
+    "waveforms float64": ("waveforms", GOOD.waveforms.double(), ".*torch.float32; got torch.float64"),
+    "waveforms int16": ("waveforms", GOOD.waveforms.short(), ".*torch.float32; got torch.int16"),
+    "waveforms complex": ("waveforms", GOOD.waveforms + 0j, ".*torch.float32; got torch.complex64"),
+    "waveforms empty batch": ("waveforms", GOOD.waveforms[:0], "is an empty batch"),
+    "waveforms too short": ("waveforms", GOOD.waveforms[:, :399], f"has 399 samples .*{TOO_SHORT}"),
+    "waveforms no samples": ("waveforms", GOOD.waveforms[:, :0], f"has 0 samples .*{TOO_SHORT}"),
+    "labels float": ("labels", GOOD.labels.float(), "must be integers; got torch.float32"),
+    "labels bool": ("labels", GOOD.labels > 3, "must be integers; got torch.bool"),
+    "labels too few": ("labels", GOOD.labels[:, 1:], r"must have shape \[3, 38\].*; got \(3, 37\)"),
+    "labels too many": ("labels", _labels((3, FRAMES + 1)), r"must have shape \[3, 38\].*; got \(3, 39\)"),
+    "labels of another batch": ("labels", GOOD.labels[:2], r"must have shape \[3, 38\].*; got \(2, 38\)"),
+    "labels rank 1": ("labels", GOOD.labels[0], r"must have shape \[3, 38\].*; got \(38,\)"),
+    "labels too large": ("labels", _labels((3, FRAMES), NUM_CLASSES), r"must be in \[0, 20\); got \[20, "),
+    "labels negative": ("labels", _labels((3, FRAMES), -1), r"must be in \[0, 20\); got \[-1, "),
+    "lengths too long": ("audio_lengths", tensor([12400, 12401, 5]), r"must be within \[0, 12400\].*; got \[12401\]"),
+    "lengths negative": ("audio_lengths", tensor([12400, -1, 5]), r"must be within .*; got \[-1\]"),
+    "lengths of another batch": ("audio_lengths", tensor([12400]), r"must have shape \[3\].*; got \(1,\)"),
+    "lengths rank 2": ("audio_lengths", tensor([[1], [1], [1]]), r"must have shape \[3\].*; got \(3, 1\)"),
+    "lengths float": ("audio_lengths", tensor([1.0, 1.0, 1.0]), "must be integers.*; got torch.float32"),
+    "lengths elsewhere": ("audio_lengths", tensor([1, 1, 1], device="meta"), ON_THE_CPU),
     "mask of another shape": (
-        dict(mask=torch.zeros(3, FRAMES - 1, dtype=torch.bool)),
-        r"mask must be bool of shape \[3, 38\]; got torch.bool \(3, 37\)",
+        "mask",
+        GOOD.labels[:, 1:] > 3,
+        r"must be bool of shape \[3, 38\]; got torch.bool \(3, 37\)",
     ),
-    "mask of integers": (dict(mask=torch.zeros(3, FRAMES, dtype=torch.long)), r"mask must be bool .*; got torch.int64"),
+    "mask of integers": ("mask", GOOD.labels, "must be bool .*; got torch.int64"),
 }
 
 
-@pytest.mark.parametrize("called", ["model", "objective"])
+@pytest.mark.parametrize("wrap", [lambda model: model, hubert_fast.PretrainingObjective], ids=["model", "objective"])
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_names_argument_given_and_accepted(model, case, called):
-    change, message = CASES[case]
-    arguments = {"waveforms": GOOD.waveforms, "labels": GOOD.labels, "audio_lengths": None, "mask": None, **change}
-    with pytest.raises(ValueError, match=message):
-        _calls(model)[called](**arguments)
+def test_bad_input_names_argument_given_and_accepted(model, case, wrap):
+    argument, value, message = CASES[case]
+    arguments = {"waveforms": GOOD.waveforms, "labels": GOOD.labels, argument: value}
+    with pytest.raises(ValueError, match=f"{argument} {message}"):
+        wrap(model)(**arguments)
 
 
 @pytest.mark.parametrize("case", [each for each in CASES if each.startswith(("waveforms", "lengths"))])
 def test_the_encoder_alone_refuses_the_same(model, case):
-    change, message = CASES[case]
-    arguments = {"waveforms": GOOD.waveforms, "lengths": None}
-    arguments.update({key.removeprefix("audio_"): value for key, value in change.items() if key != "labels"})
-    with pytest.raises(ValueError, match=message):
-        model.wav2vec2(**arguments)
-    with pytest.raises(ValueError, match=message):
-        model.wav2vec2.extract_features(**arguments)
+    argument, value, message = CASES[case]
+    arguments = {"waveforms": GOOD.waveforms, argument.removeprefix("audio_"): value}
+    for call in (model.wav2vec2, model.wav2vec2.extract_features):
+        with pytest.raises(ValueError, match=f"{argument} {message}"):
+            call(**arguments)
 
 
 @pytest.mark.parametrize("num_layers", [0, -1, 3])
@@ -119,23 +91,18 @@ def test_one_bad_label_among_the_frames_that_count_is_found(model):
 
 def test_labels_in_the_padding_are_not_read(model):
     lengths = torch.tensor([SAMPLES, 6000, 400])
-    valid = torch.arange(FRAMES) < model.wav2vec2.feature_extractor.output_lengths(lengths)[:, None]
-    results = []
-    for filler in (-100, 0, 10**6):
-        torch.manual_seed(0)
-        results.append(model(GOOD.waveforms, GOOD.labels.where(valid, filler), lengths))
-    for given in results[1:]:
-        assert all(torch.equal(*pair) for pair in zip(given, results[0]))
+    labels = [GOOD.labels.where(valid_frames(lengths), filler) for filler in (-100, 0, 10**6)]
+    expected, *results = (seeded(model, Batch(GOOD.waveforms, each, lengths)) for each in labels)
+    for given in results:
+        assert all(torch.equal(*pair) for pair in zip(given, expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
 def test_labels_and_lengths_of_any_integer_dtype_work(model, dtype):
     lengths = torch.tensor([SAMPLES, 6000, 9000])
-    torch.manual_seed(0)
-    expected = model(GOOD.waveforms, GOOD.labels, lengths)
-    torch.manual_seed(0)
+    expected = seeded(model, Batch(GOOD.waveforms, GOOD.labels, lengths))
     narrow = lengths.to(dtype) if dtype != torch.uint8 else lengths
-    outputs = model(GOOD.waveforms, GOOD.labels.to(dtype), narrow)
+    outputs = seeded(model, Batch(GOOD.waveforms, GOOD.labels.to(dtype), narrow))
     assert all(torch.equal(*pair) for pair in zip(outputs, expected))
 
 
@@ -161,14 +128,17 @@ def test_the_callers_tensors_are_not_changed(model):
     assert lengths.tolist() == [SAMPLES, 6000, 9000]
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, -0.5, 2.0, float("nan")])
-def test_feature_grad_mult_out_of_range_is_refused(value):
-    with pytest.raises(ValueError, match=r"feature_grad_mult must be None or in \(0, 1\); got "):
-        hubert_fast.hubert_pretrain_model(**configurations.base(feature_grad_mult=value))
+GRAD_MULT = r"feature_grad_mult must be None or in \(0, 1\); got "
 
 
-def test_an_unknown_extractor_mode_and_heads_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="extractor_mode must be one of .*; got 'batch_norm'"):
-        hubert_fast.hubert_pretrain_model(**configurations.base(extractor_mode="batch_norm"))
-    with pytest.raises(ValueError, match="divisible by num_heads; got 128 and 3"):
-        hubert_fast.hubert_pretrain_model(**configurations.base(encoder_num_heads=3))
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        *(("feature_grad_mult", value, GRAD_MULT) for value in (0.0, 1.0, -0.5, 2.0, float("nan"))),
+        ("extractor_mode", "batch_norm", "extractor_mode must be one of .*; got 'batch_norm'"),
+        ("encoder_num_heads", 3, "divisible by num_heads; got 128 and 3"),
+    ],
+)
+def test_settings_that_no_model_can_have_are_refused(setting, value, message):
+    with pytest.raises(ValueError, match=message):
+        hubert_fast.hubert_pretrain_model(**configurations.base(**{setting: value}))

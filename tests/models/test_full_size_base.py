@@ -5,12 +5,15 @@ import torch
 import hubert_fast
 from tests import torchaudio_peer
 from tests.models.twins import (
+    Batch,
     assert_gradients_match,
+    assert_outputs_match,
     gradients,
     num_frames,
     recipe_correct,
     recipe_loss,
     relative_error,
+    seeded,
 )
 
 NO_DROPOUT = dict(
@@ -25,23 +28,15 @@ def test_full_size_base_has_torchaudios_weights_outputs_and_gradients():
     ours = hubert_fast.hubert_pretrain_base(**NO_DROPOUT)
     assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items())
 
-    samples, lengths = 7000, torch.tensor([7000, 5200])
-    waveforms = torch.randn(2, samples)
-    labels = torch.randint(0, 100, (2, num_frames(samples)))
+    labels = torch.randint(0, 100, (2, num_frames(7000)))
+    data = Batch(torch.randn(2, 7000), labels, torch.tensor([7000, 5200]))
+    expected = seeded(theirs, data)
     with torch.no_grad():
-        torch.manual_seed(1)
-        expected = theirs(waveforms, labels, lengths)
-        torch.manual_seed(1)
-        outputs = ours(waveforms, labels, lengths)
-    for given, wanted in zip(outputs, expected, strict=True):
-        assert relative_error(given, wanted) <= 2e-6
+        assert_outputs_match(seeded(ours, data), expected, 2e-6)
 
-    torch.manual_seed(1)
-    expected = theirs(waveforms, labels, lengths)
     loss = recipe_loss(expected)
     loss.backward()
-    torch.manual_seed(1)
-    result = hubert_fast.PretrainingObjective(ours)(waveforms, labels, lengths)
+    result = seeded(hubert_fast.PretrainingObjective(ours), data)
     result.loss.backward()
     assert relative_error(result.loss, loss) <= 2e-6
     assert int(result.masked_correct) == recipe_correct(expected[0])

@@ -3,9 +3,17 @@
 import pytest
 import torch
 
-from tests import torchaudio_peer
 from tests.models import configurations
-from tests.models.twins import LENGTHS, assert_gradients_match, batch, gradients, recipe_loss, relative_error, twins
+from tests.models.twins import (
+    LENGTHS,
+    assert_gradients_match,
+    batch,
+    gradients,
+    recipe_loss,
+    relative_error,
+    seeded,
+    twins,
+)
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 
@@ -15,12 +23,8 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 @pytest.mark.parametrize("name", configurations.ALL)
 def test_gradients_equal_torchaudios(name, lengths, dtype):
     theirs, ours = twins(configurations.ALL[name], dtype)
-    data = batch(dtype, lengths)
-    with torchaudio_peer.precise(dtype):
-        torch.manual_seed(1)
-        recipe_loss(theirs(*data), unmasked_weight=0.5).backward()
-    torch.manual_seed(1)
-    recipe_loss(ours(*data), unmasked_weight=0.5).backward()
+    for model in (theirs, ours):
+        recipe_loss(seeded(model, batch(dtype, lengths)), unmasked_weight=0.5).backward()
     assert_gradients_match(gradients(ours), gradients(theirs), TOLERANCE[dtype])
 
 
@@ -28,15 +32,11 @@ def test_gradients_equal_torchaudios(name, lengths, dtype):
 @pytest.mark.parametrize("name", ["base", "large-bias"])
 def test_gradient_of_the_waveforms_equals_torchaudios(name, lengths):
     theirs, ours = twins(configurations.ALL[name], torch.float64)
-    data = batch(torch.float64, lengths)
-    grads = []
-    for model in (theirs, ours):
-        waveforms = data.waveforms.clone().requires_grad_()
-        with torchaudio_peer.in_double_precision():
-            torch.manual_seed(1)
-            recipe_loss(model(waveforms, *data[1:])).backward()
-        grads.append(waveforms.grad)
-    assert relative_error(grads[1], grads[0]) <= 1e-10
+    expected, given = batch(torch.float64, lengths), batch(torch.float64, lengths)
+    for model, data in ((theirs, expected), (ours, given)):
+        data.waveforms.requires_grad_()
+        recipe_loss(seeded(model, data)).backward()
+    assert relative_error(given.waveforms.grad, expected.waveforms.grad) <= 1e-10
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None, name
 
@@ -47,8 +47,7 @@ def test_feature_grad_mult_scales_the_extractors_gradients_and_nothing_else(fact
     _, scaled = twins(configurations.base(feature_grad_mult=factor), torch.float64)
     results = []
     for model in (plain, scaled):
-        torch.manual_seed(1)
-        loss = recipe_loss(model(*batch(torch.float64)))
+        loss = recipe_loss(seeded(model, batch(torch.float64)))
         loss.backward()
         results.append((loss, gradients(model)))
     (loss, grads), (scaled_loss, scaled_grads) = results

@@ -1,17 +1,19 @@
 """The objective with Triton's kernels on, in the interpreter where there is no GPU: the reference's numbers, in one graph too."""
 
+import importlib
+import pkgutil
+
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", minversion="3.6")
 
-import hubert_fast
 from hubert_fast import backend
 from tests.kernels.device import DEVICE
 from tests.models import configurations
+from tests.models.test_activation_checkpointing import recompute
 from tests.models.test_dropout import DROPOUTS
-from tests.models.twins import Batch, gradients, relative_error, twins
+from tests.models.twins import Batch, objective_of, relative_error, step
 
 SAMPLES = 5200  # 16 frames
 LENGTHS = torch.tensor([5200, 3700, 5000])
@@ -32,23 +34,14 @@ def _mask():
 def _objective(name, dtype=torch.float32, **settings):
     """One head as wide as the published sizes', and few of all else: the interpreter takes milliseconds for each block."""
     dim = 80 if name.startswith("xlarge") else 64
-    small = {
-        "encoder_embed_dim": dim,
-        "encoder_num_heads": 1,
-        "encoder_ff_interm_features": 96,
-        "encoder_pos_conv_kernel": 4,
-    }
-    _, model = twins(configurations.ALL[name] | small | settings, torch.float64)
-    return hubert_fast.PretrainingObjective(model.to(DEVICE, dtype))
+    small = dict(encoder_embed_dim=dim, encoder_num_heads=1, encoder_ff_interm_features=96, encoder_pos_conv_kernel=4)
+    return objective_of(configurations.ALL[name] | small | settings).to(DEVICE, dtype)
 
 
 def _step(objective, dtype, name, autocast=False, run=None):
-    objective.zero_grad()
-    torch.manual_seed(0)
     with backend.using(name), torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
-        result = (objective if run is None else run)(*_batch(dtype), mask=_mask())
-        result.loss.backward()
-    return result.loss.detach(), {key: each.clone() for key, each in gradients(objective).items()}
+        result, grads = step(objective, _batch(dtype), run, mask=_mask())
+    return result.loss.detach(), grads
 
 
 def _errors(step, truth):
@@ -70,38 +63,27 @@ def test_loss_and_gradients_err_no_more_than_pytorchs(name, autocast):
 
 def test_every_operator_that_has_a_kernel_runs_it(monkeypatch):
     """A kernel that the model never reaches is no kernel of the model."""
+    import hubert_fast.kernels
     from hubert_fast.kernels import launch
 
     started = []
     original = launch.launch
-    for module in _kernel_modules():
+
+    def counted(kernel, *rest):
+        started.append(kernel.__name__)
+        original(kernel, *rest)
+
+    for each in pkgutil.iter_modules(hubert_fast.kernels.__path__):
+        module = importlib.import_module(f"hubert_fast.kernels.{each.name}")
         if getattr(module, "launch", None) is original:
-            monkeypatch.setattr(
-                module, "launch", lambda kernel, *rest: (started.append(kernel.__name__), original(kernel, *rest))[1]
-            )
+            monkeypatch.setattr(module, "launch", counted)
     objective = _objective("xlarge-bias", **DROPOUTS | {"encoder_layer_drop": 0.0})
     _step(objective, torch.float32, "triton")
-    operators = {
-        "masked_attention",
-        "cosine_cross_entropy",
-        "positional_conv",
-        "bias_gelu_dropout",
-        "residual_layer_norm",
-    }
-    operators |= {"bias_dropout_residual", "mask_fill"}
+    operators = {"masked_attention", "cosine_cross_entropy", "positional_conv", "bias_gelu_dropout"}
+    operators |= {"residual_layer_norm", "bias_dropout_residual", "mask_fill"}
     with_kernels = {each.operator for each in backend.report() if "triton" in {*each.reasons, *each.available}}
     assert with_kernels >= operators
     assert len(set(started)) >= 2 * len(operators), sorted(set(started))  # forward and backward of each
-
-
-def _kernel_modules():
-    import importlib
-    import pkgutil
-
-    import hubert_fast.kernels
-
-    for each in pkgutil.iter_modules(hubert_fast.kernels.__path__):
-        yield importlib.import_module(f"hubert_fast.kernels.{each.name}")
 
 
 def test_the_objective_compiles_to_one_graph():
@@ -115,13 +97,10 @@ def test_the_objective_compiles_to_one_graph():
 
 def test_dropout_is_drawn_again_when_activations_are_recomputed():
     objective = _objective("base", **DROPOUTS | {"encoder_layer_drop": 0.0})
-    plain = _step(objective, torch.float32, "triton")
-    assert all(
-        torch.equal(a, b) for a, b in zip(plain[1].values(), _step(objective, torch.float32, "triton")[1].values())
-    )
+    plain, repeated = (_step(objective, torch.float32, "triton") for _ in range(2))
     for layer in objective.model.wav2vec2.encoder.transformer.layers:
-        forward = layer.forward
-        layer.forward = lambda *arguments, forward=forward: checkpoint(forward, *arguments, use_reentrant=False)
-    again = _step(objective, torch.float32, "triton")
-    assert torch.equal(plain[0], again[0])
-    assert all(torch.equal(plain[1][key], grad) for key, grad in again[1].items())
+        recompute(layer)
+    recomputed = _step(objective, torch.float32, "triton")
+    for again in (repeated, recomputed):
+        assert torch.equal(plain[0], again[0])
+        assert all(torch.equal(plain[1][key], grad) for key, grad in again[1].items())

@@ -3,18 +3,16 @@
 import pytest
 import torch
 
-from tests import torchaudio_peer
 from tests.models import configurations
-from tests.models.twins import LENGTHS, batch, relative_error, twins
+from tests.models.twins import LENGTHS, assert_outputs_match, batch, seeded, twins
 
 
 def _layers_run(model, data, seed):
     ran = []
     layers = model.wav2vec2.encoder.transformer.layers
     hooks = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(layers)]
-    torch.manual_seed(seed)
-    with torchaudio_peer.in_double_precision(), torch.no_grad():
-        outputs = model(*data)
+    with torch.no_grad():
+        outputs = seeded(model, data, seed)
     drawn_next = torch.rand(1)
     for hook in hooks:
         hook.remove()
@@ -30,8 +28,7 @@ def test_training_runs_the_same_layers(layer_drop):
         expected_ran, expected, expected_next = _layers_run(theirs, data, seed)
         ran, outputs, drawn_next = _layers_run(ours, data, seed)
         assert ran == expected_ran and torch.equal(drawn_next, expected_next)
-        for given, wanted in zip(outputs, expected, strict=True):
-            assert relative_error(given, wanted) <= 1e-10
+        assert_outputs_match(outputs, expected, 1e-10)
         counts.add(len(ran))
     assert counts == {4} if layer_drop == 0.0 else len(counts) > 1
 

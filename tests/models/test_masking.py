@@ -5,20 +5,19 @@ import contextlib
 import pytest
 import torch
 
-import hubert_fast
 from tests import torchaudio_peer
 from tests.models import configurations
-from tests.models.twins import LENGTHS, batch, num_frames, relative_error, twins
+from tests.models.twins import LENGTHS, assert_outputs_match, batch, objective_of, seeded, twins, valid_frames
 
 SELECTIONS = ("static", "uniform", "normal", "poisson")
 
 
-def _masks_of(model, data):
+def _masks_of(model, data, seed):
     """The masked frames of a forward pass, read off the mask generator's output."""
     seen = []
     with model.mask_generator.register_forward_hook(lambda module, arguments, output: seen.append(output)):
         with torch.no_grad():
-            outputs = model(*data)
+            outputs = seeded(model, data, seed)
     return seen[0], outputs
 
 
@@ -33,30 +32,20 @@ def test_frame_and_channel_masks_equal_torchaudios(selection, no_overlap, length
     )  # fmt: skip
     theirs, ours = twins(configurations.base(**settings), torch.float64)
     data = batch(torch.float64, lengths)
-    poisson = torchaudio_peer.working_poisson() if selection == "poisson" else contextlib.nullcontext()
     for seed in range(3):
-        with torchaudio_peer.in_double_precision(), poisson:
-            torch.manual_seed(seed)
-            (expected_x, expected_mask), expected = _masks_of(theirs, data)
-        torch.manual_seed(seed)
-        (x, mask), outputs = _masks_of(ours, data)
+        with torchaudio_peer.working_poisson() if selection == "poisson" else contextlib.nullcontext():
+            (expected_x, expected_mask), expected = _masks_of(theirs, data, seed)
+        (x, mask), outputs = _masks_of(ours, data, seed)
         assert torch.equal(mask, expected_mask)
         assert torch.equal(x == 0, expected_x == 0), "channel masks"
-        for given, wanted in zip(outputs, expected, strict=True):
-            assert relative_error(given, wanted) <= 1e-10
-        if selection == "poisson":  # a context manager of this kind serves once
-            poisson = torchaudio_peer.working_poisson()
+        assert_outputs_match(outputs, expected, 1e-10)
 
 
 def test_a_row_has_two_spans_at_least_as_in_torchaudio():
     theirs, ours = twins(configurations.base(mask_prob=0.01, mask_length=4), torch.float64)
     data = batch(torch.float64, LENGTHS)
     for seed in range(3):
-        torch.manual_seed(seed)
-        with torchaudio_peer.in_double_precision():
-            (_, expected), _ = _masks_of(theirs, data)
-        torch.manual_seed(seed)
-        (_, mask), _ = _masks_of(ours, data)
+        (_, expected), (_, mask) = (_masks_of(model, data, seed)[0] for model in (theirs, ours))
         assert torch.equal(mask, expected) and mask.any(1).all()
 
 
@@ -69,21 +58,13 @@ def test_torchaudio_itself_cannot_draw_poisson_masks():
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["all-valid", "lengths"])
 def test_a_mask_made_ahead_gives_what_drawing_it_inside_gives(lengths):
-    _, ours = twins(configurations.base(), torch.float64)
-    objective = hubert_fast.PretrainingObjective(ours)
-    data = batch(torch.float64, lengths)
-    frames = num_frames(data.waveforms.shape[1])
-    valid = None if lengths is None else ours.wav2vec2.feature_extractor.output_lengths(lengths)
+    objective, data = objective_of(configurations.base()), batch(torch.float64, lengths)
     torch.manual_seed(7)
-    ahead = ours.mask_generator.draw(len(data.waveforms), frames, valid)
-    torch.manual_seed(7)
-    inside, inside_loss = ours(*data), None
-    torch.manual_seed(7)
-    inside_loss = objective(*data).loss
-    torch.manual_seed(8)
-    for given, wanted in zip(ours(*data, mask=ahead), inside, strict=True):
+    frames = None if lengths is None else valid_frames(lengths).sum(1)
+    ahead = objective.model.mask_generator.draw(*data.labels.shape, frames)
+    for given, wanted in zip(objective.model(*data, mask=ahead), seeded(objective.model, data, 7), strict=True):
         assert torch.equal(given, wanted)
-    assert torch.equal(objective(*data, mask=ahead).loss, inside_loss)
+    assert torch.equal(objective(*data, mask=ahead).loss, seeded(objective, data, 7).loss)
 
 
 def test_a_mask_made_ahead_draws_no_random_numbers():
@@ -99,24 +80,17 @@ def test_a_mask_made_ahead_draws_no_random_numbers():
 
 
 def test_masked_frames_may_differ_in_number_between_rows():
-    _, ours = twins(configurations.base(), torch.float64)
-    data = batch(torch.float64, LENGTHS)
-    mask = torch.rand(data.labels.shape, generator=torch.Generator().manual_seed(0)) < 0.4
-    frames = torch.arange(data.labels.shape[1])
-    valid = frames < ours.wav2vec2.feature_extractor.output_lengths(LENGTHS)[:, None]
-    masked, unmasked, _ = ours(*data, mask=mask & valid)
-    result = hubert_fast.PretrainingObjective(ours)(*data, mask=mask & valid)
-    assert len(masked) == int(result.masked_count) == int((mask & valid).sum())
+    objective, data, valid = objective_of(configurations.base()), batch(torch.float64, LENGTHS), valid_frames(LENGTHS)
+    mask = valid & (torch.rand(valid.shape, generator=torch.Generator().manual_seed(0)) < 0.4)
+    masked, unmasked, _ = objective.model(*data, mask=mask)
+    assert len(masked) == int(objective(*data, mask=mask).masked_count) == int(mask.sum())
     assert len(unmasked) == int((~mask & valid).sum())
 
 
 def test_masked_frames_in_the_padding_do_not_count_and_do_not_matter():
-    _, ours = twins(configurations.base(), torch.float64)
-    data = batch(torch.float64, LENGTHS)
-    valid = torch.arange(data.labels.shape[1]) < ours.wav2vec2.feature_extractor.output_lengths(LENGTHS)[:, None]
+    objective, data, valid = objective_of(configurations.base()), batch(torch.float64, LENGTHS), valid_frames(LENGTHS)
     mask = torch.zeros_like(valid)
     mask[:, 2:8] = True
-    objective = hubert_fast.PretrainingObjective(ours)
     clean, spilt = objective(*data, mask=mask), objective(*data, mask=mask | ~valid)
     assert int(clean.masked_count) == int(spilt.masked_count)
     torch.testing.assert_close(spilt.loss, clean.loss, rtol=1e-10, atol=0)

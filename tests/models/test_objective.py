@@ -4,17 +4,19 @@ import pytest
 import torch
 
 import hubert_fast
-from tests import torchaudio_peer
 from tests.models import configurations
 from tests.models.twins import (
     LENGTHS,
+    Batch,
     assert_gradients_match,
     batch,
     column_zero_loss,
     gradients,
+    objective_of,
     recipe_correct,
     recipe_loss,
     relative_error,
+    seeded,
     twins,
 )
 
@@ -31,13 +33,10 @@ GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 def _both_sides(name, lengths, dtype, weights):
     theirs, ours = twins(configurations.ALL[name], dtype)
     data = batch(dtype, lengths)
-    with torchaudio_peer.precise(dtype):
-        torch.manual_seed(1)
-        outputs = theirs(*data)
-        loss = recipe_loss(outputs, **weights)
-        loss.backward()
-    torch.manual_seed(1)
-    result = hubert_fast.PretrainingObjective(ours, **weights)(*data)
+    outputs = seeded(theirs, data)
+    loss = recipe_loss(outputs, **weights)
+    loss.backward()
+    result = seeded(hubert_fast.PretrainingObjective(ours, **weights), data)
     result.loss.backward()
     assert relative_error(result.loss, loss) <= LOSS_TOLERANCE[dtype]
     assert_gradients_match(gradients(ours), gradients(theirs), GRADIENT_TOLERANCE[dtype])
@@ -49,16 +48,17 @@ def _both_sides(name, lengths, dtype, weights):
 @pytest.mark.parametrize("name", ["base", "xlarge-bias"])
 def test_loss_counts_and_gradients_equal_the_recipes(name, weights, lengths):
     result, (masked, unmasked, penalty) = _both_sides(name, lengths, torch.float64, WEIGHTS[weights])
-    assert int(result.masked_count) == len(masked)
-    assert int(result.masked_correct) == recipe_correct(masked)
-    assert relative_error(result.masked_loss, column_zero_loss(masked)) <= 1e-10
+    _assert_counted(masked, result.masked_count, result.masked_correct, result.masked_loss)
     assert relative_error(result.feature_penalty, penalty) <= 1e-10
     if WEIGHTS[weights].get("unmasked_weight"):
-        assert int(result.unmasked_count) == len(unmasked)
-        assert int(result.unmasked_correct) == recipe_correct(unmasked)
-        assert relative_error(result.unmasked_loss, column_zero_loss(unmasked)) <= 1e-10
+        _assert_counted(unmasked, result.unmasked_count, result.unmasked_correct, result.unmasked_loss)
     else:
         assert result.unmasked_count is result.unmasked_correct is result.unmasked_loss is None
+
+
+def _assert_counted(logits, count, correct, loss):
+    assert (int(count), int(correct)) == (len(logits), recipe_correct(logits))
+    assert relative_error(loss, column_zero_loss(logits)) <= 1e-10
 
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["all-valid", "lengths"])
@@ -71,31 +71,28 @@ def test_accuracy_of_a_model_that_has_learnt_is_counted_as_the_recipe_counts():
     """Untrained accuracy is near 0; after a few steps on one batch there is something to count."""
     theirs, ours = twins(configurations.base(num_classes=3, encoder_num_layers=1), torch.float32)
     waveforms, labels, _ = batch()
+    data = Batch(waveforms, labels % 3, LENGTHS)
     objective = hubert_fast.PretrainingObjective(ours, unmasked_weight=0.5)
     optimizer = torch.optim.Adam(ours.parameters(), lr=2e-3)
     for _ in range(15):
         optimizer.zero_grad()
-        objective(waveforms, labels % 3, LENGTHS).loss.backward()
+        objective(*data).loss.backward()
         optimizer.step()
     theirs.load_state_dict(ours.state_dict())
-    torch.manual_seed(3)
-    masked, unmasked, _ = theirs(waveforms, labels % 3, LENGTHS)
-    torch.manual_seed(3)
-    result = objective(waveforms, labels % 3, LENGTHS)
+    masked, unmasked, _ = seeded(theirs, data)
+    result = seeded(objective, data)
     assert int(result.masked_correct) == recipe_correct(masked) > 0
     assert int(result.unmasked_correct) == recipe_correct(unmasked) > 0
 
 
 def test_the_model_is_the_only_submodule_so_a_wrapper_sees_its_parameters_once():
-    _, ours = twins(configurations.base())
-    objective = hubert_fast.PretrainingObjective(ours)
+    objective = objective_of(configurations.base())
     assert [name for name, _ in objective.named_children()] == ["model"]
-    assert {f"model.{name}" for name in ours.state_dict()} == set(objective.state_dict())
+    assert {f"model.{name}" for name in objective.model.state_dict()} == set(objective.state_dict())
 
 
 @pytest.mark.parametrize("argument", ["masked_weight", "unmasked_weight", "feature_weight"])
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
 def test_a_negative_weight_is_refused_by_name(argument, value):
-    _, ours = twins(configurations.base())
     with pytest.raises(ValueError, match=rf"{argument} must be at least 0; got"):
-        hubert_fast.PretrainingObjective(ours, **{argument: value})
+        objective_of(configurations.base(), **{argument: value})

@@ -5,7 +5,7 @@ import torch
 
 from tests import torchaudio_peer
 from tests.models import configurations
-from tests.models.twins import LENGTHS, batch, num_frames, relative_error, twins
+from tests.models.twins import LENGTHS, assert_outputs_match, batch, num_frames, seeded, twins
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6}
 ALMOST_FULL = torch.tensor([12400, 12300, 12100])  # 38, 38 and 37 frames
@@ -17,17 +17,10 @@ ALMOST_FULL = torch.tensor([12400, 12300, 12100])  # 38, 38 and 37 frames
 def test_logits_and_penalty_equal_torchaudios(name, lengths, dtype):
     theirs, ours = twins(configurations.ALL[name], dtype)
     data = batch(dtype, lengths)
-    with torchaudio_peer.precise(dtype), torch.no_grad():
-        torch.manual_seed(1)
-        expected = theirs(*data)
-        expected_next = torch.rand(3)
     with torch.no_grad():
-        torch.manual_seed(1)
-        outputs = ours(*data)
-        drawn_next = torch.rand(3)
-    for given, wanted in zip(outputs, expected, strict=True):
-        assert given.dtype == wanted.dtype
-        assert relative_error(given, wanted) <= TOLERANCE[dtype]
+        expected, expected_next = seeded(theirs, data), torch.rand(3)
+        outputs, drawn_next = seeded(ours, data), torch.rand(3)
+    assert_outputs_match(outputs, expected, TOLERANCE[dtype])
     assert torch.equal(drawn_next, expected_next), "the random stream went another way"
 
 
@@ -44,11 +37,8 @@ def test_encoder_and_its_layers_equal_torchaudios(name, lengths, dtype):
         output, frames = ours(waveforms, lengths)
         layers, layers_frames = ours.extract_features(waveforms, lengths)
         first, _ = ours.extract_features(waveforms, lengths, num_layers=1)
-    assert relative_error(output, expected) <= TOLERANCE[dtype]
-    assert len(layers) == len(expected_layers) and len(first) == 1
-    assert torch.equal(first[0], layers[0])
-    for given, wanted in zip(layers, expected_layers):
-        assert relative_error(given, wanted) <= TOLERANCE[dtype]
+    assert len(first) == 1 and torch.equal(first[0], layers[0])
+    assert_outputs_match([output, *layers], [expected, *expected_layers], TOLERANCE[dtype])
     if lengths is None:
         assert frames is None and expected_frames is None
     else:
@@ -59,13 +49,8 @@ def test_encoder_and_its_layers_equal_torchaudios(name, lengths, dtype):
 def test_eval_mode_masks_too():
     theirs, ours = twins(configurations.base(), torch.float64)
     theirs.eval(), ours.eval()
-    data = batch(torch.float64, LENGTHS)
-    torch.manual_seed(5)
-    with torchaudio_peer.in_double_precision():
-        expected = theirs(*data)
-    torch.manual_seed(5)
-    for given, wanted in zip(ours(*data), expected, strict=True):
-        assert relative_error(given, wanted) <= 1e-10
+    expected, outputs = (seeded(model, batch(torch.float64, LENGTHS)) for model in (theirs, ours))
+    assert_outputs_match(outputs, expected, 1e-10)
 
 
 @pytest.mark.parametrize(("skip_masked", "skip_nomask"), [(True, False), (False, True), (True, True)])

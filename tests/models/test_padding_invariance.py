@@ -5,7 +5,7 @@ import torch
 
 import hubert_fast
 from tests.models import configurations
-from tests.models.twins import LENGTHS, batch, num_frames, relative_error
+from tests.models.twins import LENGTHS, batch, num_frames, relative_error, valid_frames
 
 
 def _model(**settings):
@@ -17,8 +17,9 @@ def _alone_and_padded(model, row):
     waveforms, _, lengths = batch(torch.float64, LENGTHS)
     samples = int(lengths[row])
     padded, frames = model.wav2vec2.extract_features(waveforms, lengths)
-    alone, _ = model.wav2vec2.extract_features(waveforms[row : row + 1, :samples], lengths[row : row + 1])
-    without_lengths, _ = model.wav2vec2.extract_features(waveforms[row : row + 1, :samples])
+    utterance = waveforms[row : row + 1, :samples]
+    alone, _ = model.wav2vec2.extract_features(utterance, lengths[row : row + 1])
+    without_lengths, _ = model.wav2vec2.extract_features(utterance)
     assert int(frames[row]) == num_frames(samples)
     return (
         [each[row, : frames[row]] for each in padded],
@@ -41,12 +42,10 @@ def test_by_default_they_are_not_as_in_torchaudio():
 
 
 def test_the_loss_of_a_batch_is_the_sum_of_its_rows_losses():
-    objective = hubert_fast.PretrainingObjective(
-        _model(padding_invariant=True), feature_weight=0.0, unmasked_weight=0.3
-    )
+    model = _model(padding_invariant=True)
+    objective = hubert_fast.PretrainingObjective(model, feature_weight=0.0, unmasked_weight=0.3)
     waveforms, labels, lengths = batch(torch.float64, LENGTHS)
-    mask = torch.rand(labels.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    mask &= torch.arange(labels.shape[1]) < objective.model.wav2vec2.feature_extractor.output_lengths(lengths)[:, None]
+    mask = valid_frames(lengths) & (torch.rand(labels.shape, generator=torch.Generator().manual_seed(0)) < 0.5)
     together = objective(waveforms, labels, lengths, mask=mask)
     total = 0.0
     for row, samples in enumerate(lengths.tolist()):

@@ -4,9 +4,16 @@ import pytest
 import torch
 
 import hubert_fast
-from tests import torchaudio_peer
 from tests.models import configurations
-from tests.models.twins import assert_gradients_match, batch, gradients, recipe_loss, relative_error, twins
+from tests.models.twins import (
+    assert_gradients_match,
+    assert_outputs_match,
+    batch,
+    gradients,
+    recipe_loss,
+    seeded,
+    twins,
+)
 
 SHORT = [torch.tensor([12400, 0, 7000]), torch.tensor([12400, 399, 400]), torch.tensor([1, 0, 2])]
 
@@ -33,21 +40,12 @@ def test_the_other_rows_are_as_in_torchaudio(lengths):
     """torchaudio masks as few frames in every row as the shortest has: none here, so unmasked frames are compared."""
     theirs, ours = twins(configurations.base(), torch.float64)
     data = batch(torch.float64, lengths)
-    with torchaudio_peer.in_double_precision():
-        torch.manual_seed(0)
-        expected = theirs(*data)
-    torch.manual_seed(0)
-    outputs = ours(*data)
-    for given, wanted in zip(outputs, expected, strict=True):
-        assert relative_error(given, wanted) <= 1e-10
-    with torchaudio_peer.in_double_precision():
-        recipe_loss(expected, unmasked_weight=1.0).backward()
-    torch.manual_seed(0)
-    hubert_fast.PretrainingObjective(ours, unmasked_weight=1.0)(*data).loss.backward()
-    names = [name for name, grad in gradients(theirs).items() if grad is not None]
-    assert_gradients_match(
-        {name: gradients(ours)[name] for name in names}, {name: gradients(theirs)[name] for name in names}, 1e-10
-    )
+    expected = seeded(theirs, data)
+    assert_outputs_match(seeded(ours, data), expected, 1e-10)
+    recipe_loss(expected, unmasked_weight=1.0).backward()
+    seeded(hubert_fast.PretrainingObjective(ours, unmasked_weight=1.0), data).loss.backward()
+    expected = {name: grad for name, grad in gradients(theirs).items() if grad is not None}
+    assert_gradients_match({name: gradients(ours)[name] for name in expected}, expected, 1e-10)
 
 
 def test_a_batch_without_a_masked_frame_has_a_loss_of_zero_and_can_be_differentiated():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -51,6 +52,25 @@ def twins(config: dict[str, Any], dtype: torch.dtype = torch.float32, seed: int 
     return theirs.to(dtype), ours.to(dtype)
 
 
+def objective_of(config: dict[str, Any], **weights: float) -> hubert_fast.PretrainingObjective:
+    """Our objective over our model of `twins`, in float64."""
+    return hubert_fast.PretrainingObjective(twins(config, torch.float64)[1], **weights)
+
+
+def seeded(model: nn.Module, data: Batch, seed: int = 0, **arguments: Any) -> Any:
+    """What ``model`` gives for ``data`` after that seed; torchaudio's in float64 throughout where ``data`` is."""
+    theirs = isinstance(model, torchaudio_peer.models.HuBERTPretrainModel)
+    with torchaudio_peer.precise(data.waveforms.dtype if theirs else torch.float32):
+        torch.manual_seed(seed)
+        return model(*data, **arguments)
+
+
+def valid_frames(lengths: Tensor) -> Tensor:
+    """Which of the `num_frames(SAMPLES)` frames of rows of ``lengths`` samples are no padding."""
+    frames = torch.tensor([num_frames(samples) for samples in lengths.tolist()])
+    return torch.arange(num_frames(SAMPLES)) < frames[:, None]
+
+
 def recipe_loss(
     outputs: tuple[Optional[Tensor], Optional[Tensor], Tensor],
     *,
@@ -79,6 +99,29 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     assert ours.shape == theirs.shape and torch.equal(ours.isinf(), theirs.isinf())
     ours, theirs = (each.detach().double().masked_fill(each.isinf(), 0.0) for each in (ours, theirs))
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
+
+
+def step(
+    objective: nn.Module, data: Batch, run: nn.Module | None = None, **arguments: Any
+) -> tuple[Any, dict[str, Tensor]]:
+    """The result of a training step of ``objective``, or of ``run``, another way through it, and all gradients."""
+    objective.zero_grad()
+    result = seeded(objective if run is None else run, data, **arguments)
+    result.loss.backward()
+    return result, {name: grad.clone() for name, grad in gradients(objective).items() if grad is not None}
+
+
+def assert_steps_match(ours: tuple, theirs: tuple, tolerance: float) -> None:
+    """Every output and every gradient of a `step` within ``tolerance``."""
+    assert_outputs_match(ours[0], theirs[0], tolerance)
+    assert_gradients_match(ours[1], theirs[1], tolerance)
+
+
+def assert_outputs_match(ours: Iterable[Tensor | None], theirs: Iterable[Tensor | None], tolerance: float) -> None:
+    """Every output within ``tolerance`` of its twin, of its dtype, and None where that is."""
+    for given, wanted in zip(ours, theirs, strict=True):
+        assert given is wanted is None or given.dtype == wanted.dtype
+        assert given is None or relative_error(given, wanted) <= tolerance
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -7,19 +7,10 @@ import math
 from pathlib import Path
 
 import numpy as np
+from safetensors.torch import save_file
 
-from hubert_fast.pretrain.config import STANDARD_CONV_LAYERS, ModelConfig
-
-TINY = ModelConfig(
-    extractor_conv_layer_config=tuple((8, kernel, stride) for _, kernel, stride in STANDARD_CONV_LAYERS),
-    encoder_embed_dim=16,
-    encoder_pos_conv_kernel=8,
-    encoder_pos_conv_groups=2,
-    encoder_num_layers=3,
-    encoder_num_heads=2,
-    encoder_ff_interm_features=32,
-    final_dim=8,
-)
+from hubert_fast.pretrain.config import ModelConfig
+from tests.pretrain.train_tiny import MODEL
 
 
 def write_json(path: Path, value: object) -> None:
@@ -73,29 +64,16 @@ def metrics_lines(steps: int, *, ceiling: float) -> list[dict]:
         speed = {"x_realtime": 90 + 20 * noise, "audio_seconds": 40.0 * step, "seconds": 0.5 * step}
         lines.append({"step": step, **values, "feature_penalty": 0.01, "lr": 5e-4, "grad_norm": 2.0, **speed})
         if step % (steps // 4) == 0:
-            lines.append(
-                {
-                    "step": step,
-                    "valid_loss": loss + 0.2,
-                    "valid_masked_loss": loss + 0.1,
-                    "valid_masked_accuracy": ceiling * progress * 0.9,
-                }
-            )
+            valid = {"valid_loss": loss + 0.2, "valid_masked_loss": loss + 0.1}
+            lines.append({"step": step, **valid, "valid_masked_accuracy": ceiling * progress * 0.9})
     return lines
 
 
 def evaluation(number: int, layers: int) -> dict:
     def scores(name: str, layer: int | None, pnmi: float) -> dict:
         purities = {"phone_purity": pnmi * 0.9, "cluster_purity": 0.08, "pnmi": pnmi, "chance_pnmi": 0.15}
-        return {
-            "name": name,
-            "layer": layer,
-            "clusters": 100,
-            **purities,
-            "phone_entropy": 3.2,
-            "unit_perplexity": 71.3,
-            "frames": 3050,
-        }
+        rest = {"phone_entropy": 3.2, "unit_perplexity": 71.3, "frames": 3050}
+        return {"name": name, "layer": layer, "clusters": 100, **purities, **rest}
 
     rows = [scores("mfcc", 0, 0.31)]
     rows += [scores(f"layer{n}", n, 0.30 + 0.1 * number * math.sin(n / layers * 2.5)) for n in range(1, layers + 1)]
@@ -111,10 +89,8 @@ def evaluation(number: int, layers: int) -> dict:
     }
 
 
-def save_tiny_weights(path: Path, *, num_classes: int = 7, config: ModelConfig = TINY) -> None:
-    """`HuBERTPretrainModel` weights as the trainer saves them."""
-    from safetensors.torch import save_file
-
+def save_tiny_weights(path: Path, *, config: ModelConfig = MODEL, state_dict: dict | None = None) -> None:
+    """`HuBERTPretrainModel` weights as the trainer saves them; those of ``config``, as torch's seed draws them, or others."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"model_config": config.to_json(), "num_classes": str(num_classes)}
-    save_file(config.build(num_classes).state_dict(), path, metadata=metadata)
+    metadata = {"model_config": config.to_json(), "num_classes": "7"}
+    save_file(config.build(7).state_dict() if state_dict is None else state_dict, path, metadata=metadata)

@@ -25,26 +25,17 @@ def write_audio(
     return audio
 
 
-def write_numbered_frames(path: Path, samples: int) -> None:
-    """16 kHz audio that says where it is: sample n has the 16-bit value 1 + n // 320, the number of the frame that
-    begins there.
+def numbered_folder(folder: Path, lengths: list[int]) -> None:
+    """A folder of 16 kHz files of ``lengths`` samples, all for training, that say where they are: sample n has the 16-bit
+    value 1 + n // 320, the number of the frame that begins there. Its manifest, and units that are those numbers less 1.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, (1 + np.arange(samples) // FRAME_SHIFT).astype(np.int16), 16_000, subtype="PCM_16")
-
-
-def numbered_folder(folder: Path, lengths: list[int]) -> tuple[Path, Path]:
-    """A folder of `write_numbered_frames` files of ``lengths`` samples, all for training: its manifest, and units that
-    are those very numbers (less 1).
-    """
+    (folder / "audio").mkdir(parents=True)
     for index, samples in enumerate(lengths):
-        write_numbered_frames(folder / "audio" / f"{index:03d}.wav", samples)
+        numbers = (1 + np.arange(samples) // FRAME_SHIFT).astype(np.int16)
+        soundfile.write(folder / "audio" / f"{index:03d}.wav", numbers, 16_000, subtype="PCM_16")
     scan_folder(folder, valid_fraction=0.0)
-    units = {
-        f"{index:03d}.wav": np.arange(num_frames(samples), dtype=np.int32) for index, samples in enumerate(lengths)
-    }
-    write_units(folder / "units.safetensors", units)
-    return folder / "manifest", folder / "units.safetensors"
+    units = [np.arange(num_frames(samples), dtype=np.int32) for samples in lengths]
+    write_units(folder / "units.safetensors", {f"{index:03d}.wav": each for index, each in enumerate(units)})
 
 
 def write_units(path: Path, units: dict[str, np.ndarray], num_classes: int = 1000) -> None:

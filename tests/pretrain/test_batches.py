@@ -8,7 +8,7 @@ import soundfile
 import torch
 
 from hubert_fast.models.masking import MaskGenerator
-from hubert_fast.pretrain.audio import AudioError, NonFiniteAudioError
+from hubert_fast.pretrain.audio import NonFiniteAudioError
 from hubert_fast.pretrain.batches import Batch, GlobalBatches, ValidationBatches
 from hubert_fast.pretrain.config import DataConfig
 from hubert_fast.pretrain.distributed import Process
@@ -18,6 +18,7 @@ from hubert_fast.pretrain.units import Units
 from tests.pretrain.speech_folder import numbered_folder, write_units
 
 LENGTHS = [4000, 4321, 5000, 6400, 7000, 8000, 8123, 9000, 9600, 10_000, 12_000, 16_000, 20_000]
+NAMES = [f"{index:03d}.wav" for index in range(len(LENGTHS))]
 CONFIG = DataConfig(batch_seconds=2.0, max_seconds=0.5, min_seconds=0.1, workers=0)
 
 
@@ -28,9 +29,8 @@ class HalfMasked:
 
     def draw(self, batch, frames, lengths=None):
         scores = torch.rand(batch, frames).masked_fill(torch.arange(frames) >= lengths[:, None], -1.0)
-        return torch.zeros(batch, frames, dtype=torch.bool).scatter_(
-            1, scores.topk(int(lengths.min()) // 2).indices, True
-        )
+        highest = scores.topk(int(lengths.min()) // 2).indices
+        return torch.zeros(batch, frames, dtype=torch.bool).scatter_(1, highest, True)
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +64,17 @@ def rows(micro_batches: list[Batch]) -> dict[str, tuple]:
     }
 
 
+def contents(batches):
+    """The rows of every global batch."""
+    return [rows(micro_batches) for micro_batches in batches]
+
+
 def test_shapes_dtypes_and_padding(folder):
     for (batch,) in take(stream(folder), 6):
         samples, frames = batch.waveforms.shape[1], batch.labels.shape[1]
         assert batch.waveforms.dtype == torch.float32 and batch.labels.dtype == batch.audio_lengths.dtype == torch.int64
-        assert (
-            batch.mask.dtype == torch.bool and batch.mask.shape == batch.labels.shape and frames == num_frames(samples)
-        )
+        assert batch.mask.dtype == torch.bool and batch.mask.shape == batch.labels.shape
+        assert frames == num_frames(samples)
         assert samples == int(batch.audio_lengths.max()) <= 8000
         assert batch.seconds == pytest.approx(int(batch.audio_lengths.sum()) / 16_000)
         assert len(set(batch.mask.sum(dim=1).tolist())) == 1
@@ -96,9 +100,7 @@ def test_an_epoch_holds_every_utterance_once_and_the_next_differs(folder):
     batches = stream(folder)
     epochs = [take(stream_from(folder, epoch), len(batches.epoch_plan(epoch))) for epoch in (0, 1)]
     for epoch in epochs:
-        assert sorted(name for (batch,) in epoch for name in batch.ids) == [
-            f"{index:03d}.wav" for index in range(len(LENGTHS))
-        ]
+        assert sorted(name for (batch,) in epoch for name in batch.ids) == NAMES
     assert [batch.ids for (batch,) in epochs[0]] != [batch.ids for (batch,) in epochs[1]]
 
 
@@ -110,16 +112,14 @@ def stream_from(folder, epoch, batch=0, **changes):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(folder, workers):
-    expected, got = take(stream(folder), 12), take(stream(folder, workers=workers), 12)
-    assert [rows(one) for one in expected] == [rows(other) for other in got]
+    assert contents(take(stream(folder, workers=workers), 12)) == contents(take(stream(folder), 12))
 
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (1, 2), (2, 2), (1, 4)])
 def test_ranks_and_accumulation_split_the_same_global_batch(folder, world_size, accumulate):
     whole = take(stream(folder), 10)
-    ranks = [
-        take(stream(folder, rank=rank, world_size=world_size, accumulate=accumulate), 10) for rank in range(world_size)
-    ]
+    split = {"world_size": world_size, "accumulate": accumulate}
+    ranks = [take(stream(folder, rank=rank, **split), 10) for rank in range(world_size)]
     for step, (expected,) in enumerate(whole):
         micro_batches = [batch for rank in ranks for batch in rank[step]]
         assert [len(rank[step]) for rank in ranks] == [accumulate] * world_size
@@ -131,17 +131,15 @@ def test_ranks_and_accumulation_split_the_same_global_batch(folder, world_size, 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resuming_continues_where_the_state_says(folder, workers):
-    expected = take(stream(folder), 12)
+    expected = contents(take(stream(folder), 12))
     batches = stream(folder, workers=workers)
     iterator = iter(batches)
     for step in range(9):
-        assert rows(next(iterator)) == rows(expected[step])
+        assert rows(next(iterator)) == expected[step]
         if step in (0, 3, 8):
             resumed = stream(folder)
             resumed.load_state_dict(pickle.loads(pickle.dumps(batches.state_dict())))
-            assert [rows(batch) for batch in take(resumed, 2)] == [
-                rows(batch) for batch in expected[step + 1 : step + 3]
-            ]
+            assert contents(take(resumed, 2)) == expected[step + 1 : step + 3]
 
 
 def test_the_state_after_an_epoch_is_the_start_of_the_next(folder):
@@ -178,22 +176,19 @@ def test_iterating_leaves_the_random_streams_of_the_process_alone(folder, worker
 def test_normalised_audio_is_scaled_over_the_whole_utterance_before_the_crop(folder):
     for micro_batches in take(stream(folder, normalize_audio=True), 5):
         for batch in micro_batches:
-            for name, length, waveform, labels in zip(
-                batch.ids, batch.audio_lengths, batch.waveforms, batch.labels, strict=True
-            ):
+            for row, (name, length) in enumerate(zip(batch.ids, batch.audio_lengths, strict=True)):
                 whole, _ = soundfile.read(folder / "audio" / name, dtype="float64")
-                start = 320 * int(labels[0])
+                start = 320 * int(batch.labels[row, 0])
                 expected = (whole - whole.mean()) / np.sqrt(whole.var() + 1e-5)
-                np.testing.assert_allclose(waveform[:length], expected[start : start + length], atol=1e-4)
+                np.testing.assert_allclose(batch.waveforms[row, :length], expected[start : start + length], atol=1e-4)
 
 
 def test_the_models_mask_generator_masks_as_the_model_would(folder):
     masks = MaskGenerator(8, 0.8, "static", 0.0, 3, False, 1, 0.0, "static", 0.0, 3, False, 1)
     (batch,) = take(stream(folder, masks=masks), 1)[0]
     assert batch.mask.any() and len(set(batch.mask.sum(dim=1).tolist())) == 1
-    assert [rows(one) for one in take(stream(folder, masks=masks), 4)] == [
-        rows(one) for one in take(stream(folder, masks=masks, workers=1), 4)
-    ]
+    inside, in_worker = (contents(take(stream(folder, masks=masks, workers=workers), 4)) for workers in (0, 1))
+    assert inside == in_worker
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -208,13 +203,6 @@ def test_audio_that_is_not_finite_names_utterance_and_file(tmp_path, workers, ba
     ) as error:
         take(stream(tmp_path, workers=workers), 3)
     assert "Traceback" not in str(error.value)
-
-
-def test_audio_that_vanished_is_named(tmp_path):
-    numbered_folder(tmp_path, [8000, 8000])
-    (tmp_path / "audio" / "000.wav").unlink()
-    with pytest.raises(AudioError, match="000.wav: there is no such file"):
-        take(stream(tmp_path, workers=1), 2)
 
 
 def test_units_of_another_manifest_or_length_are_refused(tmp_path):
@@ -254,13 +242,10 @@ def test_validation_holds_every_utterance_whole_and_is_the_same_every_time(folde
     batches = stream(folder, kind=ValidationBatches, workers=1)
     passes = [list(batches), list(batches)]
     assert len(passes[0]) == len(batches)
-    assert [rows(one) for one in passes[0]] == [rows(other) for other in passes[1]]
+    assert contents(passes[0]) == contents(passes[1])
     names = [name for (batch,) in passes[0] for name in batch.ids]
-    assert sorted(names) == [f"{index:03d}.wav" for index in range(len(LENGTHS))]
     lengths = [length for (batch,) in passes[0] for length in batch.audio_lengths.tolist()]
-    assert dict(zip(names, lengths, strict=True)) == {
-        f"{index:03d}.wav": length for index, length in enumerate(LENGTHS)
-    }
+    assert sorted(zip(names, lengths, strict=True)) == list(zip(NAMES, LENGTHS))
 
 
 def test_validation_is_dealt_out_over_the_ranks(folder):
@@ -275,7 +260,7 @@ def test_validation_goes_on_from_its_state(folder):
     whole = list(batches)
     assert batches.state_dict() == start
     take(batches, 1)
-    assert [rows(one) for one in batches] == [rows(one) for one in whole[1:]]
+    assert contents(batches) == contents(whole[1:])
     take(batches, 1)
     batches.load_state_dict(start)
     assert len(list(batches)) == len(whole)

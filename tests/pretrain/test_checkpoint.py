@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from hubert_fast.pretrain import checkpoint as module
 from hubert_fast.pretrain.checkpoint import (
     CheckpointMismatchError,
     CorruptCheckpointError,
@@ -90,9 +89,8 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_so(tmp_path, monkeyp
     earlier = save_checkpoint(tmp_path, 1, state_of(1), keep=1)
     with monkeypatch.context() as patched:
         fill_disk(patched)
-        with pytest.raises(
-            DiskFullError, match=r"needs \d{5} bytes, \d+ are free; the earlier checkpoint .*00001.pt"
-        ) as error:
+        message = r"needs \d{5} bytes, \d+ are free; the earlier checkpoint .*00001.pt"
+        with pytest.raises(DiskFullError, match=message) as error:
             save_checkpoint(tmp_path, 2, state_of(2), keep=1)
     assert error.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == [earlier]
@@ -103,18 +101,15 @@ def test_other_disk_errors_are_not_called_a_full_disk(tmp_path, monkeypatch):
     def save(state, file):
         raise OSError(errno.EIO, "input/output error")
 
-    monkeypatch.setattr(module.torch, "save", save)
+    monkeypatch.setattr(torch, "save", save)
     with pytest.raises(OSError, match="input/output error") as error:
         save_checkpoint(tmp_path, 2, state_of(2), keep=1)
     assert not isinstance(error.value, DiskFullError)
 
 
 def description(model=ModelConfig(), num_classes=100, **settings):
-    return {
-        "model_config": model.to_json(),
-        "num_classes": num_classes,
-        "settings": json.dumps({"seed": 0, **settings}),
-    }
+    settings = json.dumps({"seed": 0, **settings})
+    return {"model_config": model.to_json(), "num_classes": num_classes, "settings": settings}
 
 
 def test_a_checkpoint_of_another_model_is_refused_naming_both_values(tmp_path):

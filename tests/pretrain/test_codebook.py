@@ -56,9 +56,8 @@ def test_a_saved_codebook_is_the_same_with_its_metadata(tmp_path):
 
 @pytest.mark.parametrize("clusters", [0, 11])
 def test_more_clusters_than_frames_is_an_error_that_names_both(clusters):
-    with pytest.raises(
-        ValueError, match=f"clusters={clusters} must lie between 1 and the number of frames to cluster, 10"
-    ):
+    message = f"clusters={clusters} must lie between 1 and the number of frames to cluster, 10"
+    with pytest.raises(ValueError, match=message):
         fit_codebook([blobs(frames=10)[0]], clusters, seed=0)
 
 

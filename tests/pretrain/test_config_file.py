@@ -17,9 +17,8 @@ def test_a_file_says_everything_whatever_it_is_laid_over(tmp_path, name, base):
 
 def test_a_file_changes_only_what_it_names(tmp_path):
     path = tmp_path / "config.toml"
-    path.write_text(
-        '[first.optimizer]\nlearning_rate = 1\nbetas = [0.5, 0.25]\n[first.model]\nfeature_grad_mult = "none"\n'
-    )
+    optimizer = "[first.optimizer]\nlearning_rate = 1\nbetas = [0.5, 0.25]\n"
+    path.write_text(optimizer + '[first.model]\nfeature_grad_mult = "none"\n')
     read = read_config(path, PretrainConfig())
     found = {name: now for name, _, now in differences(PretrainConfig(), read)}
     assert found == {
@@ -34,6 +33,7 @@ def test_a_file_changes_only_what_it_names(tmp_path):
     ("text", "message"),
     [
         ("seed = ", "cannot be read as TOML"),
+        ("\xff\xfe\x00", "cannot be read as TOML"),
         ("sead = 1", "sead is no setting; here there are .*'seed'"),
         ("[data]\nbatch = 1.0", "data.batch is no setting; here there are .*'batch_seconds'"),
         ("data = 3", "data must be a table; got 3"),
@@ -47,17 +47,14 @@ def test_a_file_changes_only_what_it_names(tmp_path):
 )
 def test_a_mistake_in_a_file_is_named_with_the_file(tmp_path, text, message):
     path = tmp_path / "mine.toml"
-    path.write_text(text)
+    path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=f"(?s)mine.toml.*{message}"):
         read_config(path, PretrainConfig())
 
 
-def test_a_missing_or_binary_file_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere.toml"):
         read_config(tmp_path / "nowhere.toml", PretrainConfig())
-    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="binary.toml.*cannot be read as TOML"):
-        read_config(tmp_path / "binary.toml", PretrainConfig())
 
 
 def test_a_model_config_survives_json():

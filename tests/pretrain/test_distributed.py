@@ -7,12 +7,10 @@ import torch.multiprocessing
 
 from hubert_fast.pretrain.distributed import Process, joined
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
 
 @pytest.fixture(autouse=True)
 def without_torchrun(monkeypatch):
-    for name in VARIABLES:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -33,9 +31,8 @@ def test_one_process_needs_no_group():
 
 
 def _talk(rank, port):
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     with joined("cpu") as process:
         assert (process.rank, process.world_size, process.is_main) == (rank, 2, rank == 0)
         assert process.sum_on_host([rank + 1, 2**40]) == [3.0, 2.0**41]

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,17 +9,19 @@ from hubert_fast.pretrain import evaluate as evaluation
 from hubert_fast.pretrain.config import EvaluationConfig, UnitsConfig
 from hubert_fast.pretrain.features import MfccFeatures
 from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
-from hubert_fast.pretrain.manifest import load_manifest, scan
+from hubert_fast.pretrain.manifest import load_manifest
 from hubert_fast.pretrain.mfcc import mfcc39
 from hubert_fast.pretrain.units import make_units
 from tests.pretrain.fabricated_run import save_tiny_weights, write_json_lines
+from tests.pretrain.speech_folder import scan_folder
 
 PITCH = {"low": 300, "mid": 1100, "high": 3000, "sil": 0}
 HELD_OUT = ["d.wav", "e.wav"]
 
 
-def write_corpus(folder: Path, *, aligned: bool = True) -> None:
+def write_corpus(folder):
     """Five utterances of four phones that any spectrum tells apart."""
+    folder.mkdir()
     rng = np.random.default_rng(0)
     lines = []
     for name in "abcde":
@@ -33,13 +34,10 @@ def write_corpus(folder: Path, *, aligned: bool = True) -> None:
         ]
         waveform = 0.3 * np.concatenate(pieces)
         soundfile.write(folder / f"{name}.wav", waveform + rng.normal(0, 1e-3, waveform.shape), SAMPLE_RATE)
-        phones = [
-            [str(symbol), start, seconds] for symbol, start, seconds in zip(symbols, starts, durations, strict=True)
-        ]
+        phones = list(zip(map(str, symbols), starts, durations, strict=True))
         lines.append({"path": f"{name}.wav", "phones": phones})
     (folder / "splits.json").write_text(json.dumps({"valid": HELD_OUT}), encoding="utf-8")
-    if aligned:
-        write_json_lines(folder / "alignments.jsonl", lines)
+    write_json_lines(folder / "alignments.jsonl", lines)
 
 
 class FakeModel:
@@ -62,15 +60,14 @@ def fake_layers(model, waveforms, device):
 
 
 @pytest.fixture
-def manifest(tmp_path: Path) -> Path:
-    (tmp_path / "audio").mkdir()
+def manifest(tmp_path):
     write_corpus(tmp_path / "audio")
-    scan(tmp_path / "audio", tmp_path / "manifest", min_seconds=0.5, valid_fraction=0.2, seed=0, progress=False)
+    scan_folder(tmp_path, min_seconds=0.5)
     return tmp_path / "manifest"
 
 
 @pytest.fixture
-def iteration(tmp_path: Path, manifest: Path, monkeypatch) -> Path:
+def iteration(tmp_path, manifest, monkeypatch):
     """An iteration directory beside the manifest; the model and the training units are stand-ins."""
     directory = tmp_path / "iteration1"
     lines = [
@@ -87,17 +84,17 @@ def iteration(tmp_path: Path, manifest: Path, monkeypatch) -> Path:
     return directory
 
 
-def run(iteration: Path, *, autocast: bool = False, normalize_audio: bool = False, **settings) -> dict:
+def run(iteration, *, autocast=False, normalize_audio=False, **settings):
     config = EvaluationConfig(**{"clusters": 8} | settings)
     options = {"seed": 0, "autocast": autocast, "normalize_audio": normalize_audio, "progress": False}
     return evaluation.evaluate(iteration, iteration.parent / "manifest", config, **options)
 
 
-def by_name(result: dict) -> dict[str, dict]:
+def by_name(result):
     return {each["name"]: each for each in result["representations"]}
 
 
-def test_features_that_know_the_phone_score_high_and_noise_scores_chance(iteration: Path):
+def test_features_that_know_the_phone_score_high_and_noise_scores_chance(iteration):
     result = run(iteration)
     scores = by_name(result)
     assert list(scores) == ["mfcc", "layer1", "layer2", "training_units"]
@@ -110,7 +107,7 @@ def test_features_that_know_the_phone_score_high_and_noise_scores_chance(iterati
     assert result["training"]["valid_loss"] == 4.0 and result["training"]["last_loss"] == 5.0
 
 
-def test_only_held_out_frames_are_scored_and_only_training_frames_fitted(iteration: Path):
+def test_only_held_out_frames_are_scored_and_only_training_frames_fitted(iteration):
     result = run(iteration)
     cuts = {split: list(load_manifest(iteration.parent / "manifest", split)) for split in ("train", "valid")}
     frames = {split: sum(num_frames(cut.num_samples) for cut in part) for split, part in cuts.items()}
@@ -120,7 +117,7 @@ def test_only_held_out_frames_are_scored_and_only_training_frames_fitted(iterati
     assert set(result["phone_frames"]) == set(PITCH)
 
 
-def test_a_second_call_returns_the_first_result_without_work(iteration: Path, monkeypatch):
+def test_a_second_call_returns_the_first_result_without_work(iteration, monkeypatch):
     first = run(iteration)
     assert json.loads((iteration / "evaluation.json").read_text()) == first
     monkeypatch.setattr(evaluation, "load_model", lambda weights: pytest.fail("worked again"))
@@ -128,7 +125,7 @@ def test_a_second_call_returns_the_first_result_without_work(iteration: Path, mo
 
 
 @pytest.mark.parametrize("change", ["weights", "clusters"])
-def test_an_evaluation_of_other_weights_or_settings_is_made_anew(iteration: Path, change: str):
+def test_an_evaluation_of_other_weights_or_settings_is_made_anew(iteration, change):
     first = run(iteration)
     if change == "weights":
         (iteration / "train" / "model.safetensors").write_bytes(b"other weights")
@@ -137,7 +134,7 @@ def test_an_evaluation_of_other_weights_or_settings_is_made_anew(iteration: Path
     assert (second["representations"] == first["representations"]) == (change == "weights")
 
 
-def test_the_same_seed_gives_the_same_result(iteration: Path, monkeypatch):
+def test_the_same_seed_gives_the_same_result(iteration, monkeypatch):
     monkeypatch.setattr(evaluation, "_BATCH_SECONDS", 1.0)
     first = run(iteration, fit_frames=150)
     assert 150 <= first["fit_frames"] < 160, "the frames of an utterance are rounded up"
@@ -145,7 +142,7 @@ def test_the_same_seed_gives_the_same_result(iteration: Path, monkeypatch):
     assert run(iteration, fit_frames=150) == first
 
 
-def test_frames_are_limited_by_memory_but_never_below_what_the_clusters_need(iteration: Path, monkeypatch):
+def test_frames_are_limited_by_memory_but_never_below_what_the_clusters_need(iteration, monkeypatch):
     bytes_per_frame = 4 * (39 + 5 + 39)
     monkeypatch.setattr(evaluation, "_FIT_BYTES", 200 * bytes_per_frame)
     assert 200 <= run(iteration)["fit_frames"] < 210
@@ -154,32 +151,29 @@ def test_frames_are_limited_by_memory_but_never_below_what_the_clusters_need(ite
     assert 160 <= run(iteration)["fit_frames"] < 170
 
 
-def test_without_alignments_it_says_so_and_still_reports_the_training(iteration: Path, tmp_path: Path, monkeypatch):
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    write_corpus(bare, aligned=False)
-    scan(bare, tmp_path / "manifest", min_seconds=0.5, valid_fraction=0.2, seed=0, progress=False)
+def test_without_alignments_it_says_so_and_still_reports_the_training(iteration, tmp_path, monkeypatch):
+    (tmp_path / "audio" / "alignments.jsonl").unlink()
+    scan_folder(tmp_path, min_seconds=0.4)
     monkeypatch.setattr(evaluation, "load_model", lambda weights: pytest.fail("there is nothing to score"))
     result = run(iteration)
     assert result["representations"] == [] and "no phone alignments" in result["note"]
     assert result["training"]["valid_masked_accuracy"] == 0.2
 
 
-def test_units_of_another_length_are_refused_by_name(iteration: Path, monkeypatch):
+def test_units_of_another_length_are_refused_by_name(iteration, monkeypatch):
     stale = FakeUnits({name: np.zeros(3, np.int32) for name in HELD_OUT})
     monkeypatch.setattr(evaluation.Units, "load", lambda path: stale)
     with pytest.raises(ValueError, match=r"units of utterance '[de]\.wav' have 3 frames, its audio has \d+"):
         run(iteration)
 
 
-def test_a_real_model_and_real_units_are_scored(tmp_path: Path, manifest: Path):
+def test_a_real_model_and_real_units_are_scored(tmp_path, manifest):
     directory = tmp_path / "iteration1"
-    make_units(
-        manifest, MfccFeatures(), UnitsConfig(clusters=6, init_attempts=2), directory / "units", seed=0, progress=False
-    )
+    config = UnitsConfig(clusters=6, init_attempts=2)
+    make_units(manifest, MfccFeatures(), config, directory / "units", seed=0, progress=False)
     torch.manual_seed(0)
     save_tiny_weights(directory / "train" / "model.safetensors")
     scores = by_name(run(directory, clusters=6, autocast=True, normalize_audio=True))
-    assert list(scores) == ["mfcc", "layer1", "layer2", "layer3", "training_units"]
+    assert list(scores) == ["mfcc", "layer1", "layer2", "training_units"]
     assert scores["training_units"]["pnmi"] > 0.6 and scores["training_units"]["clusters"] == 6
     assert all(each["frames"] == scores["mfcc"]["frames"] for each in scores.values())

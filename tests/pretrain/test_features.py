@@ -7,23 +7,13 @@ from safetensors.torch import save_file
 
 from hubert_fast.pretrain import features as module
 from hubert_fast.pretrain.audio import normalized
-from hubert_fast.pretrain.config import STANDARD_CONV_LAYERS, ModelConfig
 from hubert_fast.pretrain.features import HubertFeatures, MfccFeatures, all_layers, load_model
 from hubert_fast.pretrain.frames import num_frames
 from hubert_fast.pretrain.mfcc import mfcc39
+from tests.pretrain.fabricated_run import save_tiny_weights
+from tests.pretrain.train_tiny import MODEL
 
-CONFIG = ModelConfig(
-    extractor_conv_layer_config=tuple((16, kernel, stride) for _, kernel, stride in STANDARD_CONV_LAYERS),
-    encoder_embed_dim=24,
-    encoder_num_layers=3,
-    encoder_num_heads=2,
-    encoder_ff_interm_features=32,
-    encoder_pos_conv_kernel=16,
-    encoder_pos_conv_groups=4,
-    encoder_layer_drop=0.5,
-    encoder_dropout=0.5,
-    final_dim=8,
-)
+CONFIG = dataclasses.replace(MODEL, encoder_num_layers=3, encoder_layer_drop=0.5, encoder_dropout=0.5)
 LENGTHS = [5_000, 16_000, 400, 9_999]
 
 
@@ -36,8 +26,7 @@ def waveforms(seed=0):
 def weights(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
-    model = CONFIG.build(7)
-    save_file(model.state_dict(), path, metadata={"model_config": CONFIG.to_json(), "num_classes": "7"})
+    save_tiny_weights(path, config=CONFIG)
     return path
 
 
@@ -61,11 +50,11 @@ def test_features_are_the_layer_of_the_model_without_batch_and_padding(weights, 
     model = load_model(weights, padding_invariant=False)
     source = HubertFeatures(weights, 2)
     features = source(waveforms())
-    assert source.name == "layer2" and source.dim == 24
+    assert source.name == "layer2" and source.dim == 32
     for waveform, got in zip(waveforms(), features, strict=True):
         with torch.inference_mode():
             expected = model.wav2vec2.extract_features(torch.from_numpy(waveform)[None])[0][1][0]
-        assert got.shape == (num_frames(len(waveform)), 24) and got.dtype == np.float32
+        assert got.shape == (num_frames(len(waveform)), 32) and got.dtype == np.float32
         np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
@@ -88,11 +77,9 @@ def test_features_are_deterministic_and_autocast_still_gives_float32(weights):
 
 
 def test_normalize_audio_scales_each_utterance(weights):
-    for got, expected in zip(
-        HubertFeatures(weights, 1, normalize_audio=True)(waveforms()),
-        HubertFeatures(weights, 1)([normalized(waveform) for waveform in waveforms()]),
-        strict=True,
-    ):
+    given = HubertFeatures(weights, 1, normalize_audio=True)(waveforms())
+    scaled = HubertFeatures(weights, 1)([normalized(waveform) for waveform in waveforms()])
+    for got, expected in zip(given, scaled, strict=True):
         np.testing.assert_array_equal(got, expected)
 
 
@@ -105,8 +92,7 @@ def test_a_layer_the_model_lacks_is_named(weights, layer):
 def test_settings_tell_one_source_from_another(weights, tmp_path):
     changed = tmp_path / "model.safetensors"
     torch.manual_seed(1)
-    other = dataclasses.replace(CONFIG, encoder_dropout=0.1)
-    save_file(other.build(7).state_dict(), changed, metadata={"model_config": other.to_json(), "num_classes": "7"})
+    save_tiny_weights(changed, config=dataclasses.replace(CONFIG, encoder_dropout=0.1))
     sources = [
         MfccFeatures(),
         HubertFeatures(weights, 1),
@@ -133,13 +119,9 @@ def test_a_model_that_is_padding_invariant_by_its_configuration_gives_the_same_f
     config = dataclasses.replace(CONFIG, padding_invariant=True)
     model = load_model(weights)
     path = tmp_path / "model.safetensors"
-    save_file(model.state_dict(), path, metadata={"model_config": config.to_json(), "num_classes": "7"})
+    save_tiny_weights(path, config=config, state_dict=model.state_dict())
+    others = [all_layers(load_model(path, padding_invariant=each), waveforms(), "cpu") for each in (True, False)]
     for index, expected in enumerate(all_layers(model, waveforms(), "cpu")):
-        sources = [HubertFeatures(path, index + 1)(waveforms())]
-        sources += [
-            all_layers(load_model(path, padding_invariant=choice), waveforms(), "cpu")[index]
-            for choice in (True, False)
-        ]
-        for got in sources:
+        for got in (HubertFeatures(path, index + 1)(waveforms()), *(layers[index] for layers in others)):
             for one, other in zip(got, expected, strict=True):
                 np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

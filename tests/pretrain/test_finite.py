@@ -21,8 +21,7 @@ def test_a_late_check_names_the_first_bad_step_and_its_utterances(loss, norm, wh
     guard.watch(7, ["a", "b"], GOOD, GOOD)
     guard.watch(8, ["c", "d"], loss, norm)
     guard.watch(9, ["e"], BAD, BAD)
-    with pytest.raises(
-        NonFiniteTrainingError, match=rf"the {what} is not finite .* at step 8; .*batch: c, d\."
-    ) as error:
+    message = rf"the {what} is not finite .* at step 8; .*batch: c, d\."
+    with pytest.raises(NonFiniteTrainingError, match=message) as error:
         guard.check()
     assert error.value.step == 8 and error.value.ids == ["c", "d"]

@@ -27,11 +27,8 @@ def test_the_meter_averages_over_masked_frames_and_starts_anew():
 
 def test_the_meter_leaves_out_an_accuracy_that_was_not_computed():
     meter = Meter(torch.device("cpu"))
-    meter.add_micro_batch(
-        SimpleNamespace(
-            loss=torch.tensor(4.0), masked_loss=None, masked_count=2, masked_correct=None, feature_penalty=None
-        )
-    )
+    absent = dict.fromkeys(("masked_loss", "masked_correct", "feature_penalty"))
+    meter.add_micro_batch(SimpleNamespace(loss=torch.tensor(4.0), masked_count=2, **absent))
     assert meter.read(Process()) == {"loss": 2.0, "feature_penalty": 0.0}
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from hubert_fast.pretrain import pipeline
 from hubert_fast.pretrain.checkpoint import CheckpointMismatchError
 from hubert_fast.pretrain.config_file import read_config, write_config
 from hubert_fast.pretrain.distributed import Process
@@ -59,19 +61,17 @@ def test_the_whole_job_leaves_everything_and_is_not_repeated(folder, tmp_path):
     with pytest.raises(CheckpointMismatchError, match="units_sha256"):
         again.train(1, resume=True)
     (run.directory / "iteration1" / "train" / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(OSError, match="iteration1/train/model.safetensors cannot be read"):
-        again.train(1, resume=True)
-    with pytest.raises(OSError, match="iteration1/train/model.safetensors cannot be read"):
-        again.units(2)
+    for stage in (lambda: again.train(1, resume=True), lambda: again.units(2)):
+        with pytest.raises(OSError, match="iteration1/train/model.safetensors cannot be read"):
+            stage()
 
 
 def test_a_stage_names_the_one_that_is_missing(folder, tmp_path):
     run = opened(tmp_path / "run", audio=folder)
-    for stage, missing in ((run.units, "scan"), (run.evaluate, "train")):
+    train = functools.partial(run.train, resume=False)
+    for stage, missing in ((run.units, "scan"), (train, "units"), (run.evaluate, "train")):
         with pytest.raises(FileNotFoundError, match=f"run the stage `hubert-fast {missing}` first"):
             stage(1)
-    with pytest.raises(FileNotFoundError, match="run the stage `hubert-fast units` first"):
-        run.train(1, resume=False)
     with pytest.raises(ValueError, match=r"iteration must be in \[1, 2\].*got 3"):
         run.units(3)
 
@@ -86,21 +86,19 @@ def test_an_existing_run_or_another_folder_is_refused_and_untouched(scanned, fol
             opened(folder, audio=folder, resume=resume)
 
 
-@pytest.mark.parametrize("what", ["missing", "file", "empty"])
-def test_a_wrong_audio_folder_leaves_no_run_directory(tmp_path, what):
-    audio = tmp_path / "speech"
-    if what == "file":
-        audio.touch()
-    if what == "empty":
-        audio.mkdir()
-    with pytest.raises(ValueError, match="audio=.*speech.*(is not a folder|holds no audio)"):
-        opened(tmp_path / "run", audio=audio)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_setting_out_of_range_leaves_no_run_directory(folder, tmp_path):
-    with pytest.raises(ValueError, match="second.units.layer=7 "):
-        opened(tmp_path / "run", small_config(layer=7), audio=folder)
+@pytest.mark.parametrize(
+    ("make_audio", "config", "message"),
+    [
+        pytest.param(lambda audio: None, small_config(), "audio=.*speech.*is not a folder", id="missing"),
+        pytest.param(Path.touch, small_config(), "audio=.*speech.*is not a folder", id="file"),
+        pytest.param(Path.mkdir, small_config(), "audio=.*speech.*holds no audio", id="empty"),
+        pytest.param(small_folder, small_config(layer=7), "second.units.layer=7 ", id="setting out of range"),
+    ],
+)
+def test_what_is_refused_leaves_no_run_directory(tmp_path, make_audio, config, message):
+    make_audio(tmp_path / "speech")
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path / "run", config, audio=tmp_path / "speech")
     assert not (tmp_path / "run").exists()
 
 
@@ -129,6 +127,15 @@ def test_a_run_that_does_not_know_its_audio_asks_for_it(folder, tmp_path):
     assert opened(tmp_path / "run", resume=True).audio == folder.resolve()
 
 
+def run_with(folder, run, outputs):
+    """A run that has got as far as these outputs."""
+    opened(run, audio=folder)
+    for name in outputs:
+        (run / name).parent.mkdir(parents=True)
+        (run / name).write_text("{}")
+    return run
+
+
 FREE_AT_FIRST = {
     "seed": 5,
     "data.min_seconds": 0.2,
@@ -152,11 +159,7 @@ FREE_AT_FIRST = {
     ],
 )
 def test_what_has_no_output_yet_may_change_when_a_run_is_resumed(folder, tmp_path, there, refused):
-    run = tmp_path / "run"
-    opened(run, audio=folder)
-    for name in there:
-        (run / name).parent.mkdir(parents=True)
-        (run / name).write_text("{}")
+    run = run_with(folder, tmp_path / "run", there)
     found = set()
     for name, value in FREE_AT_FIRST.items():
         write_config(run / "config.toml", small_config())
@@ -169,19 +172,11 @@ def test_what_has_no_output_yet_may_change_when_a_run_is_resumed(folder, tmp_pat
 
 
 def test_what_decides_no_number_may_always_change(folder, tmp_path):
-    run = tmp_path / "run"
-    opened(run, audio=folder)
-    for name in ("manifest/summary.json", "iteration1/units/summary.json", "iteration1/train/model.safetensors"):
-        (run / name).parent.mkdir(parents=True)
-        (run / name).write_text("{}")
+    there = ["manifest/summary.json", "iteration1/units/summary.json", "iteration1/train/model.safetensors"]
+    run = run_with(folder, tmp_path / "run", there)
+    changes = {"device": "auto", "data.workers": 1, "logging.save_every": 7, "evaluation.clusters": 9}
     config = small_config()
-    for name, value in {
-        "device": "auto",
-        "data.workers": 1,
-        "logging.save_every": 7,
-        "evaluation.clusters": 9,
-        "first.optimizer.accumulate": 2,
-    }.items():
+    for name, value in (changes | {"first.optimizer.accumulate": 2}).items():
         config = changed(config, name, value)
     opened(run, config, resume=True)
     assert read_config(run / "config.toml", small_config()) == config
@@ -198,15 +193,9 @@ def test_damaged_json_is_named(scanned):
 
 def test_audio_is_normalized_as_the_model_was_trained(folder, tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(
-        "hubert_fast.pretrain.pipeline.HubertFeatures", lambda weights, layer, **options: seen.update(options)
-    )
-    for normalized_iteration, expected in (("first", True), ("second", False)):
-        run = opened(
-            tmp_path / normalized_iteration,
-            changed(small_config(), f"{normalized_iteration}.normalize_audio", True),
-            audio=folder,
-        )
+    monkeypatch.setattr(pipeline, "HubertFeatures", lambda weights, layer, **options: seen.update(options))
+    for name, expected in (("first", True), ("second", False)):
+        run = opened(tmp_path / name, changed(small_config(), f"{name}.normalize_audio", True), audio=folder)
         weights = run.iteration_directory(1) / "train" / "model.safetensors"
         weights.parent.mkdir(parents=True)
         weights.touch()

@@ -3,9 +3,8 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
+import torch
 
 from hubert_fast.pretrain import plots, report_sections
 from hubert_fast.pretrain.html_page import element, facts, page, table
@@ -13,7 +12,7 @@ from hubert_fast.pretrain.report import write_report
 from hubert_fast.pretrain.report_text import loading_code
 from hubert_fast.pretrain.run_record import describe_machine, record_start, recorded_starts
 from hubert_fast.pretrain.run_summary import iterations, training_metrics
-from tests.pretrain.fabricated_run import TINY, fabricate_run, save_tiny_weights, write_json, write_json_lines
+from tests.pretrain.fabricated_run import fabricate_run, save_tiny_weights, write_json, write_json_lines
 
 
 @pytest.fixture(autouse=True)
@@ -56,15 +55,16 @@ def read(report: Path) -> tuple[str, list[str]]:
     return re.sub(r"\s+", " ", " ".join(reader.text)), reader.sources
 
 
-def save_one_matrix(path: Path) -> None:
-    """A weights file with 12 parameters: enough for what the report reads."""
-    save_file({"a": np.zeros((3, 4), np.float32)}, path, metadata={"model_config": TINY.to_json(), "num_classes": "7"})
-
-
-def test_the_report_of_a_whole_run_tells_all_of_it(tmp_path: Path):
-    run = fabricate_run(tmp_path / "my-run", skipped=[{"path": "a.wav", "reason": "zero-length"}])
+def finished_run(run: Path, **options) -> Path:
+    """With weights files of 12 parameters: enough for what the report reads."""
     for number in (1, 2):
-        save_one_matrix(run / f"iteration{number}" / "train" / "model.safetensors")
+        path = run / f"iteration{number}" / "train" / "model.safetensors"
+        save_tiny_weights(path, state_dict={"a": torch.zeros(3, 4)})
+    return fabricate_run(run, **options)
+
+
+def test_the_report_of_a_whole_run_tells_all_of_it(tmp_path):
+    run = finished_run(tmp_path / "my-run", skipped=[{"path": "a.wav", "reason": "zero-length"}])
     record_start(run, ["hubert-fast", "pretrain", "--audio", "my speech"])
     text, sources = read(write_report(run))
     assert "not finished" not in text
@@ -77,7 +77,7 @@ def test_the_report_of_a_whole_run_tells_all_of_it(tmp_path: Path):
         "a.wav zero-length",
         "MFCC layer 3 of the iteration before",
         "81.2 162.5",
-        "3 transformer layers, 16 dimensions",
+        "2 transformer layers, 32 dimensions",
         "highest learning rate 0.0005",
         "audio in a step 40.0 s",
         "audio taken in 4.4 h",
@@ -93,7 +93,7 @@ def test_the_report_of_a_whole_run_tells_all_of_it(tmp_path: Path):
     assert len(sources) == 4 and all(source.startswith("data:image/png;base64,") for source in sources)
 
 
-def test_file_names_cannot_become_markup(tmp_path: Path):
+def test_file_names_cannot_become_markup(tmp_path):
     nasty = "<script>alert('x')</script> & \"co\".wav"
     run = fabricate_run(tmp_path / "a <b> & c", skipped=[{"path": nasty, "reason": "bad <i>header</i>"}])
     (run / "config.toml").write_text('name = "</pre><script>"\n', encoding="utf-8")
@@ -114,24 +114,22 @@ def test_file_names_cannot_become_markup(tmp_path: Path):
         ("iteration2/train/model.safetensors", "trained weights of iteration 2"),
     ],
 )
-def test_a_missing_stage_is_named_and_the_rest_is_there(tmp_path: Path, removed: str, named: str):
-    run = fabricate_run(tmp_path, steps=8)
-    for number in (1, 2):
-        save_one_matrix(run / f"iteration{number}" / "train" / "model.safetensors")
+def test_a_missing_stage_is_named_and_the_rest_is_there(tmp_path, removed, named):
+    run = finished_run(tmp_path, steps=8)
     (run / removed).unlink()
     text, _ = read(write_report(run))
     assert f"This run is not finished. Missing: {named}." in text
     assert "Iterations" in text and "model.safetensors" in text
 
 
-def test_an_empty_run_directory_gives_a_report_that_says_so(tmp_path: Path):
+def test_an_empty_run_directory_gives_a_report_that_says_so(tmp_path):
     text, sources = read(write_report(tmp_path))
     for expected in ("the scan of the audio; every iteration", "has not been scanned", "There are no weights yet"):
         assert expected in text, expected
     assert sources == []
 
 
-def test_without_alignments_the_report_gives_the_reason_instead_of_a_table(tmp_path: Path):
+def test_without_alignments_the_report_gives_the_reason_instead_of_a_table(tmp_path):
     run = fabricate_run(tmp_path, iterations=1, steps=8)
     note = "The held-out part has no phone alignments."
     write_json(run / "iteration1" / "evaluation.json", {"training": {}, "representations": [], "note": note})
@@ -139,7 +137,7 @@ def test_without_alignments_the_report_gives_the_reason_instead_of_a_table(tmp_p
     assert note in text and "by chance" not in text.split("Words")[0] and len(sources) == 3
 
 
-def test_different_numbers_of_clusters_are_warned_about(tmp_path: Path):
+def test_different_numbers_of_clusters_are_warned_about(tmp_path):
     run = fabricate_run(tmp_path, steps=8)
     assert "must not be compared" not in read(write_report(run))[0]
     path = run / "iteration2" / "evaluation.json"
@@ -147,19 +145,19 @@ def test_different_numbers_of_clusters_are_warned_about(tmp_path: Path):
     assert "must not be compared" in read(write_report(run))[0]
 
 
-def test_only_so_many_skipped_files_are_listed(tmp_path: Path):
+def test_only_so_many_skipped_files_are_listed(tmp_path):
     run = fabricate_run(tmp_path, steps=8, skipped=[{"path": f"{n}.wav", "reason": "too short"} for n in range(1234)])
     text, _ = read(write_report(run))
     assert "Skipped files: 1,234, of which the first 200 are listed" in text
     assert "199.wav" in text and " 200.wav" not in text
 
 
-def test_a_run_that_is_no_directory_is_refused(tmp_path: Path):
+def test_a_run_that_is_no_directory_is_refused(tmp_path):
     with pytest.raises(ValueError, match="run=.*nowhere.*RUN directory"):
         write_report(tmp_path / "nowhere")
 
 
-def test_starts_are_recorded_one_after_the_other(tmp_path: Path):
+def test_starts_are_recorded_one_after_the_other(tmp_path):
     record_start(tmp_path, ["hubert-fast", "pretrain"])
     record_start(tmp_path, ["hubert-fast", "pretrain", "--resume"])
     commands = [start["command"] for start in recorded_starts(tmp_path)]
@@ -168,7 +166,7 @@ def test_starts_are_recorded_one_after_the_other(tmp_path: Path):
     assert "resumed" in text and all(command in text for command in commands) and "Machine of" not in text
 
 
-def test_starts_of_one_second_and_of_several_machines_are_all_shown(tmp_path: Path):
+def test_starts_of_one_second_and_of_several_machines_are_all_shown(tmp_path):
     starts = [{"command": f"try {n}", "date": "noon", "machine": {"processor": f"kind {n // 2}"}} for n in range(3)]
     write_json(tmp_path / "run.json", {"starts": starts})
     text = read(write_report(tmp_path))[0]
@@ -176,18 +174,14 @@ def test_starts_of_one_second_and_of_several_machines_are_all_shown(tmp_path: Pa
         assert expected in text, expected
 
 
-def test_the_code_in_the_report_normalizes_audio_where_the_last_model_was_trained_so(tmp_path: Path):
-    run = fabricate_run(tmp_path, steps=8)
-    for number in (1, 2):
-        save_one_matrix(run / f"iteration{number}" / "train" / "model.safetensors")
-    for first, second in ((True, False), (False, True)):
-        (run / "config.toml").write_text(
-            f"[first]\nnormalize_audio = {str(first).lower()}\n[second]\nnormalize_audio = {str(second).lower()}\n"
-        )
-        assert ("zero mean and unit variance" in read(write_report(run))[0]) is second
+def test_the_code_in_the_report_normalizes_audio_where_the_last_model_was_trained_so(tmp_path):
+    run = finished_run(tmp_path, steps=8)
+    for normalized, expected in (("first", False), ("second", True)):
+        (run / "config.toml").write_text(f"[{normalized}]\nnormalize_audio = true\n")
+        assert ("zero mean and unit variance" in read(write_report(run))[0]) is expected
 
 
-def test_damaged_files_are_named(tmp_path: Path):
+def test_damaged_files_are_named(tmp_path):
     run = fabricate_run(tmp_path, steps=8)
     (run / "iteration1" / "train" / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(OSError, match="iteration1/train/model.safetensors cannot be read"):
@@ -197,7 +191,7 @@ def test_damaged_files_are_named(tmp_path: Path):
         write_report(run)
 
 
-def test_the_newest_line_of_a_step_counts_and_steps_are_sorted(tmp_path: Path):
+def test_the_newest_line_of_a_step_counts_and_steps_are_sorted(tmp_path):
     lines = [{"step": 2, "loss": 3.0}, {"step": 1, "loss": 4.0}, {"step": 2, "loss": 2.0, "valid_loss": 5.0}]
     write_json_lines(tmp_path / "metrics.jsonl", lines)
     metrics = training_metrics(tmp_path)
@@ -206,14 +200,14 @@ def test_the_newest_line_of_a_step_counts_and_steps_are_sorted(tmp_path: Path):
     assert (outcome["first_loss"], outcome["last_loss"], outcome["valid_loss"]) == (4.0, 2.0, 5.0)
 
 
-def test_iterations_are_found_in_order_and_other_folders_are_not(tmp_path: Path):
+def test_iterations_are_found_in_order_and_other_folders_are_not(tmp_path):
     for name in ("iteration10", "iteration2", "iterationX", "plots"):
         (tmp_path / name).mkdir()
     assert [iteration.number for iteration in iterations(tmp_path)] == [2, 10]
 
 
 @pytest.mark.parametrize("library", ["torchaudio", "hubert_fast"])
-def test_the_code_in_the_report_loads_the_weights(tmp_path: Path, monkeypatch, library: str):
+def test_the_code_in_the_report_loads_the_weights(tmp_path, monkeypatch, library):
     monkeypatch.chdir(tmp_path)
     save_tiny_weights(tmp_path / "it's" / "model.safetensors")
     scope: dict = {}
@@ -225,12 +219,5 @@ def test_pages_escape_text_and_durations_read_well():
     assert element("td", "<&>") == "<td>&lt;&amp;&gt;</td>"
     assert element("p", element("b", "x")) == "<p><b>x</b></p>"
     assert "&lt;" in facts({"<": "1"}) and "&lt;" in table(["<"], [["a"]]) and "&lt;" in page("<", "")
-    assert [report_sections.duration(seconds) for seconds in (None, 1, 119, 120, 7199, 7200, 3.6e6)] == [
-        "–",
-        "1.0 s",
-        "119.0 s",
-        "2.0 min",
-        "120.0 min",
-        "2.0 h",
-        "1,000.0 h",
-    ]
+    durations = [report_sections.duration(seconds) for seconds in (None, 1, 119, 120, 7199, 7200, 3.6e6)]
+    assert durations == ["–", "1.0 s", "119.0 s", "2.0 min", "120.0 min", "2.0 h", "1,000.0 h"]

@@ -9,21 +9,18 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from hubert_fast.pretrain.audio import NonFiniteAudioError
 from hubert_fast.pretrain.checkpoint import CheckpointMismatchError, list_checkpoints
 from hubert_fast.pretrain.config import ModelConfig
 from hubert_fast.pretrain.metrics_log import read_metrics
+from tests.pretrain.test_training_loop import without_time
 from tests.pretrain.train_tiny import MODEL, WITHOUT_DROPOUT, make_corpus, train_tiny
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,16 +46,9 @@ def finished(corpus, tmp_path_factory):
 
 def start(corpus, out, *, processes=1, **options):
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"] if processes > 1 else []
-    script = [sys.executable, *launcher, "-m", "tests.pretrain.train_tiny"]
-    arguments = [str(corpus), str(out), json.dumps(options)]
-    return subprocess.Popen(
-        [*script, *arguments],
-        cwd=REPOSITORY,
-        env=ONE_THREAD,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    script = [sys.executable, *launcher, "-m", "tests.pretrain.train_tiny", str(corpus), str(out), json.dumps(options)]
+    settings = {"cwd": REPOSITORY, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "start_new_session": True}
+    return subprocess.Popen(script, stderr=subprocess.PIPE, text=True, **settings)
 
 
 def wait_for_steps(process, out, steps):
@@ -75,10 +65,6 @@ def assert_same_training(out, reference):
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert without_time(read_metrics(out)) == without_time(read_metrics(reference))
-
-
-def without_time(lines):
-    return [{name: value for name, value in line.items() if name not in ("seconds", "x_realtime")} for line in lines]
 
 
 def test_learns_and_writes_weights_that_say_what_they_are(finished):
@@ -114,10 +100,9 @@ def test_a_folder_with_a_training_is_refused_without_resume(finished, corpus):
         ({"seed": 5}, "other settings .*seed is 1 there and 5 here"),
     ],
 )
-@pytest.mark.parametrize("what_is_there", ["weights", "checkpoints"])
+@pytest.mark.parametrize("what_is_there", ["model.safetensors", "checkpoints"])
 def test_resuming_with_another_model_or_settings_is_refused(finished, corpus, tmp_path, change, message, what_is_there):
-    name = {"weights": "model.safetensors", "checkpoints": "checkpoints"}[what_is_there]
-    (tmp_path / name).symlink_to(finished[0] / name)
+    (tmp_path / what_is_there).symlink_to(finished[0] / what_is_there)
     with pytest.raises(CheckpointMismatchError, match=message):
         train_tiny(corpus, tmp_path, resume=True, **change)
 
@@ -158,7 +143,8 @@ def test_two_processes_end_with_the_weights_of_one(corpus, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     one, two, accumulated = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "accumulated"))
-    initial = load_initial()
+    torch.manual_seed(1)
+    initial = MODEL.build(6).state_dict()
     for name, weight in one.items():
         moved = (weight - initial[name]).abs().max()
         for other in (two, accumulated):
@@ -173,18 +159,3 @@ def test_two_processes_end_with_the_weights_of_one(corpus, tmp_path):
         assert expected
         for measured in others:
             assert measured == pytest.approx(expected, rel=1e-4), measure
-
-
-def load_initial():
-    torch.manual_seed(1)
-    return MODEL.build(6).state_dict()
-
-
-def test_audio_with_nan_is_named(corpus, tmp_path):
-    spoiled = make_corpus(tmp_path / "spoiled")
-    path = spoiled / "audio" / "05.wav"
-    samples, rate = soundfile.read(path)
-    samples[100] = np.nan
-    soundfile.write(path, samples, rate, subtype="FLOAT")
-    with pytest.raises(NonFiniteAudioError, match="05.wav"):
-        train_tiny(spoiled, tmp_path / "out", workers=0)

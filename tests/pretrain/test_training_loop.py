@@ -36,14 +36,8 @@ class Objective(nn.Module):
     def forward(self, waveforms, labels, audio_lengths=None, *, mask=None):
         logits = self.model(waveforms.unflatten(1, (FRAMES, 4)))[mask]
         loss = nn.functional.cross_entropy(logits.float(), labels[mask], reduction="sum")
-        correct = (logits.argmax(-1) == labels[mask]).sum()
-        return SimpleNamespace(
-            loss=loss,
-            masked_loss=loss,
-            masked_count=mask.sum(),
-            masked_correct=correct,
-            feature_penalty=waveforms.mean(),
-        )
+        counts = {"masked_count": mask.sum(), "masked_correct": (logits.argmax(-1) == labels[mask]).sum()}
+        return SimpleNamespace(loss=loss, masked_loss=loss, feature_penalty=waveforms.mean(), **counts)
 
 
 class Batches:
@@ -170,9 +164,8 @@ def test_a_resumed_run_ends_with_the_same_weights_and_metrics_bit_for_bit(tmp_pa
         killed.fit()
     resumed = trainer_at(tmp_path / "killed", dropout=0.5, autocast=True)
     checkpoints = list_checkpoints(resumed.checkpoints)
-    assert [load_checkpoint(path)["step"] for path in checkpoints] == [
-        step for step in (3, 6, 9) if step <= stop_after
-    ][-2:]
+    saved = [step for step in (3, 6, 9) if step <= stop_after]
+    assert [load_checkpoint(path)["step"] for path in checkpoints] == saved[-2:]
     if checkpoints:
         resumed.restore(load_checkpoint(checkpoints[-1]))
     resumed.fit()

@@ -113,11 +113,6 @@ def test_the_utterances_k_means_sees_are_random_but_reproducible(folder):
         choose_utterances([], 40, 0)
 
 
-def test_more_clusters_than_frames_is_an_error(folder):
-    with pytest.raises(ValueError, match="clusters=5000"):
-        make(folder, UnitsConfig(clusters=5000))
-
-
 def test_a_source_that_the_configuration_does_not_name_is_refused(folder):
     with pytest.raises(ValueError, match="source is 'mfcc', but units.layer=6 asks for 'layer6'"):
         make(folder, UnitsConfig(layer=6))

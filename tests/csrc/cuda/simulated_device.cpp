@@ -11,9 +11,9 @@
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
-#define ANNOTATE_SWITCH 1
 #else
-#define ANNOTATE_SWITCH 0
+static void __sanitizer_start_switch_fiber(void**, const void*, std::size_t) {}
+static void __sanitizer_finish_switch_fiber(void*, const void**, std::size_t*) {}
 #endif
 
 simulated::Index blockIdx;
@@ -41,11 +41,9 @@ struct Fiber {
 
 std::vector<std::unique_ptr<Fiber>> fibers;
 ucontext_t scheduler;
-#if ANNOTATE_SWITCH
 void* scheduler_fake_stack = nullptr;
 const void* scheduler_stack = nullptr;
 std::size_t scheduler_stack_size = 0;
-#endif
 int current = 0;
 const std::function<void()>* body = nullptr;
 
@@ -57,20 +55,14 @@ const std::function<void()>* body = nullptr;
 void leave(State state) {
   Fiber& fiber = *fibers[current];
   fiber.state = state;
-#if ANNOTATE_SWITCH
   __sanitizer_start_switch_fiber(state == State::kDone ? nullptr : &fiber.fake_stack, scheduler_stack,
                                  scheduler_stack_size);
-#endif
   swapcontext(&fiber.context, &scheduler);
-#if ANNOTATE_SWITCH
   __sanitizer_finish_switch_fiber(fibers[current]->fake_stack, &scheduler_stack, &scheduler_stack_size);
-#endif
 }
 
 void start() {
-#if ANNOTATE_SWITCH
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
-#endif
   (*body)();
   leave(State::kDone);
 }
@@ -79,13 +71,9 @@ void enter(int index) {
   current = index;
   threadIdx.x = static_cast<unsigned>(index);
   Fiber& fiber = *fibers[index];
-#if ANNOTATE_SWITCH
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber.stack.get(), kStack);
-#endif
   swapcontext(&scheduler, &fiber.context);
-#if ANNOTATE_SWITCH
   __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
-#endif
 }
 
 int count(int first, int last, State state) {

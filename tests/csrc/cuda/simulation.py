@@ -66,20 +66,9 @@ def build(folder: Path, options: list[str]) -> None:
     import pybind11
 
     includes = [pybind11.get_include(), sysconfig.get_path("include"), str(cuda_headers())]
-    command = [
-        "g++",
-        "-std=c++17",
-        "-O1",
-        "-g1",
-        "-fPIC",
-        "-shared",
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-    ]
-    command += ["-Wno-unknown-pragmas", "-Wno-clobbered", "-DHUBERT_FAST_SIMULATE_CUDA", "-DHUBERT_FAST_WITH_CUDA"]
-    command += ["-DHUBERT_FAST_WITH_SM80", "-DHUBERT_FAST_WITH_SM90", *options]
+    command = "g++ -std=c++17 -O1 -g1 -fPIC -shared -fvisibility=hidden -Wall -Wextra -Werror".split()
+    command += ["-Wno-unknown-pragmas", "-Wno-clobbered", *options]
+    command += [f"-DHUBERT_FAST_{name}" for name in ("SIMULATE_CUDA", "WITH_CUDA", "WITH_SM80", "WITH_SM90")]
     command += [option for include in includes for option in ("-isystem", include)]
     command += ["-Icsrc", "-Icsrc/cuda", "-Itests/csrc/cuda", "-x", "c++", *SOURCES]
     command += ["-o", str(folder / "simulated_cuda.so")]

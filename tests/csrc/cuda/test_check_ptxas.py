@@ -24,6 +24,7 @@ ptxas info    : Function properties for _Z3badv
     40 bytes stack frame, 36 bytes spill stores, 24 bytes spill loads
 ptxas info    : Used 255 registers
 """
+HINT_IGNORED = "ptxas warning : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum\n"
 INDEXED = SPILLED.replace("36 bytes spill stores, 24 bytes", "0 bytes spill stores, 0 bytes")
 
 
@@ -33,19 +34,13 @@ def test_kernels_are_read_from_the_log():
     assert (bad.arch, bad.registers, bad.stack, bad.spills) == ("sm_90a", 255, 40, 60)
 
 
-@pytest.mark.parametrize(("log", "code"), [(CLEAN, 0), (CLEAN + SPILLED, 1), (INDEXED, 1), ("nothing", 2)])
+@pytest.mark.parametrize(
+    ("log", "code"), [(CLEAN, 0), (CLEAN + SPILLED, 1), (INDEXED, 1), (CLEAN + HINT_IGNORED, 1), ("nothing", 2)]
+)
 def test_exit_code_says_what_was_found(tmp_path, log, code):
     path = tmp_path / "log"
     path.write_text(log)
     assert check_ptxas.main([str(path)]) == code
-
-
-def test_ignored_register_hints_fail(tmp_path):
-    path = tmp_path / "log"
-    path.write_text(
-        CLEAN + "ptxas warning : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum\n"
-    )
-    assert check_ptxas.main([str(path)]) == 1
 
 
 def test_missing_instructions_are_named():

@@ -33,6 +33,12 @@ def _nothing_overrules_the_driver(monkeypatch):
     monkeypatch.delenv("HUBERT_FAST_OVERLAPPING_MAPS", raising=False)
 
 
+@pytest.fixture
+def set_compute_capability(simulated):
+    yield simulated.set_compute_capability
+    simulated.set_compute_capability(9, 0)
+
+
 @pytest.mark.parametrize("tensor_cores", [False, True], ids=["torch-products", "tensor-core-products"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_agree_with_the_reference_in_any_order_of_threads(simulated, dtype, tensor_cores):
@@ -112,16 +118,14 @@ def test_the_registered_operator_is_as_torch_wants_it(simulated, norm, shapes, d
     assert [(tuple(each.shape), each.dtype) for each in saved] == backend.saved_tensors(arguments)
 
 
-def test_hubert_width_agrees_with_the_reference(simulated):
-    for norm in ("group_norm", "layer_norm"):
-        problem = Problem(HUBERT[:3], norm=norm, samples=4000, channels=512, batch=1, dtype=torch.float32)
-        _assert_agree(simulated, problem)
-
-
-def test_widest_layers_agree_with_the_reference(simulated):
-    for norm in ("group_norm", "layer_norm"):
-        problem = Problem([(10, 5), (2, 2)], norm=norm, samples=1500, channels=1024, batch=1, dtype=torch.float32)
-        _assert_agree(simulated, problem)
+@pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
+@pytest.mark.parametrize(
+    ("layers", "samples", "channels"),
+    [pytest.param(HUBERT[:3], 4000, 512, id="HuBERT's"), pytest.param([(10, 5), (2, 2)], 1500, 1024, id="widest")],
+)
+def test_wide_layers_agree_with_the_reference(simulated, layers, samples, channels, norm):
+    problem = Problem(layers, norm=norm, samples=samples, channels=channels, batch=1, dtype=torch.float32)
+    _assert_agree(simulated, problem)
 
 
 @pytest.mark.parametrize(("scale", "offset"), [(1.0, 1.0), (0.1, 1.0), (1e-4, 0.0), (1e-4, 1e-2), (30.0, 500.0)])
@@ -151,24 +155,20 @@ def test_a_sequence_has_the_same_features_in_every_place_of_a_batch(simulated):
     [((7, 5), None), ((8, 0), "sm80"), ((8, 9), "sm80"), ((9, 0), "sm90"), ((10, 0), "sm80"), ((12, 0), "sm80")],
 )
 @pytest.mark.parametrize("dtype", [1, 2], ids=["bfloat16", "float16"])
-def test_products_are_chosen_by_the_device(simulated, capability, expected, dtype):
+def test_products_are_chosen_by_the_device(simulated, set_compute_capability, capability, expected, dtype):
     cuda, memory = simulated.cuda, torch.zeros(64, dtype=torch.bfloat16)
-    operands = cuda.Product(
-        input=memory.data_ptr(), input_stride=8, weight=memory.data_ptr(), rows=1, columns=8, depth=8
-    )
-    simulated.set_compute_capability(*capability)
-    try:
-        assert cuda.tensor_core_products_available(dtype) == (expected is not None)
-        assert not cuda.tensor_core_products_available(0)
-        call = {"bias": 0, "out": memory.data_ptr(), "out_stride": 8, "dtype": dtype, "stream": 0}
-        if expected is None:
-            with pytest.raises(RuntimeError, match="product: this build has no kernel for this GPU"):
-                cuda.product(operands, **call)
-        else:
+    sizes = {"input_stride": 8, "rows": 1, "columns": 8, "depth": 8}
+    operands = cuda.Product(input=memory.data_ptr(), weight=memory.data_ptr(), **sizes)
+    call = {"bias": 0, "out": memory.data_ptr(), "out_stride": 8, "dtype": dtype, "stream": 0}
+    set_compute_capability(*capability)
+    assert cuda.tensor_core_products_available(dtype) == (expected is not None)
+    assert not cuda.tensor_core_products_available(0)
+    if expected is None:
+        with pytest.raises(RuntimeError, match="product: this build has no kernel for this GPU"):
             cuda.product(operands, **call)
-            assert simulated.product_namespace() == expected
-    finally:
-        simulated.set_compute_capability(9, 0)
+    else:
+        cuda.product(operands, **call)
+        assert simulated.product_namespace() == expected
 
 
 def _split_and_whole(simulated, compute):
@@ -288,18 +288,15 @@ def test_a_wrong_value_in_the_environment_is_an_error(simulated, monkeypatch):
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (10, 0)])
-def test_products_without_tensor_maps_take_overlapping_rows(simulated, capability):
+def test_products_without_tensor_maps_take_overlapping_rows(simulated, set_compute_capability, capability):
     problem = Problem(HUBERT[:3], norm="group_norm", batch=1, samples=719, channels=64, dtype=torch.bfloat16)
-    simulated.set_compute_capability(*capability)
-    try:
-        with simulation.driver(simulated, takes_overlapping_maps=False):
-            assert simulated.cuda.overlapping_maps() is None
-            if capability >= (8, 0):
-                simulation.run(simulated, problem, tensor_cores=True)
-                assert simulated.product_namespace() == "sm80"
-            assert simulated.maps_encoded() == 0
-    finally:
-        simulated.set_compute_capability(9, 0)
+    set_compute_capability(*capability)
+    with simulation.driver(simulated, takes_overlapping_maps=False):
+        assert simulated.cuda.overlapping_maps() is None
+        if capability >= (8, 0):
+            simulation.run(simulated, problem, tensor_cores=True)
+            assert simulated.product_namespace() == "sm80"
+        assert simulated.maps_encoded() == 0
 
 
 def test_gelu_is_exact_to_float_rounding(simulated):
@@ -316,17 +313,14 @@ def test_gelu_is_exact_to_float_rounding(simulated):
 def test_sanitizers_find_nothing(tmp_path):
     simulation.build(tmp_path, simulation.SANITIZE)
     libraries = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libubsan.so")
     ]
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": ":".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "OMP_NUM_THREADS": "1",
-    }
+    settings = {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.csrc.cuda.simulation", str(tmp_path)]
-    result = subprocess.run(command, cwd=simulation.ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        command, cwd=simulation.ROOT, env={**os.environ, **settings}, capture_output=True, text=True
+    )
     assert result.returncode == 0 and result.stdout.endswith("clean\n"), result.stderr[-5000:]
     assert "runtime error" not in result.stderr
 
@@ -423,10 +417,8 @@ def test_layer_0_reaches_past_two_to_the_31(simulated, at_the_end):
     samples = (FRAMES - 1) * stride + taps
     signal = torch.zeros(BATCH, samples)
     signal[-1, -5000:] = torch.randn(5000, generator=generator)
-    layer = at_the_end.FirstLayer(
-        signal=signal.data_ptr(), signal_stride=samples, batch=BATCH, frames=FRAMES, kernel=taps, stride=stride,
-        channels=CHANNELS,
-    )  # fmt: skip
+    sizes = {"batch": BATCH, "frames": FRAMES, "kernel": taps, "stride": stride, "channels": CHANNELS}
+    layer = at_the_end.FirstLayer(signal=signal.data_ptr(), signal_stride=samples, **sizes)
     statistics = torch.zeros(BATCH, taps + taps * taps + 1, dtype=torch.float64)
     statistics[:, -1] = 0.25
     filters = torch.randn(BATCH, taps + 1, CHANNELS, generator=generator)
@@ -457,10 +449,8 @@ def test_sums_of_parts_reach_past_two_to_the_31(simulated, at_the_end):
     partial, out = Sparse(outer * parts * columns, torch.float32), Sparse(outer * columns, torch.float32)
     partial.tensor.view(outer, parts, columns)[-1, :, -32:] = 1.5
     _only_last_blocks(simulated, 32, outer * columns)
-    at_the_end.sum_parts(
-        partial=partial.address, outer=outer, parts=parts, columns=columns, out=out.address, out_is_double=False,
-        stream=0,
-    )  # fmt: skip
+    sizes = {"outer": outer, "parts": parts, "columns": columns}
+    at_the_end.sum_parts(**sizes, partial=partial.address, out=out.address, out_is_double=False, stream=0)
     assert (out.tensor[-32:] == 24.0).all()
 
 
@@ -485,15 +475,13 @@ def test_sizes_are_checked_on_the_host(simulated, message, change):
 def test_products_check_their_sizes_on_the_host(simulated):
     cuda = simulated.cuda
     sizes = dict(input=0, input_stride=128, weight=0, rows=10, columns=64, depth=192)
-    for message, change in (
-        ("rows must be positive and at most", dict(rows=(1 << 31) - 255)),
-        ("columns must be a positive multiple of 8", dict(columns=60)),
-        ("depth must be a positive multiple of 8", dict(depth=100)),
-        ("input_stride must be a positive multiple of 8", dict(input_stride=4)),
+    for message, dtype, change in (
+        ("rows must be positive and at most", 1, dict(rows=(1 << 31) - 255)),
+        ("columns must be a positive multiple of 8", 1, dict(columns=60)),
+        ("depth must be a positive multiple of 8", 1, dict(depth=100)),
+        ("input_stride must be a positive multiple of 8", 1, dict(input_stride=4)),
+        ("bfloat16 or float16", 0, {}),
+        (r"dtype must be 0 \(float32\), 1 \(bfloat16\) or 2 \(float16\); got -1", -1, {}),
     ):
         with pytest.raises(ValueError, match=message):
-            cuda.product(cuda.Product(**{**sizes, **change}), bias=0, out=0, out_stride=64, dtype=1, stream=0)
-    with pytest.raises(ValueError, match="bfloat16 or float16"):
-        cuda.product(cuda.Product(**sizes), bias=0, out=0, out_stride=64, dtype=0, stream=0)
-    with pytest.raises(ValueError, match=r"dtype must be 0 \(float32\), 1 \(bfloat16\) or 2 \(float16\); got -1"):
-        cuda.product(cuda.Product(**sizes), bias=0, out=0, out_stride=64, dtype=-1, stream=0)
+            cuda.product(cuda.Product(**{**sizes, **change}), bias=0, out=0, out_stride=64, dtype=dtype, stream=0)
