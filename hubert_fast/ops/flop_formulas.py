@@ -18,7 +18,7 @@ _formulas: list[tuple[Any, Callable[..., int]]] = []
 
 
 def add(operator: Any, formula: Callable[..., int]) -> None:
-    """Count ``formula`` of the arguments of a call of ``operator``, one of ``torch.ops``."""
+    """Have each call of ``operator``, one of ``torch.ops``, count as many FLOPs as ``formula`` gives for its arguments."""
     _formulas.append((operator, formula))
     module = sys.modules.get(_MODULE)
     if module is not None:
@@ -30,7 +30,7 @@ def _register(module: ModuleType, operator: Any, formula: Callable[..., int]) ->
 
 
 class _Finder:
-    """Of `sys.meta_path`, until the module is imported: registers what was added, right after."""
+    """An import hook in `sys.meta_path` that waits for the module and, once it is imported, registers what was added."""
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Optional[ModuleSpec]:

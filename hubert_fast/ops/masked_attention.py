@@ -102,9 +102,9 @@ def _reference(arguments: Arguments) -> tuple[Tensor]:
 
 
 def _flops(arguments: Arguments, backward: bool) -> int:
-    """Of two products forward and five backward, one of them again, as PyTorch counts flash attention.
+    """Two products forward; five backward, of which one is the scores again: as PyTorch counts flash attention.
 
-    Where the lengths would have to be asked of a GPU, all sequences count as the longest.
+    Where the offsets lie on a GPU, which nobody should wait for, all sequences count as if they were the longest.
     """
     _, _, heads, head_dim = arguments.qkv.shape
     offsets = arguments.offsets

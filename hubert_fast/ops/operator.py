@@ -1,10 +1,14 @@
-"""One declaration an operator: its arguments as a record, from which follows everything that PyTorch wants to know.
+"""An operator is declared once, its arguments as a NamedTuple; autograd, `torch.library` and the backends follow from that.
 
-An implementation is a module of the operator's name in a backend's room, with
+An implementation is a module of the operator's name in the package of a backend (`hubert_fast.torch_backend`,
+`hubert_fast.kernels`...), with
 
     forward(arguments, save) -> results, saved                 saved: what the backward reads besides arguments; [] unless save
     backward(arguments, saved, gradients, wanted) -> list      a gradient for each argument that has one; None unless wanted
     saved_tensors(arguments) -> [(shape, dtype), ...]          of what ``forward`` saves; absent where that is nothing
+
+The backward's ``saved`` begins with the results that the operator's ``kept_results`` names. ``gradients`` are those of the
+results, None where there is none; ``wanted`` has a flag for each name in the operator's ``gradients``.
 
 Calls on plain tensors reach it through an autograd function. `torch.library`, whose dispatch costs more host time than most
 kernels take on a GPU, stands between only where somebody must see one operator instead of what it does: compilers, exporters,
@@ -36,7 +40,8 @@ _ROOMS = {"triton": "kernels", "cuda": "cuda_backend", "cpu": "cpu_backend", "to
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NOTHING = nullcontext()
-_titled = torch._C._profiler._RecordFunctionFast  # names what runs inside, and costs nothing where nobody profiles
+# Names what runs inside for profilers, and costs nothing where there is none.
+_titled = torch._C._profiler._RecordFunctionFast
 
 
 def _nothing(*_: Any) -> None:
@@ -48,20 +53,21 @@ class Operator(Generic[Record]):
     """A fused operator, as its module in `hubert_fast.ops` declares it.
 
     Args:
-        name: of the operator, and of its module in every room.
-        arguments: a NamedTuple (`record`).
-        backends: that have the operator, fastest first, each with a line that says what it is.
-        reference: the formula, which autograd differentiates.
+        name: of the operator, and of the modules that implement it.
+        arguments: the type of the arguments, a NamedTuple that `record.Layout` accepts.
+        backends: those that have the operator, fastest first, each with a line that says what it is.
+        reference: arguments -> results: the formula, which autograd differentiates.
         results: names of the results.
-        fake: empty tensors like the results, of arguments and whether the backward's needs are saved; None for an absent one.
+        fake: (arguments, save) -> empty tensors with the results' shapes and dtypes, None for a result that is absent;
+            ``save`` says whether there will be a backward.
         gradients: names of the arguments that have a gradient.
         kept: names of the tensors among the arguments that the backward reads; of others it sees shape, dtype and device.
-        kept_results: names of the results that the backward reads: the first of what is saved.
-        one_gradient: of two arguments, by name, where for these arguments their gradients are one tensor.
-        objection: why a backend other than "reference" cannot take arguments, besides what no Triton kernel takes.
-        unavailable: as in `backend.register`; where Triton is absent is known.
-        flops: of the products of a forward or, if its second argument says so, of a backward, 2 a multiply-add. None: there
-            are none.
+        kept_results: names of the results that the backward reads.
+        one_gradient: arguments -> the names of two whose gradients are one and the same tensor, or None.
+        objection: (backend, arguments) -> why it cannot take them, or None. Not asked about "reference"; what no Triton
+            kernel takes is known without it.
+        unavailable: as in `backend.register`; the absence of Triton is known without it.
+        flops: (arguments, backward) -> FLOPs of the matrix products, 2 a multiply-add. None: the operator has no product.
     """
 
     name: str
@@ -82,7 +88,7 @@ class Operator(Generic[Record]):
         self.title, self.backward_title = f"hubert_fast::{self.name}", f"hubert_fast::{self.name}_backward"
         self.layout = Layout(self.arguments, self.gradients, self.kept)
         self._kept_results = [list(self.results).index(each) for each in self.kept_results]
-        # Past `Function.apply`, which asks for transforms: `_must_be_seen` has.
+        # Not `Function.apply`, which would ask once more whether a `torch.func` transform is active (`_must_be_seen`).
         self._call = super(torch.autograd.Function, type(self.name, (_Call,), {})).apply
         self._registered = register(self)
         unavailable = dict(self.unavailable)
@@ -104,7 +110,7 @@ class Operator(Generic[Record]):
         return backend.choose(self.name, lambda name: self._objection(name, arguments))
 
     def run(self, chosen: str, arguments: Record) -> Results:
-        """The results on backend ``chosen``; one that these arguments do not make is None or empty."""
+        """The results on backend ``chosen``; one that these arguments do not produce is None or, of `torch.library`, empty."""
         if chosen == "reference":
             return self.reference(arguments)
         given = (arguments[place] for place in self.layout.places)
@@ -117,23 +123,23 @@ class Operator(Generic[Record]):
             return self.forward(chosen, arguments, False)[0]
 
     def implementation(self, chosen: str) -> ModuleType:
-        """The module that implements backend ``chosen``, imported when somebody wants it."""
+        """The module that implements the operator on backend ``chosen``, imported at its first use."""
         return _imported(_ROOMS[chosen], self.name)
 
     def forward(self, chosen: str, arguments: Record, save: bool) -> tuple[Results, List[Tensor]]:
-        """That of the implementation, in the dtypes that it decides on."""
+        """The implementation's forward. Autocast is off: the implementation decides on dtypes."""
         with _without_autocast(arguments[0].device.type):
             return self.implementation(chosen).forward(arguments, save)
 
     def backward(
         self, chosen: str, arguments: Record, saved: List[Tensor], gradients: Results, wanted: List[bool]
     ) -> Sequence[Any]:
-        """That of the implementation, likewise."""
+        """The implementation's backward, with autocast off too."""
         with _titled(self.backward_title), _without_autocast(arguments[0].device.type):
             return self.implementation(chosen).backward(arguments, saved, gradients, wanted)
 
     def keep(self, ctx: Any, chosen: str, arguments: Record, results: Results, saved: List[Tensor]) -> None:
-        """All that the backward needs, in autograd's ``ctx``."""
+        """Keep all that the backward needs in autograd's ``ctx``."""
         ctx.set_materialize_grads(False)  # no zeros for what is only saved
         ctx.chosen = chosen
         self.layout.keep(ctx, arguments, [*(results[place] for place in self._kept_results), *saved])
@@ -151,7 +157,7 @@ def _imported(room: str, name: str) -> ModuleType:
 
 
 def _must_be_seen(arguments: Tuple) -> bool:
-    """Whether `torch.library` must stand between: without it the answer would be another, or none."""
+    """Whether the call must go through `torch.library`: without it the results would be wrong, or there would be none."""
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None or arguments[0].is_meta:
@@ -165,7 +171,7 @@ def _without_autocast(device_type: str) -> ContextManager[None]:
 
 @contextmanager
 def _switched_off(device_type: str) -> Iterator[None]:
-    """What `torch.autocast` does, without its dtype and its cache."""
+    """Autocast off inside, by its flag alone: `torch.autocast` would set its dtype and cache too, which takes longer."""
     torch.set_autocast_enabled(device_type, False)
     try:
         yield

@@ -49,7 +49,7 @@ class Layout(Generic[Record]):
         return self.record._make(fields)
 
     def wanted(self, needs: Sequence[bool]) -> list[bool]:
-        """Which gradients autograd wants, of what it says of each field. Those of lists are wanted together."""
+        """Which gradients autograd wants, given ``needs``, a flag for each field. Those of lists are wanted together."""
         return [place in self.lists or needs[place] for place in self.places]
 
     def flat_gradients(self, ctx: Any, gradients: Sequence[Any]) -> list[Any]:
@@ -63,7 +63,7 @@ class Layout(Generic[Record]):
         return fields
 
     def keep(self, ctx: Any, arguments: Record, more: Iterable[Optional[Tensor]]) -> None:
-        """Tensors go where activation checkpointing and offloading find them, settings are attributes."""
+        """Put tensors where activation checkpointing and offloading find them, and settings into an attribute of ``ctx``."""
         rest = list(arguments)
         tensors: list[Optional[Tensor]] = []
         for place in self._kept:
@@ -83,10 +83,8 @@ class Layout(Generic[Record]):
 
         A tensor that is not kept has its shape, dtype and device, and no memory.
         """
-        fields, tensors = (
-            list(ctx.rest),
-            list(ctx.saved_tensors),
-        )  # activation checkpointing lets them be asked for once
+        # Activation checkpointing lets `saved_tensors` be asked for once.
+        fields, tensors = list(ctx.rest), list(ctx.saved_tensors)
         start = len(self._kept)
         for place, tensor in zip(self._kept, tensors):
             fields[place] = tensor
@@ -100,7 +98,7 @@ class Layout(Generic[Record]):
 
 
 def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Those among ``values``, and in the lists among them."""
+    """The tensors among ``values``, and in the lists among them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value

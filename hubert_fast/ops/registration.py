@@ -20,8 +20,8 @@ def register(operator: Operator) -> Callable[..., tuple[Any, ...]]:
     """Define ``hubert_fast::<name>`` and ``hubert_fast::<name>_backward``.
 
     Returns:
-        the former: of the record's fields, whether the backward's needs are saved, and the backend, it returns the results and,
-        last, what was saved. An absent result is empty.
+        the former. It takes the record's fields, whether to save what the backward needs, and the backend; it returns the
+        results and, last, the list of what was saved. An absent result is an empty tensor.
     """
     types, layout = operator.layout.types, operator.layout
 
@@ -100,7 +100,7 @@ def _present(results: Sequence[Optional[Tensor]], arguments: tuple[Any, ...]) ->
 
 
 def _define(title: str, function: Callable, parameters: dict[str, Any], returns: Any, fake: Callable) -> Any:
-    """A custom operator whose schema is that of ``parameters``, types by name."""
+    """A custom operator that runs ``function`` and takes ``parameters``, a type for each name."""
 
     def prototype() -> None: ...
 
