@@ -17,7 +17,7 @@ from typing import Any, Optional
 
 from hubert_fast import source_tree
 
-# That of the bindings this package was written for: `interface_version` in csrc/bindings.h.
+# The version of the bindings that this package was written for: `interface_version` in csrc/bindings.h.
 INTERFACE = 2
 
 _REBUILD = "rebuild it: `pip install .`, or `pip install -e .` in a source tree"

@@ -1,4 +1,4 @@
-"""The package where it runs from its source tree: a command in the repository's folder imports that copy, installed or not.
+"""The package where it runs from its source tree: `python -m` in the repository's folder imports that copy, installed or not.
 
 `hubert_fast.kernels` and `hubert_fast.benchmarks` lie beside the package there (``package_dir`` in setup.py). Importing this
 module makes them importable, and keeps an installation of another copy from lending its own.
@@ -23,7 +23,7 @@ IS_SOURCE_TREE = not (PACKAGE / "kernels").exists() and all(path.is_dir() for pa
 
 
 class _Finder:
-    """Of `sys.meta_path`, before the finder of an editable installation, which may be of another copy."""
+    """An import hook, in `sys.meta_path` before that of an editable installation, which may be of another copy."""
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> Optional[ModuleSpec]:
@@ -43,7 +43,7 @@ if IS_SOURCE_TREE:
 
 
 def installed_extension() -> Optional[Path]:
-    """That of an installed copy other than this one, or None."""
+    """The extension of an installed copy other than this one, or None."""
     for distribution in importlib.metadata.distributions(name="hubert-fast"):
         folder = Path(str(distribution.locate_file("hubert_fast")))
         source = json.loads(distribution.read_text("direct_url.json") or "{}")
