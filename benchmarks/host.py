@@ -1,14 +1,14 @@
-"""Host time of a training step on a GPU, measured without one.
+"""Launches and host time of a training step on a GPU, measured on a CPU.
 
-    python -m benchmarks.host                       HuBERT Base's layers, small
+    python -m benchmarks.host                       as many layers as HuBERT Base has, all narrow
     python -m benchmarks.host --layers 2 --rounds 1
 
 The model trains on a CPU with every operator on its GPU kernels: Triton's launcher runs as it does on a GPU, over a driver
-that launches into nothing (nothing.c), and the calls of the CUDA extension are counted and dropped. Sizes are so small that
-what PyTorch computes takes no time beside what it costs to ask for it. What a GPU would compute is not there: no number of the
-results means anything. The first run compiles the kernels, half a minute that Triton's cache keeps.
+that counts launches and runs nothing (nothing.c); the calls of the CUDA extension are counted and dropped. Sizes are so small
+that what PyTorch computes on the CPU takes little time beside the calls. The kernels write nothing, so the loss and the
+gradients mean nothing. The first run compiles the kernels, which takes half a minute; Triton's cache keeps them.
 
-Launches do not depend on the machine; milliseconds are of this one, of one thread.
+Launches do not depend on the machine; the milliseconds are those of one thread of this one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Host(NamedTuple):
 
     triton_launches: int
     extension_calls: int
-    torch_operations: int  # those that call no other
+    torch_operations: int  # ATen operations that call no other
     forward_ms: list[float]
     backward_ms: list[float]
 
@@ -101,7 +101,7 @@ def build_driver(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _as_on_a_gpu(driver: Path) -> Iterator[tuple[ctypes.CDLL, _Extension]]:
-    """Inside it CPU tensors take the kernels of an H100; of the driver and the extension the calls are counted."""
+    """Inside it CPU tensors take the kernels of an H100; yields what counts the launches and the calls of the extension."""
     os.environ["TRITON_LIBCUDA_PATH"] = str(driver.parent)  # read when Triton first asks for the driver
     import triton
     from triton.backends.compiler import GPUTarget
@@ -148,7 +148,7 @@ def _as_on_a_gpu(driver: Path) -> Iterator[tuple[ctypes.CDLL, _Extension]]:
 
 
 def measure(layers: int, rounds: int, driver: Path) -> Host:
-    """A forward and a backward of PretrainingObjective, as ``rounds`` steps after others that warm up."""
+    """A step is a forward and a backward of `PretrainingObjective`: one is counted, ``rounds`` are timed, after a warm-up."""
     with _as_on_a_gpu(driver) as (library, calls):
         step = _step(layers)
         for _ in range(3):
@@ -167,7 +167,7 @@ def measure(layers: int, rounds: int, driver: Path) -> Host:
 
 
 def _step(layers: int) -> Callable[[], tuple[float, float]]:
-    """Milliseconds of a forward and of a backward."""
+    """A function that does one step and returns the milliseconds of its forward and of its backward."""
     torch.manual_seed(0)
     convolutions = tuple((64, *rest) for _, *rest in Architecture().convolutions)
     architecture = Architecture(
@@ -194,7 +194,7 @@ def _step(layers: int) -> Callable[[], tuple[float, float]]:
 
 def main(arguments: Optional[list[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--layers", type=int, default=12, help="of the transformer (default: 12)")
+    parser.add_argument("--layers", type=int, default=12, help="transformer layers (default: 12)")
     parser.add_argument("--rounds", type=int, default=15, help="steps that are timed (default: 15)")
     parsed = parser.parse_args(arguments)
     reason = triton_backend.why_not()

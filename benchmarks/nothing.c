@@ -1,4 +1,4 @@
-// A CUDA driver that accepts everything and does nothing, for benchmarks/host.py: what Triton's launcher calls, and a count.
+// A stub of the CUDA driver for benchmarks/host.py: has what Triton's launcher calls, runs no kernel, and counts the launches.
 //
 //     cc -shared -fPIC -Wl,-soname,libcuda.so.1 -I <triton>/backends/nvidia/include nothing.c -o libcuda.so.1
 #include <cuda.h>
@@ -25,7 +25,7 @@ CUresult cuDeviceGet(CUdevice *device, int ordinal) {
   return CUDA_SUCCESS;
 }
 
-// Those of an H100, as far as Triton asks.
+// The attributes of an H100 that Triton asks for.
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
   switch (attribute) {
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = 227 * 1024; break;
@@ -38,7 +38,7 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
   return CUDA_SUCCESS;
 }
 
-static int something;  // where handles point
+static int something;  // what every handle points to
 
 CUresult cuCtxGetCurrent(CUcontext *context) {
   *context = (CUcontext)&something;
