@@ -53,25 +53,25 @@ class Case(NamedTuple):
 
 
 def leaves(operator: str, arguments: Any) -> list[Tensor]:
-    """Those that ask for a gradient."""
+    """The tensors among ``arguments`` that may have a gradient, lists flattened."""
     given = [getattr(arguments, name) for name in OPERATORS[operator].layout.gradients]
     flat = [each for value in given for each in (value if isinstance(value, list) else [value])]
     return [each for each in flat if each is not None]
 
 
 def run(operator: str, name: str, arguments: Any) -> list[Optional[Tensor]]:
-    """`with_gradients` of a call."""
+    """Results and gradients of a call on backend ``name``."""
     return with_gradients(operator, OPERATORS[operator].run(name, arguments), arguments)
 
 
 def with_gradients(operator: str, results: Iterable[Optional[Tensor]], arguments: Any) -> list[Optional[Tensor]]:
-    """``results``, None for those that the arguments do not make, then their `gradients`."""
+    """``results``, None for those that the arguments do not produce, then their `gradients`."""
     results = [*map(_present, results)]
     return [*results, *gradients(present(results), leaves(operator, arguments))]
 
 
 def present(results: Iterable[Optional[Tensor]]) -> list[Tensor]:
-    """Of the results of an operator, those that the arguments make."""
+    """The results that the arguments produce."""
     return [each for each in map(_present, results) if each is not None]
 
 
@@ -80,7 +80,7 @@ def _present(result: Optional[Tensor]) -> Optional[Tensor]:
 
 
 def gradients(results: list[Tensor], of: list[Tensor]) -> list[Optional[Tensor]]:
-    """Those of a random projection of all ``results`` that have one."""
+    """Gradients of a random projection of all ``results`` that can be differentiated."""
     generator = torch.Generator().manual_seed(7)
     differentiable = [each for each in results if each.requires_grad]
     directions = [torch.randn(each.shape, generator=generator, dtype=torch.float64).to(each) for each in differentiable]
@@ -90,7 +90,7 @@ def gradients(results: list[Tensor], of: list[Tensor]) -> list[Optional[Tensor]]
 
 
 def cases() -> Iterator[Case]:
-    """Of every operator."""
+    """The cases of every operator."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:

@@ -16,7 +16,7 @@ def _count(package, trains):
     # PyTorch's formula for the weight gradient of a grouped convolution does not divide by the groups.
     architecture = ARCHITECTURES["tiny"].changed(groups=1 if trains else ARCHITECTURES["tiny"].groups)
     model = package.hubert_pretrain_model(**architecture.factory_arguments(num_classes=2)).wav2vec2.eval()
-    # It has none for its attention on a CPU, but for the products that it is made of.
+    # It has no formula for PyTorch's flash attention on a CPU either; SDPBackend.MATH is made of products, which it counts.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(trains):
         features, _ = model(torch.randn(1, 64_000))
         if trains:
