@@ -153,7 +153,7 @@ def measure(layers: int, rounds: int, driver: Path) -> Host:
         step = _step(layers)
         for _ in range(3):
             step()
-        before, operations = library.nothing_launches(), 0
+        before = library.nothing_launches()
         calls.calls.clear()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             step()
@@ -197,6 +197,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
     parser.add_argument("--layers", type=int, default=12, help="transformer layers (default: 12)")
     parser.add_argument("--rounds", type=int, default=15, help="steps that are timed (default: 15)")
     parsed = parser.parse_args(arguments)
+    if min(parsed.layers, parsed.rounds) < 1:
+        parser.error(f"--layers and --rounds must be at least 1; got {parsed.layers} and {parsed.rounds}")
     reason = triton_backend.why_not()
     if reason is not None or os.environ.get("TRITON_INTERPRET") == "1":
         print(f"benchmarks.host: {reason or 'TRITON_INTERPRET is set'}", file=sys.stderr)

@@ -6,7 +6,6 @@ from importlib.machinery import EXTENSION_SUFFIXES
 
 import pytest
 
-from hubert_fast import extension
 from tests.build.repository import ROOT
 
 
@@ -65,5 +64,4 @@ def test_a_source_tree_without_the_extension_that_an_installed_copy_has_says_so_
 
 
 def test_the_extension_of_another_copy_is_not_taken(tree):
-    done = _python(tree, "from hubert_fast import extension\nassert extension.cpu() is None, extension.cpu()")
-    assert (done.stderr == "") == (extension.cpu() is None)  # a copy with an extension is taken to be installed
+    _python(tree, "from hubert_fast import extension\nassert extension.cpu() is None, extension.cpu()")

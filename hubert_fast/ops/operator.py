@@ -115,7 +115,7 @@ class Operator(Generic[Record]):
             return self.reference(arguments)
         given = (arguments[place] for place in self.layout.places)
         save = torch.is_grad_enabled() and any(each.requires_grad for each in tensors_of(given))
-        if torch.compiler.is_compiling() or _must_be_seen(arguments):
+        if torch.compiler.is_compiling() or self._must_be_seen(arguments):
             return self._registered(*arguments, save, chosen)[:-1]
         with _titled(self.title):
             if save:
@@ -144,6 +144,23 @@ class Operator(Generic[Record]):
         ctx.chosen = chosen
         self.layout.keep(ctx, arguments, [*(results[place] for place in self._kept_results), *saved])
 
+    def _must_be_seen(self, arguments: Record) -> bool:
+        """Whether the call must go through `torch.library`: without it the results would be wrong, or there would be none.
+
+        Raises:
+            NotImplementedError: for a forward-mode derivative, which `torch.library` gives as 0.
+        """
+        if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+            return True
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if transform is not None and transform.key() == torch._C._functorch.TransformType.Jvp:
+            raise NotImplementedError(
+                f"operator {self.name!r} has no forward-mode derivative; hubert_fast.backend.use('reference') has"
+            )
+        if transform is not None or arguments[0].is_meta:
+            return True
+        return any(type(each) not in _PLAIN for each in tensors_of(arguments))
+
     def _objection(self, name: str, arguments: Record) -> backend.Objection:
         reason = None
         if name == "triton":
@@ -154,15 +171,6 @@ class Operator(Generic[Record]):
 @functools.cache
 def _imported(room: str, name: str) -> ModuleType:
     return importlib.import_module(f"hubert_fast.{room}.{name}")
-
-
-def _must_be_seen(arguments: Tuple) -> bool:
-    """Whether the call must go through `torch.library`: without it the results would be wrong, or there would be none."""
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
-        return True
-    if torch._C._functorch.peek_interpreter_stack() is not None or arguments[0].is_meta:
-        return True
-    return any(type(each) not in _PLAIN for each in tensors_of(arguments))
 
 
 def _without_autocast(device_type: str) -> ContextManager[None]:

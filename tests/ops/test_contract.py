@@ -196,6 +196,17 @@ def test_there_is_no_second_derivative(case, name):
 
 
 @each
+def test_a_forward_mode_derivative_is_refused(case, name):
+    arguments = case.cast(torch.float32, DEVICE)
+
+    def results(tensor):
+        return OPERATORS[case.operator].run(name, type(arguments)(tensor, *arguments[1:]))
+
+    with pytest.raises(NotImplementedError, match=f"{case.operator!r} has no forward-mode derivative"):
+        torch.func.jvp(results, (arguments[0],), (torch.ones_like(arguments[0]),))
+
+
+@each
 def test_profilers_see_it_by_name(case, name):
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run(case.operator, name, case.cast(torch.float32, DEVICE))
