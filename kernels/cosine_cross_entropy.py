@@ -46,12 +46,12 @@ _FINISH_ROWS = 1024
 
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    rows = len(arguments.labels if arguments.index is None else arguments.index)
+    rows = (arguments.labels if arguments.index is None else arguments.index).shape
     return [
-        ((rows,), torch.float32),  # base-2 log of the sum of exponentials; infinity where a frame is left out
-        ((rows,), torch.float32),  # 1 / |frame|
+        (rows, torch.float32),  # base-2 log of the sum of exponentials; infinity where a frame is left out
+        (rows, torch.float32),  # 1 / |frame|
         (parts_shape(*arguments.label_embeddings.shape), torch.bfloat16),  # directions of the classes
-        ((len(arguments.label_embeddings),), torch.int32),  # classes with equal embeddings
+        (arguments.label_embeddings.shape[:1], torch.int32),  # classes with equal embeddings
     ]
 
 

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
     return [
-        ((len(arguments.labels),), torch.float32),  # 1 / |frame|
+        (arguments.labels.shape, torch.float32),  # 1 / |frame|
         (parts_shape(*arguments.label_embeddings.shape), torch.bfloat16),  # directions of the classes
-        ((len(arguments.label_embeddings),), torch.int32),  # classes with equal embeddings
+        (arguments.label_embeddings.shape[:1], torch.int32),  # classes with equal embeddings
     ]
 
 

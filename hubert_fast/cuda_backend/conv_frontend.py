@@ -107,7 +107,7 @@ def rows_of_layers(frames: Sequence[int]) -> list[int]:
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Layer 0's statistics and filters, and the later layers' buffers before norm and GELU."""
-    batch, (channels, _, taps), dtype = len(arguments.waveforms), arguments.weights[0].shape, arguments.dtype
+    batch, (channels, _, taps), dtype = arguments.waveforms.shape[0], arguments.weights[0].shape, arguments.dtype
     if arguments.layer_norm:
         sets, statistics = 1, (taps * taps + 2 * taps + 2,)
     else:

@@ -200,7 +200,7 @@ def _reference(arguments: Arguments) -> tuple[Tensor]:
 
 
 def _fake(arguments: Arguments, save: bool) -> tuple[Tensor]:
-    shape = len(arguments.waveforms), arguments.frames[-1], arguments.weights[-1].shape[0]
+    shape = arguments.waveforms.shape[0], arguments.frames[-1], arguments.weights[-1].shape[0]
     return (arguments.waveforms.new_empty(shape, dtype=arguments.dtype),)
 
 

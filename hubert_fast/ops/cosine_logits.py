@@ -71,7 +71,7 @@ _operator = Operator(
     reference=lambda arguments: (reference.cosine_logits(*arguments),),
     results=["logits"],
     fake=lambda arguments, save: (
-        arguments.frames.new_empty(len(arguments.labels), 1 + len(arguments.label_embeddings)),
+        arguments.frames.new_empty(arguments.labels.shape[0], 1 + arguments.label_embeddings.shape[0]),
     ),
     gradients=["frames", "label_embeddings"],
     kept=["frames", "label_embeddings", "labels"],

@@ -5,10 +5,9 @@ That module imports Triton, which would double the time that importing this pack
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, Optional
 
@@ -34,16 +33,17 @@ class _Finder:
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Optional[ModuleSpec]:
-        if name != _MODULE:
+        spec = PathFinder.find_spec(name, path) if name == _MODULE else None
+        if spec is None:
             return None
-        sys.meta_path.remove(cls)
-        spec = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
             for each in _formulas:
                 _register(module, *each)
+            if cls in sys.meta_path:  # only now: whoever asks for a spec may want to know no more than that it is there
+                sys.meta_path.remove(cls)
 
         spec.loader.exec_module = exec_module
         return spec

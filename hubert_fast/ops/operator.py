@@ -10,6 +10,9 @@ An implementation is a module of the operator's name in the package of a backend
 The backward's ``saved`` begins with the results that the operator's ``kept_results`` names. ``gradients`` are those of the
 results, None where there is none; ``wanted`` has a flag for each name in the operator's ``gradients``.
 
+Of a shape in ``saved_tensors`` and in `Operator.fake` a compiler may know no number: ``len`` of a tensor would make it one, and
+each number of rows a graph of its own.
+
 Calls on plain tensors reach it through an autograd function. `torch.library`, whose dispatch costs more host time than most
 kernels take on a GPU, stands between only where somebody must see one operator instead of what it does: compilers, exporters,
 dispatch modes, transforms, subclasses of tensors.
@@ -27,7 +30,6 @@ from typing import Any, ContextManager, Generic, List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hubert_fast import backend
 from hubert_fast.ops import triton_backend
@@ -88,9 +90,9 @@ class Operator(Generic[Record]):
         self.title, self.backward_title = f"hubert_fast::{self.name}", f"hubert_fast::{self.name}_backward"
         self.layout = Layout(self.arguments, self.gradients, self.kept)
         self._kept_results = [list(self.results).index(each) for each in self.kept_results]
-        # Not `Function.apply`, which would ask once more whether a `torch.func` transform is active (`_must_be_seen`).
+        # Not `Function.apply`, which would ask once more whether a `torch.func` transform is active (`must_be_seen`).
         self._call = super(torch.autograd.Function, type(self.name, (_Call,), {})).apply
-        self._registered = register(self)
+        self._registered, self.registered_backward = register(self)
         unavailable = dict(self.unavailable)
         if "triton" in self.backends:
             unavailable["triton"] = triton_backend.why_not()
@@ -115,7 +117,7 @@ class Operator(Generic[Record]):
             return self.reference(arguments)
         given = (arguments[place] for place in self.layout.places)
         save = torch.is_grad_enabled() and any(each.requires_grad for each in tensors_of(given))
-        if torch.compiler.is_compiling() or self._must_be_seen(arguments):
+        if self.must_be_seen(arguments):
             return self._registered(*arguments, save, chosen)[:-1]
         with _titled(self.title):
             if save:
@@ -144,13 +146,18 @@ class Operator(Generic[Record]):
         ctx.chosen = chosen
         self.layout.keep(ctx, arguments, [*(results[place] for place in self._kept_results), *saved])
 
-    def _must_be_seen(self, arguments: Record) -> bool:
+    def must_be_seen(self, arguments: Sequence[Any]) -> bool:
         """Whether the call must go through `torch.library`: without it the results would be wrong, or there would be none.
 
         Raises:
             NotImplementedError: for a forward-mode derivative, which `torch.library` gives as 0.
         """
+        if torch.compiler.is_compiling():
+            return True
         if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+            return True
+        # Of such modes the default device is one, which would be that of whatever an implementation allocates.
+        if torch._C._len_torch_function_stack() > 0 or _is_traced_before_dispatch():
             return True
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform is not None and transform.key() == torch._C._functorch.TransformType.Jvp:
@@ -171,6 +178,11 @@ class Operator(Generic[Record]):
 @functools.cache
 def _imported(room: str, name: str) -> ModuleType:
     return importlib.import_module(f"hubert_fast.{room}.{name}")
+
+
+def _is_traced_before_dispatch() -> bool:
+    """Whether a mode sees calls before autograd does, as `make_fx` and export have it with ``pre_dispatch``."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
 
 
 def _without_autocast(device_type: str) -> ContextManager[None]:
@@ -200,17 +212,14 @@ class _Call(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Optional[Tensor]) -> Tuple[Any, ...]:
-        return (_differentiated_once if torch.is_grad_enabled() else _backward)(ctx, *gradients)
-
-
-def _backward(ctx: Any, *gradients: Optional[Tensor]) -> Tuple[Any, ...]:
-    operator, layout = ctx.operator, ctx.operator.layout
-    if all(each is None for each in gradients):
-        return None, None, *layout.flat_gradients(ctx, ())
-    arguments, saved = layout.kept(ctx)
-    wanted = layout.wanted(ctx.needs_input_grad[2:])
-    found = operator.backward(ctx.chosen, arguments, saved, gradients, wanted)
-    return None, None, *layout.flat_gradients(ctx, found)
-
-
-_differentiated_once = once_differentiable(_backward)
+        operator, layout = ctx.operator, ctx.operator.layout
+        if all(each is None for each in gradients):
+            return None, None, *layout.flat_gradients(ctx, ())
+        arguments, saved = layout.kept(ctx)
+        # With gradients on, a graph of the backward is wanted: a registered operator without a derivative says so.
+        if torch.is_grad_enabled() or operator.must_be_seen((*arguments, *gradients)):
+            run = operator.registered_backward
+        else:
+            run = operator.backward
+        found = run(ctx.chosen, arguments, saved, gradients, layout.wanted(ctx.needs_input_grad[2:]))
+        return None, None, *layout.flat_gradients(ctx, found)

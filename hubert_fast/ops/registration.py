@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from hubert_fast.ops.operator import Operator
 
 
-def register(operator: Operator) -> Callable[..., tuple[Any, ...]]:
+def register(operator: Operator) -> tuple[Callable[..., tuple[Any, ...]], Callable[..., list[Any]]]:
     """Define ``hubert_fast::<name>`` and ``hubert_fast::<name>_backward``.
 
     Returns:
         the former. It takes the record's fields, whether to save what the backward needs, and the backend; it returns the
-        results and, last, the list of what was saved. An absent result is an empty tensor.
+        results and, last, the list of what was saved. An absent result is an empty tensor;
+        the latter, behind the signature of `Operator.backward`.
     """
     types, layout = operator.layout.types, operator.layout
 
@@ -42,6 +43,8 @@ def register(operator: Operator) -> Callable[..., tuple[Any, ...]]:
     def set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         *fields, _, chosen = inputs
         *results, saved = output
+        # As an eager call keeps them: activation checkpointing compares the two where a mode is on in one of its runs alone.
+        results = [None if each.shape == (0,) else each for each in results]
         operator.keep(ctx, chosen, layout.record._make(fields), results, saved)
 
     def gradients(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
@@ -50,18 +53,26 @@ def register(operator: Operator) -> Callable[..., tuple[Any, ...]]:
         if all(each is None for each in given):
             return tuple(placed)
         arguments, saved = layout.kept(ctx)
-        wanted = layout.wanted(ctx.needs_input_grad)
+        found = call_backward(ctx.chosen, arguments, saved, given, layout.wanted(ctx.needs_input_grad))
+        for place, gradient in zip(layout.places, found):
+            placed[place] = gradient
+        return tuple(placed)
+
+    def call_backward(
+        chosen: str, arguments: Any, saved: Sequence[Optional[Tensor]], given: Sequence[Any], wanted: list[bool]
+    ) -> list[Any]:
         asked, one = list(wanted), operator.one_gradient(arguments)
         if one is not None:
             first, second = (layout.gradients.index(each) for each in one)
             asked[first], asked[second] = wanted[first] or wanted[second], False
-        found = iter(backward(*arguments, saved, given, asked, ctx.chosen))
-        for place, is_asked in zip(layout.places, asked):
+        flat = iter(backward(*arguments, _present(saved, arguments), list(given), asked, chosen))
+        found: list[Any] = [None] * len(asked)
+        for i, (place, is_asked) in enumerate(zip(layout.places, asked)):
             if is_asked:
-                placed[place] = [next(found) for _ in arguments[place]] if place in layout.lists else next(found)
+                found[i] = [next(flat) for _ in arguments[place]] if place in layout.lists else next(flat)
         if one is not None:
-            placed[layout.places[second]] = placed[layout.places[first]]
-        return tuple(placed)
+            found[second] = found[first]
+        return found
 
     def run_backward(*given: Any) -> list[Tensor]:
         *fields, saved, upstream, asked, chosen = given
@@ -92,11 +103,11 @@ def register(operator: Operator) -> Callable[..., tuple[Any, ...]]:
                 return operator.flops(layout.record._make(given[:size]), is_backward)
 
             flop_formulas.add(getattr(torch.ops.hubert_fast, name), count)
-    return registered
+    return registered, call_backward
 
 
-def _present(results: Sequence[Optional[Tensor]], arguments: tuple[Any, ...]) -> list[Tensor]:
-    return [arguments[0].new_empty(0) if each is None else each for each in results]
+def _present(tensors: Sequence[Optional[Tensor]], arguments: tuple[Any, ...]) -> list[Tensor]:
+    return [arguments[0].new_empty(0) if each is None else each for each in tensors]
 
 
 def _define(title: str, function: Callable, parameters: dict[str, Any], returns: Any, fake: Callable) -> Any:

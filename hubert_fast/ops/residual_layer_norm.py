@@ -37,7 +37,7 @@ class Arguments(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """[rows, channels]."""
-        return len(self.residual if self.index is None else self.index), self.residual.shape[1]
+        return (self.residual if self.index is None else self.index).shape[0], self.residual.shape[1]
 
     @property
     def one_gradient(self) -> bool:

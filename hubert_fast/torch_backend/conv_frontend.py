@@ -176,7 +176,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Of layers 1.. what comes before norm and GELU."""
-    batch, layers = len(arguments.waveforms), zip(arguments.frames[1:], arguments.weights[1:])
+    batch, layers = arguments.waveforms.shape[0], zip(arguments.frames[1:], arguments.weights[1:])
     return [((batch, frames, weight.shape[0]), arguments.dtype) for frames, weight in layers]
 
 

@@ -70,7 +70,7 @@ def backward(
 
 
 def _selected(arguments: Arguments) -> int:
-    return len(arguments.labels if arguments.index is None else arguments.index)
+    return (arguments.labels if arguments.index is None else arguments.index).shape[0]
 
 
 def _chunks(arguments: Arguments, embeddings: Unit) -> Iterator[_Chunk]:

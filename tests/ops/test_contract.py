@@ -1,11 +1,14 @@
 """What every operator promises on every backend, whatever it computes."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -110,6 +113,22 @@ def test_it_compiles_into_one_graph(case, name):
 
 
 @each
+def test_a_number_of_rows_is_compiled_into_no_graph(case, name):
+    arguments = case.cast(torch.float32, DEVICE)
+    operator = OPERATORS[case.operator]
+
+    def results(*arguments):
+        return operator.run(name, type(case.arguments)(*arguments))
+
+    rows = len(arguments[0])
+    for value in arguments:
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows:
+            torch._dynamo.mark_dynamic(value, 0)  # an error where it is made a number
+    torch._dynamo.reset()
+    torch.compile(results, fullgraph=True, backend="aot_eager")(*arguments)
+
+
+@each
 def test_what_it_saves_is_what_it_announces(case, name):
     arguments = case.cast(torch.float32, DEVICE)
     operator = OPERATORS[case.operator]
@@ -167,6 +186,34 @@ def test_only_the_gradients_that_are_wanted_come(case, name):
 
 
 @each
+def test_the_default_device_is_not_that_of_what_an_implementation_allocates(case, name):
+    arguments = case.cast(torch.float32, DEVICE)
+    expected = run(case.operator, name, arguments)
+    of = leaves(case.operator, arguments)
+    with torch.device("meta"):
+        results = OPERATORS[case.operator].run(name, arguments)
+    found = with_gradients(case.operator, results, arguments)
+    assert equal(found, expected)
+    results = [value for value in present(OPERATORS[case.operator].run(name, arguments)) if value.requires_grad]
+    total = sum(value.nan_to_num(neginf=0.0).square().sum() for value in results)
+    expected = torch.autograd.grad(total, of, retain_graph=True, allow_unused=True)
+    with torch.device("meta"):
+        torch.autograd.backward(total)
+    assert equal([value.grad for value in of], expected)
+
+
+@each
+def test_tracing_before_dispatch_sees_one_operator(case, name):
+    arguments = case.cast(torch.float32, DEVICE)
+
+    def results(first):
+        return present(OPERATORS[case.operator].run(name, type(arguments)(first, *arguments[1:])))
+
+    traced = make_fx(results, pre_dispatch=True)(arguments[0])
+    assert f"hubert_fast.{case.operator}.default" in traced.code
+
+
+@each
 def test_without_a_gradient_nothing_is_kept(case, name):
     kept = []
     arguments = case.cast(torch.float32, DEVICE)
@@ -193,6 +240,51 @@ def test_there_is_no_second_derivative(case, name):
     found = torch.autograd.grad(total, of, create_graph=True, allow_unused=True)
     with pytest.raises(RuntimeError):
         sum(value.square().sum() for value in found if value is not None).backward()
+
+
+@pytest.mark.parametrize("watched", ["forward", "backward"])
+@each
+def test_activations_may_be_recomputed_under_a_mode_that_the_forward_was_not_under(case, name, watched):
+    arguments = case.cast(torch.float32, DEVICE)
+    operator = OPERATORS[case.operator]
+    with _Watching() if watched == "forward" else nullcontext():
+        found = checkpoint(partial(operator.run, name), arguments, use_reentrant=False)
+    with _Watching() if watched == "backward" else nullcontext():
+        found = with_gradients(case.operator, found, arguments)
+    assert equal(found, run(case.operator, name, arguments))
+
+
+@each
+def test_the_graph_of_a_backward_is_not_left_out_where_the_gradient_given_needs_none(case, name):
+    arguments = case.cast(torch.float32, DEVICE)
+    operator = OPERATORS[case.operator]
+    results = [value for value in present(operator.run(name, arguments)) if value.requires_grad]
+    total = sum(value.nan_to_num(neginf=0.0).sum() for value in results)
+    found = torch.autograd.grad(total, leaves(case.operator, arguments), create_graph=True, allow_unused=True)
+    constant = case.operator == "bias_dropout_residual" and arguments.bias is None
+    assert constant != any(value.requires_grad for value in found if value is not None)
+
+
+@each
+def test_a_dispatch_mode_around_the_backward_alone_sees_it_too(case, name):
+    arguments = case.cast(torch.float32, DEVICE)
+    results = OPERATORS[case.operator].run(name, arguments)
+    with _Watching() as watching:
+        found = with_gradients(case.operator, results, arguments)
+    assert f"hubert_fast.{case.operator}_backward.default" in watching.seen
+    assert equal(found, run(case.operator, name, arguments))
+
+
+@pytest.mark.parametrize(
+    ("case", "name"), {(case.operator, name): (case, name) for case, name in ALL}.values(), ids=_id
+)
+def test_compiled_autograd_takes_what_ran_eagerly(case, name):
+    arguments = case.cast(torch.float32, DEVICE)
+    expected = run(case.operator, name, arguments)
+    results = OPERATORS[case.operator].run(name, arguments)
+    torch._dynamo.reset()
+    with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        assert equal(with_gradients(case.operator, results, arguments), expected)
 
 
 @each

@@ -1,5 +1,8 @@
 """FLOPs as PyTorch's counter sees them: those of torchaudio's model."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,3 +42,13 @@ def test_attention_counts_within_sequences_only(name):
     ):
         masked_attention(qkv, torch.tensor([0, 10, 30]), max_frames=20)
     assert counter.get_total_flops() == 2 * 2 * 16 * (10**2 + 20**2)
+
+
+def test_asking_where_the_counter_is_does_not_keep_formulas_from_it():
+    script = (
+        "import importlib.util, hubert_fast, torch\n"
+        "importlib.util.find_spec('torch.utils.flop_counter')\n"
+        "from torch.utils.flop_counter import flop_registry\n"
+        "assert torch.ops.hubert_fast.conv_frontend in flop_registry\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
