@@ -155,6 +155,7 @@ def measure(layers: int, rounds: int, driver: Path) -> Host:
             step()
         before = library.nothing_launches()
         calls.calls.clear()
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # as in stages.py
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             step()
         operations = sum(

@@ -299,7 +299,10 @@ def test_a_forward_mode_derivative_is_refused(case, name):
 
 
 @each
-def test_profilers_see_it_by_name(case, name):
+def test_profilers_see_it_by_name(case, name, monkeypatch):
+    monkeypatch.setenv(
+        "KINETO_LOG_LEVEL", "99"
+    )  # read by the first profile of a process: what it logs, other tests see
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run(case.operator, name, case.cast(torch.float32, DEVICE))
     seen = {event.name for event in profiler.events()}
