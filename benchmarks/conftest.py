@@ -89,7 +89,7 @@ def timed(request: pytest.FixtureRequest, benchmark: Any, calls: Any, limits: Li
     turns = itertools.count()
 
     def before_a_call() -> tuple[tuple[int], dict[str, Any]]:
-        """Which inputs it works on; and work for the GPU, behind which the host gets ahead."""
+        """The inputs of the next call. Work for the GPU is queued first, so that the host gets ahead of it."""
         fill_queue(case.device)
         return (next(turns),), {}
 

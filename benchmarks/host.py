@@ -48,7 +48,7 @@ _KERNELS = (
 
 
 class Host(NamedTuple):
-    """What a training step costs the host."""
+    """Counts and times of a training step on the host."""
 
     triton_launches: int
     extension_calls: int

@@ -30,7 +30,7 @@ def peak_of(call: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def allocated_peak_of(call: Callable[[], Any], device: torch.device | str) -> int:
-    """As PyTorch's allocator on a GPU counts it."""
+    """Peak memory as PyTorch's allocator on a GPU counts it."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -21,7 +21,7 @@ SCHEMA = 1
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As result files have it: ``"float32"``."""
+    """The name of a dtype as result files have it: ``"float32"``."""
     return str(dtype).removeprefix("torch.")
 
 

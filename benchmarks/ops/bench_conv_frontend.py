@@ -59,7 +59,7 @@ class Stack(NamedTuple):
         return [1] + [self.channels] * (len(self.shapes) - 1)
 
     def frames(self) -> list[int]:
-        """Of each layer."""
+        """Frames that each layer gives."""
         frames, samples = [], self.samples
         for taps, stride in self.shapes:
             samples = (samples - taps) // stride + 1
@@ -74,7 +74,7 @@ class Stack(NamedTuple):
         ]
 
     def work(self) -> tuple[Work, Work]:
-        """Of forward and backward.
+        """FLOPs and bytes of a forward and of a backward.
 
         The backward reads audio, gradient of the features and filters, writes their gradients, and has two products of each
         layer but the first.

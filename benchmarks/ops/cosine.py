@@ -86,7 +86,7 @@ def frames_and_embeddings(
 def _normalised_logits(
     frames: Tensor, label_embeddings: Tensor, labels: Tensor, product: torch.dtype = torch.float32
 ) -> Tensor:
-    """As PyTorch computes them best: normalise in float32, then one product."""
+    """Logits as PyTorch computes them best: normalise in float32, then one product."""
     x, embeddings = (F.normalize(each.float(), eps=1e-8).to(product) for each in (frames, label_embeddings))
     scores = (x @ embeddings.T).float() / 0.1
     others = scores.scatter(1, labels[:, None], float("-inf"))

@@ -44,7 +44,7 @@ class Arguments(NamedTuple):
 
     @property
     def frames(self) -> list[int]:
-        """Of each layer."""
+        """Frames that each layer gives."""
         frames = [self.waveforms.shape[1]]
         for weight, stride in zip(self.weights, self.strides):
             frames.append((frames[-1] - weight.shape[2]) // stride + 1)
