@@ -170,9 +170,9 @@ def measure(layers: int, rounds: int, driver: Path) -> Host:
 def _step(layers: int) -> Callable[[], tuple[float, float]]:
     """A function that does one step and returns the milliseconds of its forward and of its backward."""
     torch.manual_seed(0)
-    convolutions = tuple((64, *rest) for _, *rest in Architecture().convolutions)
+    convolutions = tuple((32, *rest) for _, *rest in Architecture().convolutions)
     architecture = Architecture(
-        "small", convolutions=convolutions, dim=128, layers=layers, heads=2, ffn=256, final_dim=64
+        "small", convolutions=convolutions, dim=32, layers=layers, heads=2, ffn=64, final_dim=32
     )
     model = hubert_fast.hubert_pretrain_model(**architecture.factory_arguments(_CLASSES)).train()
     objective = hubert_fast.PretrainingObjective(model)

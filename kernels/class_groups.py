@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
+from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, cdiv, launch
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def class_groups(
     }
     small = architecture(hashes) == INTERPRETER
     sizes = {"BLOCK": 16, "CANDIDATES": 16, "BLOCK_D": 16} if small else {"BLOCK": 8, "CANDIDATES": 128, "BLOCK_D": 128}
-    launch(_first_equals, lambda sizes: (triton.cdiv(classes, sizes["BLOCK"]),), arguments, [Blocks(sizes)])
+    launch(_first_equals, lambda sizes: (cdiv(classes, sizes["BLOCK"]),), arguments, [Blocks(sizes)])
     return groups
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
+from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, cdiv, launch, next_power_of_2
 
 # Programs over which the rows are dealt, and the rows that are worth one. The partial sums of 128 are 2% of the traffic of a pass
 # over 9,000 rows.
@@ -31,7 +31,7 @@ _ELEMENTS = 4096  # of a tile in 16 bits; half as many in 32
 
 def parts_of(rows: int, most: int = _PARTS) -> int:
     """How many programs share ``rows`` where their sum is wanted."""
-    return min(most, triton.cdiv(rows, _ROWS_OF_A_PART))
+    return min(most, cdiv(rows, _ROWS_OF_A_PART))
 
 
 @functools.cache
@@ -42,9 +42,7 @@ def _blocks(arch: int, channels: int, elements: int) -> list[Blocks]:
     """
     if arch == INTERPRETER:
         return [Blocks({"ROWS": 16, "COLUMNS": 64, "TILES": 2}, warps=1)]
-    columns = next(
-        (each for each in (1024, 512, 256) if channels % each == 0), min(1024, triton.next_power_of_2(channels))
-    )
+    columns = next((each for each in (1024, 512, 256) if channels % each == 0), min(1024, next_power_of_2(channels)))
     tiles = 4 if columns == 1024 else 2  # rows that share a program's column bits, against programs that fill the GPU
     sizes = [(elements, tiles, 4), (elements // 2, tiles, 4), (elements, tiles, 2), (2 * elements, tiles, 8)]
     return [
@@ -108,9 +106,7 @@ def sum_parts(parts: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     candidates = [Blocks({"PARTS": 8, "COLUMNS": 32}, warps=1)]
     if arch != INTERPRETER:
         candidates = [Blocks({"PARTS": 64, "COLUMNS": 32}, warps=4), Blocks({"PARTS": 128, "COLUMNS": 32}, warps=8)]
-    launch(
-        _sum_parts, lambda sizes: (triton.cdiv(channels, sizes["COLUMNS"]), vectors), arguments | constants, candidates
-    )
+    launch(_sum_parts, lambda sizes: (cdiv(channels, sizes["COLUMNS"]), vectors), arguments | constants, candidates)
     return results
 
 
@@ -131,7 +127,7 @@ def launch_tiles(kernel: Any, x: Tensor, arguments: Mapping[str, Any], *, elemen
     rows, channels = x.shape
 
     def grid(sizes: Mapping[str, int]) -> tuple[int, ...]:
-        return triton.cdiv(rows, sizes["ROWS"] * sizes["TILES"]), triton.cdiv(channels, sizes["COLUMNS"])
+        return cdiv(rows, sizes["ROWS"] * sizes["TILES"]), cdiv(channels, sizes["COLUMNS"])
 
     _launch(kernel, grid, x, arguments, elements)
 
@@ -141,7 +137,7 @@ def launch_parts(kernel: Any, x: Tensor, arguments: Mapping[str, Any], *, elemen
     rows, channels = x.shape
 
     def grid(sizes: Mapping[str, int]) -> tuple[int, ...]:
-        return parts_of(rows), triton.cdiv(channels, sizes["COLUMNS"])
+        return parts_of(rows), cdiv(channels, sizes["COLUMNS"])
 
     _launch(kernel, grid, x, arguments, elements)
 

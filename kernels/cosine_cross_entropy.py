@@ -31,7 +31,7 @@ from hubert_fast.kernels.cosine_scores import (
     score_blocks,
     selected_frames,
 )
-from hubert_fast.kernels.launch import Blocks, architecture, launch
+from hubert_fast.kernels.launch import Blocks, architecture, cdiv, launch
 from hubert_fast.kernels.unit_rows import parts_shape, unit_rows_backward
 from hubert_fast.reference.cosine_logits import TEMPERATURE
 
@@ -71,7 +71,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor, Tensor], li
         "ORDER": 3,
     }
     blocks = score_blocks(architecture(scored.frames), scored.frame_parts)
-    launch(_partial_sums, lambda sizes: (triton.cdiv(rows, sizes["BLOCK_R"]), splits), given, blocks)
+    launch(_partial_sums, lambda sizes: (cdiv(rows, sizes["BLOCK_R"]), splits), given, blocks)
     loss, correct = scored.empty(), scored.empty(dtype=torch.int64)
     lse = scored.empty(rows)
     given = {
@@ -215,7 +215,7 @@ def _frames_gradient(scored: Scored, arguments: dict, grad: Tensor, frames: Tens
     padded_dim = scored.parts.shape[2]
     launch(
         _frames_gradient_kernel,
-        lambda sizes: (triton.cdiv(scored.rows, sizes["BLOCK_R"]), triton.cdiv(padded_dim, sizes["BLOCK_D"])),
+        lambda sizes: (cdiv(scored.rows, sizes["BLOCK_R"]), cdiv(padded_dim, sizes["BLOCK_D"])),
         arguments,
         frames_gradient_blocks(architecture(frames), scored.frame_parts, padded_dim),
     )
@@ -286,7 +286,7 @@ def _directions_gradient(scored: Scored, arguments: dict, order: int) -> Tensor:
     padded_dim = scored.parts.shape[2]
 
     def grid(sizes):
-        blocks = triton.cdiv(scored.classes, sizes["BLOCK_C"]), triton.cdiv(padded_dim, sizes["BLOCK_D"])
+        blocks = cdiv(scored.classes, sizes["BLOCK_C"]), cdiv(padded_dim, sizes["BLOCK_D"])
         return *blocks, splits
 
     blocks = directions_gradient_blocks(architecture(scored.frames), scored.frame_parts, padded_dim)

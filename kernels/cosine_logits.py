@@ -27,7 +27,7 @@ from hubert_fast.kernels.cosine_scores import (
     score_blocks,
     selected_frames,
 )
-from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
+from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, cdiv, launch
 from hubert_fast.kernels.unit_rows import parts_shape, unit_rows_backward
 from hubert_fast.reference.cosine_logits import TEMPERATURE
 
@@ -58,7 +58,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
     }
     # The smallest blocks: addresses of what is stored take the registers of larger ones.
     blocks = score_blocks(architecture(frames), scored.frame_parts)[-1:]
-    launch(_logits, lambda sizes: (triton.cdiv(scored.rows, sizes["BLOCK_R"]), splits), given, blocks)
+    launch(_logits, lambda sizes: (cdiv(scored.rows, sizes["BLOCK_R"]), splits), given, blocks)
     return (logits,), [inverse_norms, scored.parts, scored.groups] if save else []
 
 
@@ -168,7 +168,7 @@ def _frames_gradient(scored: Scored, arguments: dict) -> Tensor:
     }
 
     def grid(sizes):
-        return triton.cdiv(scored.rows, sizes["BLOCK_R"]), triton.cdiv(padded_dim, sizes["BLOCK_D"])
+        return cdiv(scored.rows, sizes["BLOCK_R"]), cdiv(padded_dim, sizes["BLOCK_D"])
 
     launch(_frames_gradient_kernel, grid, arguments, _blocks(architecture(scored.frames)))
     return result
@@ -236,7 +236,7 @@ def _directions_gradient(scored: Scored, arguments: dict, inverse_norms: Tensor)
     }
 
     def grid(sizes):
-        blocks = triton.cdiv(scored.classes, sizes["BLOCK_C"]), triton.cdiv(scored.dim, sizes["BLOCK_D"])
+        blocks = cdiv(scored.classes, sizes["BLOCK_C"]), cdiv(scored.dim, sizes["BLOCK_D"])
         return *blocks, splits
 
     launch(_directions_gradient_kernel, grid, arguments, _blocks(architecture(scored.frames)))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hubert_fast.kernels.bfloat16_parts import PARTS, add_product_with_parts
 from hubert_fast.kernels.class_groups import class_groups
-from hubert_fast.kernels.launch import INTERPRETER, Blocks
+from hubert_fast.kernels.launch import INTERPRETER, Blocks, cdiv
 from hubert_fast.kernels.unit_rows import contiguous_columns, unit_rows
 from hubert_fast.reference.cosine_logits import NORM_MIN, TEMPERATURE
 
@@ -30,14 +30,14 @@ _SPLIT_ROWS = 64
 
 def class_splits(classes: int) -> tuple[int, int]:
     """(splits, classes of each): a block of frames is shared by several programs, so that few frames fill a GPU."""
-    splits = min(4, triton.cdiv(classes, 2 * _SPLIT_CLASSES))
-    return splits, triton.cdiv(triton.cdiv(classes, splits), _SPLIT_CLASSES) * _SPLIT_CLASSES
+    splits = min(4, cdiv(classes, 2 * _SPLIT_CLASSES))
+    return splits, cdiv(cdiv(classes, splits), _SPLIT_CLASSES) * _SPLIT_CLASSES
 
 
 def row_splits(rows: int, classes: int, dim: int) -> tuple[int, int]:
     """(splits, rows of each) of the embeddings' gradient: no more than about 8 MB of partial sums, or two of them."""
-    splits = max(1, min(64, (1 << 21) // max(1, classes * dim), triton.cdiv(rows, _SPLIT_ROWS)))
-    return splits, max(1, triton.cdiv(triton.cdiv(rows, splits), _SPLIT_ROWS)) * _SPLIT_ROWS
+    splits = max(1, min(64, (1 << 21) // max(1, classes * dim), cdiv(rows, _SPLIT_ROWS)))
+    return splits, max(1, cdiv(cdiv(rows, splits), _SPLIT_ROWS)) * _SPLIT_ROWS
 
 
 # Block sizes: BLOCK_R frames, BLOCK_C classes, BLOCK_K columns of the products that make scores, BLOCK_D columns of a gradient.

@@ -8,13 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hubert_fast.kernels.launch import next_power_of_2
+
 
 def tiles(head_dim: int) -> tuple[int, int]:
     """Columns of the two tiles that hold a vector: powers of two, 16 at least (a tensor core's depth) or 0."""
-    power = triton.next_power_of_2(head_dim)
+    power = next_power_of_2(head_dim)
     if power <= 16 or power == head_dim:
         return max(power, 16), 0
-    rest = max(triton.next_power_of_2(head_dim - power // 2), 16)
+    rest = max(next_power_of_2(head_dim - power // 2), 16)
     return (power // 2, rest) if rest < power // 2 else (power, 0)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from hubert_fast import tf32
 from hubert_fast.kernels import dropout
 from hubert_fast.kernels import head_vectors as vectors
-from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
+from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, cdiv, launch
 
 if TYPE_CHECKING:
     from hubert_fast.ops.masked_attention import Arguments
@@ -341,7 +341,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
     lse, columns = saved if dropout_p > 0.0 else (*saved, None)
     if columns is not None:
         given = {"columns": columns, "seed": seed, "max_frames": max_frames, "BLOCK": _COLUMNS_BLOCK}
-        launch(_draw_columns, lambda _: (triton.cdiv(max_frames, _COLUMNS_BLOCK),), given, [Blocks()])
+        launch(_draw_columns, lambda _: (cdiv(max_frames, _COLUMNS_BLOCK),), given, [Blocks()])
     given = {
         "qkv": qkv, "offsets": offsets, "key_lengths": key_lengths, "out": out, "lse": lse if save else None,
         "columns": columns, "seed": seed, "keep_scale": dropout.scale(dropout_p), **_constants(qkv, dropout_p),
@@ -388,7 +388,7 @@ def _constants(qkv: Tensor, dropout_p: float) -> dict[str, object]:
 def _grid(block: str, arguments: Arguments) -> Callable[[Mapping[str, int]], tuple[int, ...]]:
     """Blocks of the longest sequence x heads x sequences; one more sequence stands for dead rows."""
     longest, heads, sequences = max(arguments.max_frames, 1), arguments.qkv.shape[2], len(arguments.offsets)
-    return lambda sizes: (triton.cdiv(longest, sizes[block]), heads, sequences)
+    return lambda sizes: (cdiv(longest, sizes[block]), heads, sequences)
 
 
 def _kind(qkv: Tensor) -> tuple[int, torch.dtype, int]:

@@ -29,7 +29,7 @@ from hubert_fast import tf32
 from hubert_fast.kernels import weight_norm
 from hubert_fast.kernels.column_tiles import contiguous
 from hubert_fast.kernels.gelu import gelu, gelu_slope
-from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
+from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, cdiv, launch
 
 if TYPE_CHECKING:
     from hubert_fast.ops.positional_conv import Arguments
@@ -242,10 +242,10 @@ def backward(
 def _run_table(offsets: Tensor, rows: int, fold: int) -> Tensor:
     """``[3, runs]`` int32; see `_runs`. Every sequence but the last may end in a run that is not full, dead rows too."""
     sequences = offsets.shape[0] - 1
-    runs = rows if fold == 1 else triton.cdiv(rows, fold) + sequences + 1
+    runs = rows if fold == 1 else cdiv(rows, fold) + sequences + 1
     table = offsets.new_empty(3, runs, dtype=torch.int32)
     arguments = {"offsets": offsets, "table": table, "rows": rows, "sequences": sequences, "runs": runs, "FOLD": fold}
-    launch(_runs, lambda a: (triton.cdiv(runs, a["BLOCK"]),), arguments, [Blocks({"BLOCK": 128})])
+    launch(_runs, lambda a: (cdiv(runs, a["BLOCK"]),), arguments, [Blocks({"BLOCK": 128})])
     return table
 
 
@@ -268,10 +268,10 @@ def _launch_convolve(
         "BEFORE": taps - 1 - taps // 2 if backward else taps // 2, "FOLD": fold, "BACKWARD": backward,
         "PRECISION": _precision(x),
     }  # fmt: skip
-    blocks = groups * triton.cdiv(fold * width, columns)
+    blocks = groups * cdiv(fold * width, columns)
     launch(
         _convolve,
-        lambda a: (triton.cdiv(runs, a["BLOCK_RUNS"]), blocks),
+        lambda a: (cdiv(runs, a["BLOCK_RUNS"]), blocks),
         arguments,
         _convolve_blocks(architecture(x), columns, x.element_size(), _precision(x)),
     )
@@ -286,7 +286,7 @@ def _activation_backward(grad: Tensor, preactivation: Tensor, offsets: Tensor) -
         "sequences": offsets.shape[0] - 1, "CHANNELS": channels, "PARTS": PARTS,
     }  # fmt: skip
     blocks = Blocks({"BLOCK_ROWS": 16, "BLOCK_CHANNELS": 16 if architecture(grad) == INTERPRETER else 128})
-    launch(_activation_gradient, lambda a: (PARTS, triton.cdiv(channels, a["BLOCK_CHANNELS"])), arguments, [blocks])
+    launch(_activation_gradient, lambda a: (PARTS, cdiv(channels, a["BLOCK_CHANNELS"])), arguments, [blocks])
     return z_grad, parts
 
 
@@ -301,7 +301,7 @@ def _filters_backward(x: Tensor, z_grad: Tensor, offsets: Tensor, packed: Tensor
     }  # fmt: skip
     launch(
         _filters_gradient,
-        lambda a: (triton.cdiv(taps * width, a["BLOCK_FILTER"]), groups * triton.cdiv(width, a["BLOCK_OUT"])),
+        lambda a: (cdiv(taps * width, a["BLOCK_FILTER"]), groups * cdiv(width, a["BLOCK_OUT"])),
         arguments,
         _filters_blocks(architecture(x), width, x.element_size()),
     )

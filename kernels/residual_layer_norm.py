@@ -25,7 +25,7 @@ from hubert_fast.kernels.column_tiles import (
     sum_parts,
     within,
 )
-from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
+from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, cdiv, launch, next_power_of_2
 
 if TYPE_CHECKING:
     from hubert_fast.ops.residual_layer_norm import Arguments
@@ -169,7 +169,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor, Optional[Te
         blocks = blocks[1:]  # four rows at a time spill 8 bytes a thread with Triton 3.6
     launch(
         _forward,
-        lambda sizes: (triton.cdiv(rows, sizes["ROWS"] * sizes["TILES"]),),
+        lambda sizes: (cdiv(rows, sizes["ROWS"] * sizes["TILES"]),),
         {**tensors, "rows": rows, "eps": arguments.eps, "CHANNELS": channels, **_dropout_settings(arguments)},
         blocks,
     )
@@ -240,7 +240,7 @@ def _dropout_settings(arguments: Arguments) -> dict[str, Any]:
 @functools.cache
 def _blocks(arch: int, channels: int) -> list[Blocks]:
     """A row is as wide as a program, a warp 256 channels of it: sums over rows then stay within a thread."""
-    columns = triton.next_power_of_2(channels)
+    columns = next_power_of_2(channels)
     if arch == INTERPRETER:
         return [Blocks({"ROWS": 16, "COLUMNS": columns, "TILES": 2}, warps=1)]
     warps, most = min(16, max(1, columns // 256)), max(1, 8192 // columns)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hubert_fast.kernels.bfloat16_parts import split
 from hubert_fast.kernels.class_groups import hash_of
-from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
+from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, cdiv, launch, next_power_of_2
 from hubert_fast.reference.cosine_logits import NORM_MIN
 
 NORM_MIN_CONSTANT = tl.constexpr(NORM_MIN)
@@ -33,7 +33,7 @@ def parts_shape(rows: int, dim: int) -> tuple[int, int, int]:
 
 
 def _padded(size: int, multiple: int) -> int:
-    return triton.cdiv(size, multiple) * multiple
+    return cdiv(size, multiple) * multiple
 
 
 def contiguous_columns(x: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def unit_rows(
     rows, dim = x.shape
     parts = torch.empty(parts_shape(rows, dim), dtype=torch.bfloat16, device=x.device)
     hashes = torch.empty(rows, dtype=torch.int64, device=x.device)
-    width = triton.next_power_of_2(parts.shape[2])
+    width = next_power_of_2(parts.shape[2])
     block = _ROW_MULTIPLE if architecture(x) == INTERPRETER else max(1, min(8, 2048 // width))
     arguments = {
         "x": x,
@@ -111,7 +111,7 @@ def unit_rows_backward(
     """
     splits, rows, dim = direction_grads.shape
     result = torch.empty(rows, dim, dtype=x.dtype, device=x.device)
-    width = triton.next_power_of_2(dim)
+    width = next_power_of_2(dim)
     arguments = {
         "direction_grads": direction_grads,
         "x": x,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, launch
+from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, cdiv, launch, next_power_of_2
 
 # Programs that share the sums over channels, whatever the GPU: their order decides the last bits.
 PARTS = 64
@@ -117,9 +117,9 @@ def pack(
     sizes = {"TAPS": taps, "PARTS": PARTS}
     if gain is not None:
         arguments = {"weight": weight, "parts": squares, "PAIRS": channels * width, **sizes}
-        launch(_squares, lambda a: (PARTS, triton.cdiv(taps, a["BLOCK_TAPS"])), arguments, _renamed(blocks, "PAIRS"))
+        launch(_squares, lambda a: (PARTS, cdiv(taps, a["BLOCK_TAPS"])), arguments, _renamed(blocks, "PAIRS"))
     arguments = {"weight": weight, "gain": gain, "squares": squares, "packed": packed, "WIDTH": width, **sizes}
-    launch(_pack, lambda a: (channels, triton.cdiv(taps, a["BLOCK_TAPS"])), arguments, _renamed(blocks, "OUT"))
+    launch(_pack, lambda a: (channels, cdiv(taps, a["BLOCK_TAPS"])), arguments, _renamed(blocks, "OUT"))
 
 
 def pack_backward(
@@ -136,12 +136,12 @@ def pack_backward(
     if gain is not None:
         gain_grad, products = torch.empty_like(gain), weight.new_empty(parts_shape(weight), dtype=torch.float32)
         arguments = {"weight": weight, "filters_grad": filters_grad, "parts": products, "CHANNELS": channels, **sizes}
-        launch(_products, lambda a: (PARTS, triton.cdiv(taps, a["BLOCK_TAPS"])), arguments, blocks)
+        launch(_products, lambda a: (PARTS, cdiv(taps, a["BLOCK_TAPS"])), arguments, blocks)
     arguments = {
         "filters_grad": filters_grad, "weight": weight, "gain": gain, "squares": squares, "products": products,
         "weight_grad": weight_grad, "gain_grad": gain_grad, **sizes,
     }  # fmt: skip
-    launch(_unpack_gradient, lambda a: (channels, triton.cdiv(taps, a["BLOCK_TAPS"])), arguments, blocks)
+    launch(_unpack_gradient, lambda a: (channels, cdiv(taps, a["BLOCK_TAPS"])), arguments, blocks)
     return weight_grad, gain_grad
 
 
@@ -149,7 +149,7 @@ def _blocks(weight: Tensor) -> list[Blocks]:
     """Tiles of 32 taps, a sector of 128 bytes in float32, by up to 64 channels."""
     if architecture(weight) == INTERPRETER:
         return [Blocks({"BLOCK": 16, "BLOCK_TAPS": 16})]
-    return [Blocks({"BLOCK": min(64, triton.next_power_of_2(weight.shape[1])), "BLOCK_TAPS": 32}, warps=4)]
+    return [Blocks({"BLOCK": min(64, next_power_of_2(weight.shape[1])), "BLOCK_TAPS": 32}, warps=4)]
 
 
 def _renamed(blocks: list[Blocks], name: str) -> list[Blocks]:
