@@ -6,9 +6,8 @@ from typing import NamedTuple, Optional
 
 from torch import Tensor
 
-from hubert_fast.ops.dropout import dropout_seed
+from hubert_fast.ops.arguments import check_channels, check_residual, check_rows, dropout_seed
 from hubert_fast.ops.operator import Operator
-from hubert_fast.ops.row_arguments import check_channels, check_residual, check_rows
 from hubert_fast.reference import bias_dropout_residual as reference
 from hubert_fast.reference.dropout import keep_scale
 from hubert_fast.torch_backend.dropout_mask import kept_values

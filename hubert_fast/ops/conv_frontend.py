@@ -16,7 +16,7 @@ from torch import Tensor
 from hubert_fast import backend, extension
 from hubert_fast.cpu_backend import conv_frontend as cpu_backend
 from hubert_fast.cuda_backend import conv_frontend as cuda_backend
-from hubert_fast.ops.autocast import autocast_dtype
+from hubert_fast.ops.arguments import autocast_dtype
 from hubert_fast.ops.operator import Operator
 from hubert_fast.reference import conv_frontend as reference
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hubert_fast import backend
-from hubert_fast.ops.dropout import dropout_seed
+from hubert_fast.ops.arguments import dropout_seed
 from hubert_fast.ops.host_tensors import to_device
 from hubert_fast.ops.operator import Operator
 from hubert_fast.reference import masked_attention as reference

@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from hubert_fast.ops.autocast import autocast_dtype, without_autocast
+from hubert_fast.ops.arguments import autocast_dtype, without_autocast
 from hubert_fast.ops.host_tensors import to_device
 from hubert_fast.ops.operator import Operator
 from hubert_fast.reference import positional_conv as reference

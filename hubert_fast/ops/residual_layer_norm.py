@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from hubert_fast import backend
-from hubert_fast.ops.autocast import autocast_dtype, without_autocast
-from hubert_fast.ops.dropout import dropout_seed
+from hubert_fast.ops.arguments import (
+    autocast_dtype,
+    check_channels,
+    check_index,
+    check_residual,
+    check_rows,
+    dropout_seed,
+    without_autocast,
+)
 from hubert_fast.ops.operator import Operator
-from hubert_fast.ops.row_arguments import check_channels, check_index, check_residual, check_rows
 from hubert_fast.reference import residual_layer_norm as reference
 from hubert_fast.reference.dropout import keep_scale
 from hubert_fast.torch_backend.dropout_mask import SECOND_MASK, kept_values

@@ -6,7 +6,7 @@ from typing import Optional
 
 from torch import Tensor
 
-from hubert_fast.reference.dropped import dropped
+from hubert_fast.reference.dropout import dropped
 
 
 def bias_dropout_residual(

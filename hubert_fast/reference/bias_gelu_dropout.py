@@ -10,7 +10,7 @@ from typing import Optional
 import torch.nn.functional as F
 from torch import Tensor
 
-from hubert_fast.reference.dropped import dropped
+from hubert_fast.reference.dropout import dropped
 
 
 def bias_gelu_dropout(

@@ -5,6 +5,8 @@ A seed starts a generator of its own, so the mask depends on nothing else, and f
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
@@ -29,3 +31,8 @@ def keep_mask(generator: torch.Generator, groups: int, numel: int, p: float) -> 
     """
     numbers = torch.empty(groups, -(-numel // 4), dtype=torch.int64).random_(-(1 << 63), None, generator=generator)
     return (numbers.view(torch.int16) >= keep_threshold(p) - (_LEVELS >> 1))[:, :numel]
+
+
+def dropped(x: Tensor, kept: Optional[Tensor], scale: float) -> Tensor:
+    """``x`` with 0 where ``kept`` (bool, in its shape) is False and times ``scale`` elsewhere; ``x`` where it is None."""
+    return x if kept is None else x * kept * scale

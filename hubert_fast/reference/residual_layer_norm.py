@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hubert_fast.reference.bias_dropout_residual import bias_dropout_residual
-from hubert_fast.reference.dropped import dropped
+from hubert_fast.reference.dropout import dropped
 
 
 def residual_sum(

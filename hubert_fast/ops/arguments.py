@@ -1,4 +1,4 @@
-"""Checks that operators on rows of channels share."""
+"""What operators share about their arguments: checks, dropout's seed, and the dtype under autocast."""
 
 from __future__ import annotations
 
@@ -37,3 +37,37 @@ def check_residual(residual: Tensor, rows: int, channels: int, index: Optional[T
         wanted = f"[{rows}, {channels}]" if index is None else f"[positions, {channels}] with an index of {rows}"
         given = "" if index is None else f" with an index of {len(index)}"
         raise ValueError(f"residual must have shape {wanted}; got {tuple(residual.shape)}{given}")
+
+
+def dropout_seed(seed: Optional[Tensor], device: torch.device, **probabilities: float) -> Optional[Tensor]:
+    """The seed of a call, a scalar int64 on ``device``: drawn from torch's default generator of that device where none is
+    given, None where nothing is dropped. The host does not wait for it.
+
+    Args:
+        probabilities: that a value is dropped, each under its argument's name.
+
+    Raises:
+        ValueError: for a probability outside [0, 1), or a seed of another dtype, shape or device.
+    """
+    for name, p in probabilities.items():
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"{name} must be in [0, 1); got {p}")
+    if seed is not None and (seed.dtype != torch.int64 or seed.ndim != 0 or seed.device != device):
+        raise ValueError(
+            f"seed must be a scalar int64 tensor on {device}; got {seed.dtype} {tuple(seed.shape)} on {seed.device}"
+        )
+    if not any(probabilities.values()):
+        return None
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (), device=device) if seed is None else seed
+
+
+def autocast_dtype(device: torch.device) -> Optional[torch.dtype]:
+    """The dtype autocast wants on ``device``, or None where it is off."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """A context in which an implementation's own choice of dtypes holds."""
+    return torch.autocast(device.type, enabled=False)
