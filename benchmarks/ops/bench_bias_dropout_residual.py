@@ -48,9 +48,5 @@ def _plain(tensors: Tensors, dropout_p: float) -> Tensors:
     return (residual + F.dropout(x + bias.to(x.dtype), dropout_p),)
 
 
-def test_bias_dropout_residual(timed) -> None:
-    timed()
-
-
 if __name__ == "__main__":
     main(OPERATOR)

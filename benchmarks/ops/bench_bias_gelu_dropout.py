@@ -48,9 +48,5 @@ def _plain(tensors: Tensors, dropout_p: float) -> Tensors:
     return (F.dropout(F.gelu(x + bias.to(x.dtype)), dropout_p),)
 
 
-def test_bias_gelu_dropout(timed) -> None:
-    timed()
-
-
 if __name__ == "__main__":
     main(OPERATOR)

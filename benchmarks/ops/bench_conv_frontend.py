@@ -182,9 +182,5 @@ def _named(filters: list[Tensor], biases: list[Tensor], norm_weights: list[Tenso
     return {f"conv_layers.{layer}.{name}": each for name, group in groups.items() for layer, each in enumerate(group)}
 
 
-def test_conv_frontend(timed) -> None:
-    timed()
-
-
 if __name__ == "__main__":
     main(OPERATOR)

@@ -51,9 +51,5 @@ def _loss(tensors: Tensors, dropout_p: float, *, logits: cosine.Logits) -> Tenso
     return (F.cross_entropy(selected, torch.zeros_like(index), reduction="sum"),)
 
 
-def test_cosine_cross_entropy(timed) -> None:
-    timed()
-
-
 if __name__ == "__main__":
     main(OPERATOR)

@@ -46,9 +46,5 @@ def _logits(tensors: Tensors, dropout_p: float, *, logits: cosine.Logits) -> Ten
     return (logits(*tensors),)
 
 
-def test_cosine_logits(timed) -> None:
-    timed()
-
-
 if __name__ == "__main__":
     main(OPERATOR)

@@ -55,9 +55,5 @@ def _plain(tensors: Tensors, dropout_p: float) -> Tensors:
     return (torch.where(mask[:, None], embedding.to(x.dtype), filled),)
 
 
-def test_mask_fill(timed) -> None:
-    timed()
-
-
 if __name__ == "__main__":
     main(OPERATOR)

@@ -164,9 +164,5 @@ def _jagged(tensors: Tensors, dropout_p: float, *, bounds: dict[str, int]) -> Te
     return (F.scaled_dot_product_attention(*heads, dropout_p=dropout_p).transpose(1, 2).values(),)
 
 
-def test_masked_attention(timed) -> None:
-    timed()
-
-
 if __name__ == "__main__":
     main(OPERATOR)

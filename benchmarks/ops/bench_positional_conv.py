@@ -108,9 +108,5 @@ def _conv2d_channels_last(tensors: Tensors, dropout_p: float, *, groups: int) ->
     return (F.gelu(z).transpose(1, 2) + grid,)
 
 
-def test_positional_conv(timed) -> None:
-    timed()
-
-
 if __name__ == "__main__":
     main(OPERATOR)

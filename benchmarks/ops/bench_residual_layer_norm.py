@@ -107,9 +107,5 @@ def _plain_packing(tensors: Tensors, dropout_p: float) -> Tensors:
     return (F.dropout(normed, dropout_p),)
 
 
-def test_residual_layer_norm(timed) -> None:
-    timed()
-
-
 if __name__ == "__main__":
     main(OPERATOR)

@@ -55,9 +55,5 @@ def _torchaudio(tensors: Tensors, dropout_p: float) -> Tensors:
     return (import_components()._compute_mask_indices(tuple(padding.shape), padding, min_masks=2, **_SETTINGS),)
 
 
-def test_span_mask(timed) -> None:
-    timed()
-
-
 if __name__ == "__main__":
     main(OPERATOR)

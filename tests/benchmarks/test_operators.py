@@ -1,11 +1,6 @@
 """Rows of operators: all of them within the time there is, and failures said."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -128,26 +123,3 @@ def test_torchaudio_is_left_out_where_its_logits_do_not_fit(one_call, monkeypatc
 def test_unknown_operators_are_named():
     with pytest.raises(ValueError, match=r"operators must be among .*span_mask.*; got \['softmax'\]"):
         _measure(["softmax"])
-
-
-def test_pytest_runs_them_with_pytest_benchmark(tmp_path):
-    pytest.importorskip("pytest_benchmark")
-    root, result = Path(__file__).parents[2], tmp_path / "result.json"
-    command = f"{sys.executable} -m pytest -q -p no:cacheprovider benchmarks/ops/bench_mask_fill.py --size tiny".split()
-    command += f"--dtype float32 --device cpu --rounds 2 -k 0.1 --benchmark-json {result}".split()
-    # pytest-benchmark measures nothing in a worker of pytest-xdist, which this environment may say it is.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    tests = json.loads(result.read_text())["benchmarks"]
-    assert len(tests) == 4  # forward with and without backward, ours and PyTorch's
-    assert {each["extra_info"]["implementation"] for each in tests} == {OURS, "PyTorch"}
-    assert len({each["group"] for each in tests}) == 2
-    for each in tests:
-        assert each["name"].startswith("test_mask_fill[") and each["group"].startswith("mask_fill: forward")
-        assert each["extra_info"]["floor_seconds"] > 0.0 and each["stats"]["rounds"] == 2
-
-
-def test_plain_pytest_does_not_measure(pytestconfig):
-    assert pytestconfig.getini("testpaths") == ["tests"]
-    assert not list((Path(__file__).parents[1]).rglob("bench_*.py"))

@@ -44,14 +44,6 @@ def test_a_gpus_time_is_the_devices_own_behind_a_full_queue(gpu):
     assert [item[0] if isinstance(item, tuple) else "event" for item in queue] == ["sleep", "event", "work", "event"]
 
 
-@pytest.mark.benchmark(timer=Instant)
-def test_pytest_benchmark_takes_a_gpus_time(gpu, benchmark):
-    _, work = gpu
-    benchmark.pedantic(work, setup=lambda: ((3.0,), {}), rounds=4, warmup_rounds=1)
-    if benchmark.enabled:
-        assert benchmark.stats.stats.data == pytest.approx([3e-3] * 4)
-
-
 def test_a_cpus_time_is_the_counters():
     assert clock("cpu") is time.perf_counter and clock("cuda") is Instant
     assert turns.once(lambda i: time.sleep(0.02), 0, "cpu") >= 0.02

@@ -108,13 +108,13 @@ def test_wheel_has_the_kernels_and_the_benchmarks(wheel):
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "tools/", "benchmarks/"))]
 
 
-# Imports every module of the benchmarks but pytest's; prints the package's folder and the names of what else that brought in.
+# Imports every module of the benchmarks; prints the package's folder and the names of what else that brought in.
 IMPORT_BENCHMARKS = """
 import importlib, json, pkgutil, sys, torch
 before = set(sys.modules)
 import hubert_fast.benchmarks as package
 for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-    if module.name.rpartition(".")[2] not in ("__main__", "conftest"):
+    if module.name.rpartition(".")[2] != "__main__":
         importlib.import_module(module.name)
 print(json.dumps([package.__path__[0], sorted({name.partition(".")[0] for name in set(sys.modules) - before})]))
 """
