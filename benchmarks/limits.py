@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .clock import clock, fill_queue
+from .clock import device_seconds
 from .report import Limits
 
 _UNTIMED = 2  # calls that fill caches, find pages and choose kernels
@@ -52,11 +52,5 @@ def _flops_per_second(probe: _Probe, device: torch.device | str, dtype: torch.dt
 
 def _sustained(step: Callable[[], Any], device: torch.device | str, repeats: int) -> float:
     """Seconds of ``step``."""
-    now, seconds = clock(device), []
-    for _ in range(_UNTIMED + _GROUPS * repeats):
-        fill_queue(device)
-        start = now()
-        step()
-        seconds.append(now() - start)
-    timed = seconds[_UNTIMED:]
+    timed = [device_seconds(step, device) for _ in range(_UNTIMED + _GROUPS * repeats)][_UNTIMED:]
     return min(statistics.median(timed[first : first + repeats]) for first in range(0, len(timed), repeats))

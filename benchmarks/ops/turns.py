@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
-from ..clock import clock, fill_queue
+from ..clock import device_seconds
 from ..lost_device import answers
 from ..memory import allocated_peak_of
 
@@ -44,7 +45,7 @@ def in_turn(
             break
         for name in list(taken):
             try:
-                elapsed = once(calls[name], turn, device)
+                elapsed = device_seconds(partial(calls[name], turn), device)
             except Exception as error:  # one implementation that fails must not keep the others from being measured
                 errors[name] = error
                 del taken[name]
@@ -54,15 +55,6 @@ def in_turn(
                 if turn >= _UNTIMED:
                     taken[name].append(elapsed)
     return taken, errors
-
-
-def once(call: Call, i: int, device: str) -> float:
-    """Seconds of one call."""
-    now = clock(device)
-    fill_queue(device)
-    start = now()
-    call(i)
-    return now() - start
 
 
 def peak_bytes(call: Call, device: str) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import limits
-from benchmarks.clock import Instant, clock
+from benchmarks.clock import device_seconds
 from benchmarks.ops import turns
 
 
@@ -40,13 +40,12 @@ def gpu(monkeypatch):
 
 def test_a_gpus_time_is_the_devices_own_behind_a_full_queue(gpu):
     queue, work = gpu
-    assert turns.once(lambda i: work(7.0), 0, "cuda") == pytest.approx(7e-3)
+    assert device_seconds(lambda: work(7.0), "cuda") == pytest.approx(7e-3)
     assert [item[0] if isinstance(item, tuple) else "event" for item in queue] == ["sleep", "event", "work", "event"]
 
 
 def test_a_cpus_time_is_the_counters():
-    assert clock("cpu") is time.perf_counter and clock("cuda") is Instant
-    assert turns.once(lambda i: time.sleep(0.02), 0, "cpu") >= 0.02
+    assert device_seconds(lambda: time.sleep(0.02), "cpu") >= 0.02
 
 
 def test_implementations_take_turns_and_the_first_is_not_timed():
@@ -81,17 +80,7 @@ def test_memory_is_the_most_that_a_call_holds_at_a_time(capfd):
 def test_limits_are_those_of_a_copy_and_of_a_product(monkeypatch):
     seconds = iter(2 * [0.1, 0.1, 4.0, 5.0, 6.0, 2.0, 3.0, 9.0, 7.0, 7.0, 7.0])  # two untimed; medians 5, 3 and 7
     monkeypatch.setattr(limits, "_CPU", limits._Probe(1 << 10, (2, 3, 4), 3))
-    monkeypatch.setattr(limits, "clock", lambda device: lambda: _Moment(seconds))
+    monkeypatch.setattr(limits, "device_seconds", lambda call, device: next(seconds))
     measured = limits.measure_limits("cpu", torch.float32)
     assert measured.bytes_per_second == 2 * 1024 / 3.0  # read and written
     assert measured.flops_per_second == 2 * 2 * 3 * 4 / 3.0
-
-
-class _Moment:
-    """One whose difference from the one before is the next of ``seconds``, the same for copies and for products."""
-
-    def __init__(self, seconds):
-        self._seconds = seconds
-
-    def __sub__(self, earlier):
-        return next(self._seconds)
