@@ -136,7 +136,7 @@ class Suite:
         operators.measure(
             self.report,
             device=self.device,
-            dtypes=[dtype_name(case.dtype)],
+            dtype=case.dtype,
             size=case.architecture.name,
             seconds_left=lambda: until - time.monotonic(),
             progress=self.say,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -75,11 +75,16 @@ class OperatorCase:
     backward: bool = False  # gradients are computed too
     dropout_p: float = 0.0
     tolerance: Optional[float] = None  # of results relative to the truth's norm; None: that of one product in the dtype
-    on_host: bool = field(default=False)  # it runs on the CPU, whatever the device
+    on_host: bool = False  # it runs on the CPU, whatever the device
 
     @property
     def dtype_name(self) -> str:
         return dtype_name(self.dtype)
+
+    @property
+    def title(self) -> str:
+        """The case as entries of what was left out name it."""
+        return f"{self.name}, {self.dtype_name}"
 
 
 def both_ways(case: OperatorCase, backward: Work) -> Iterator[OperatorCase]:

@@ -23,8 +23,19 @@ def main(operator: str) -> None:
     device = torch.device(arguments.device)
     report = Report(machine.describe(device), {"operator": operator, "size": arguments.size})
     lost = None
+    torch.backends.cudnn.benchmark = True  # shapes repeat; implementations that use cuDNN are to have its fastest
     try:
-        _measure(report, operator, arguments, device)
+        for dtype in arguments.dtype:
+            operators.measure(
+                report,
+                device=device,
+                dtype=getattr(torch, dtype),
+                size=arguments.size,
+                seconds_left=lambda: float("inf"),
+                progress=lambda text: print(text, flush=True),
+                operators=[operator],
+                compiled=arguments.compiled,
+            )
     except DeviceLost as error:
         lost = error
     print(table.render(report))
@@ -35,19 +46,6 @@ def main(operator: str) -> None:
         raise SystemExit(str(lost))
     if rejected:
         raise SystemExit(f"{rejected[0].implementation} failed in {len(rejected)} cases: {rejected[0].reason}")
-
-
-def _measure(report: Report, operator: str, arguments: argparse.Namespace, device: torch.device) -> None:
-    operators.measure(
-        report,
-        device=device,
-        dtypes=arguments.dtype,
-        size=arguments.size,
-        seconds_left=lambda: float("inf"),
-        progress=lambda text: print(text, flush=True),
-        operators=[operator],
-        compiled=arguments.compiled,
-    )
 
 
 def _arguments(operator: str) -> argparse.Namespace:

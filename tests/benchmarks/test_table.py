@@ -45,7 +45,7 @@ def test_lines_of_a_gpus_operators_fit_a_terminal():
         for case in cases_of(operator, SIZES["xlarge"], torch.bfloat16, "cuda"):
             shown += [
                 fabricated.row(
-                    12.3e-6, kind="operator", case=f"{operator}: {case.name}", implementation=name, device="cuda",
+                    12.3e-6, kind="operator", case=case.name, implementation=name, device="cuda",
                     dtype="bfloat16", flops=case.least.flops, bytes=case.least.bytes, limits=fabricated.LIMITS,
                 )
                 for name in case.sides
