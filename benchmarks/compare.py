@@ -128,12 +128,9 @@ def render(changes: Sequence[Change]) -> str:
         lines.append(
             (
                 change.verdict,
-                written(change.ratio, "{:.2f}".format, absent="-"),
-                *(
-                    "-" if each is None else quantities.seconds(each.seconds.median)
-                    for each in (change.before, change.after)
-                ),
-                written(change.memory_ratio, "{:.2f}".format, absent="-"),
+                written(change.ratio, "{:.2f}".format),
+                *(written(each and each.seconds.median, quantities.seconds) for each in (change.before, change.after)),
+                written(change.memory_ratio, "{:.2f}".format),
                 f"{row.kind}: {row.case}, {row.device}, {row.dtype}",
                 row.implementation,
             )

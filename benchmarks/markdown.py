@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from .quantities import digits, seconds, size
-from .report import LeftOut, Report, Row
-from .table import OURS, baseline, fastest_other, reasons, same_case, speedup, speedup_over_others, written
-
-_NOTHING = "–"
-_or_nothing = partial(written, absent=_NOTHING)
+from .report import Report, Row
+from .table import NOTHING, OURS, fastest_other, left_out, limits, speedup, speedup_over_others, whole, written
 
 LEGEND = """\
 Medians, and the 20th and 80th percentile, of calls of all implementations in one process, in turn where memory holds them
@@ -31,7 +28,7 @@ def section(report: Report, name: str) -> str:
     of_kind = {kind: [row for row in report.rows if row.kind == kind] for kind in _PARTS}
     parts = [_heading(report, name), *(part(of_kind[kind]) for kind, part in _PARTS.items() if of_kind[kind])]
     if report.left_out:
-        parts.append(_left_out(report.left_out))
+        parts.append(_folded("What was left out, and why", left_out(report.left_out)))
     return "\n\n".join(parts)
 
 
@@ -42,48 +39,20 @@ def _heading(report: Report, name: str) -> str:
     names = ("torch", "python", "cuda", "triton", "hubert_fast")
     software = {name: machine[name] for name in names if machine.get(name)}
     software |= {row.implementation.split()[0]: row.version for row in report.rows if row.kind != "operator"}
-    limits = [
-        f"{dtype}: products {digits(each.flops_per_second / 1e12)} TFLOP/s, copies {digits(each.bytes_per_second / 1e9)} GB/s"
-        for dtype, each in report.limits.items()
-    ]
     commit = f" (commit {machine['commit']})" if machine.get("commit") else ""
     return (
         f"### {machine['device']}{threads}, {machine['date']}\n\n"
         f"{', '.join(f'{each} {version}' for each, version in software.items())}{commit}. "
-        f"The device's limits, measured in the same run, in {'; in '.join(limits)}. "
+        f"The device's limits, measured in the same run, in {limits(report)}. "
         f"All of it: [`benchmarks/results/{name}`](benchmarks/results/{name})."
     )
 
 
 def _whole(rows: list[Row], title: str, call: str) -> str:
-    head = ["case", "dtype", "implementation", call, "p20 to p80", "audio s per s"]
-    head += ["x torchaudio", "x fastest other", "memory", "of torchaudio's", "MFU"]
-    cells = []
-    for number, row in enumerate(rows):
-        first = number == 0 or not same_case(rows[number - 1], row)
-        cells.append(
-            [
-                row.case if first else "",
-                row.dtype if first else "",
-                f"**{row.implementation}**" if row.implementation == OURS else row.implementation,
-                seconds(row.seconds.median),
-                f"{seconds(row.seconds.p20)} to {seconds(row.seconds.p80)}",
-                _or_nothing(row.throughput, digits),
-                _or_nothing(speedup(row, rows), "{:.2f}".format),
-                _or_nothing(speedup_over_others(row, rows), "{:.2f}".format),
-                _or_nothing(row.peak_bytes, size),
-                _or_nothing(_share_of_memory(row, rows), "{:.2f}".format),
-                _or_nothing(row.share_of_limit, "{:.0%}".format),
-            ]
-        )
+    head, *cells = whole(rows, call)
+    for each in cells:
+        each[2] = f"**{each[2]}**" if each[2] == OURS else each[2]
     return f"{title}:\n\n{_table(head, cells, left=3)}"
-
-
-def _share_of_memory(row: Row, rows: Iterable[Row]) -> float | None:
-    theirs = baseline(row, rows)
-    if theirs is None or not theirs.peak_bytes or row.peak_bytes is None:
-        return None
-    return row.peak_bytes / theirs.peak_bytes
 
 
 def _scaling(rows: list[Row]) -> str:
@@ -98,16 +67,14 @@ def _scaling(rows: list[Row]) -> str:
         for value in sorted({row.shape["value"] for row in points}):
             at = {row.implementation: row for row in points if row.shape["value"] == value}
             ratio = speedup(at[OURS], at.values()) if OURS in at else None
-            cells.append(
-                [f"{value:,g}", *(_point(at.get(name)) for name in names), _or_nothing(ratio, "{:.2f}".format)]
-            )
+            cells.append([f"{value:,g}", *(_point(at.get(name)) for name in names), written(ratio, "{:.2f}".format)])
         tables.append(_table([f"{axis}, {dtype}", *names, "ratio"], cells, left=0))
     return _folded("How the cost of a step grows: audio s per s, and memory", "\n\n".join(tables))
 
 
 def _point(row: Row | None) -> str:
     if row is None or row.throughput is None:
-        return _NOTHING
+        return NOTHING
     memory = "" if row.peak_bytes is None else f", {size(row.peak_bytes)}"
     return digits(row.throughput) + memory
 
@@ -123,22 +90,14 @@ def _operators(rows: list[Row]) -> str:
                 row.case,
                 row.dtype,
                 seconds(row.seconds.median),
-                _NOTHING if best is None else best.implementation,
-                _NOTHING if best is None else seconds(best.seconds.median),
-                _or_nothing(speedup_over_others(row, rows), "{:.2f}".format),
-                _or_nothing(row.floor_seconds, seconds),
-                _or_nothing(row.share_of_limit, "{:.0%}".format),
+                NOTHING if best is None else best.implementation,
+                NOTHING if best is None else seconds(best.seconds.median),
+                written(speedup_over_others(row, rows), "{:.2f}".format),
+                written(row.floor_seconds, seconds),
+                written(row.share_of_limit, "{:.0%}".format),
             ]
         )
     return _folded("Operators, each beside its fastest alternative and its floor", _table(head, cells, left=2))
-
-
-def _left_out(left_out: Sequence[LeftOut]) -> str:
-    lines = [
-        f"- {implementation}: {reason} ({names[0] if len(names) == 1 else f'{len(names)} cases'})"
-        for (implementation, reason), names in reasons(left_out).items()
-    ]
-    return _folded("What was left out, and why", "\n".join(lines))
 
 
 def _folded(title: str, contents: str) -> str:

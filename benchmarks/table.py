@@ -8,17 +8,18 @@ from .quantities import digits, seconds, size
 from .report import NO_TIME, LeftOut, Report, Row
 
 _BASELINE, OURS = "torchaudio", "hubert_fast"
+NOTHING = "–"  # in the place of a number that there is none of
 
 
 def render(report: Report) -> str:
     """What a terminal shows after a run."""
     parts = [_heading(report)]
-    for kinds, table in ((("step", "inference"), _whole), (("scaling",), _whole), (("operator",), _operators)):
+    for kinds in (("step", "inference"), ("scaling",), ("operator",)):
         rows = [row for row in report.rows if row.kind in kinds]
         if rows:
-            parts.append(table(rows))
+            parts.append(_operators(rows) if kinds == ("operator",) else columns(whole(rows), left=(0, 1, 2)))
     if report.left_out:
-        parts.append(_left_out(report.left_out))
+        parts.append(f"left out (more --minutes where it was no time):\n{left_out(report.left_out)}")
     return "\n\n".join(parts)
 
 
@@ -58,8 +59,8 @@ def speedup_over_others(row: Row, rows: Iterable[Row]) -> float | None:
     return None if best is None else best.seconds.median / row.seconds.median
 
 
-def written(value: float | None, form: Callable[[float], str], *, absent: str = "") -> str:
-    return absent if value is None else form(value)
+def written(value: float | None, form: Callable[[float], str]) -> str:
+    return NOTHING if value is None else form(value)
 
 
 def same_case(one: Row, other: Row) -> bool:
@@ -68,17 +69,28 @@ def same_case(one: Row, other: Row) -> bool:
 
 def _heading(report: Report) -> str:
     machine = report.machine
-    lines = [f"{machine['device']}, torch {machine['torch']}, hubert_fast {machine['hubert_fast']}, {machine['date']}"]
-    for dtype, limit in report.limits.items():
-        product, copy = limit.flops_per_second / 1e12, limit.bytes_per_second / 1e9
-        lines.append(f"limits in {dtype}: product {digits(product)} TFLOP/s, copy {digits(copy)} GB/s")
-    return "\n".join(lines)
+    what = f"{machine['device']}, torch {machine['torch']}, hubert_fast {machine['hubert_fast']}, {machine['date']}"
+    return f"{what}\nlimits in {limits(report)}"
 
 
-def _whole(rows: list[Row]) -> str:
-    head = ["case", "dtype", "implementation", "median", "p20", "p80", "audio s/s"]
-    head += ["x torchaudio", "memory", "of step", "MFU"]
-    cells = [head]
+def limits(report: Report) -> str:
+    """What the device does at best, by dtype."""
+    return "; in ".join(
+        f"{dtype}: products {digits(each.flops_per_second / 1e12)} TFLOP/s, copies {digits(each.bytes_per_second / 1e9)} GB/s"
+        for dtype, each in report.limits.items()
+    )
+
+
+def whole(rows: list[Row], call: str = "median") -> list[list[str]]:
+    """Cells of steps or of inference, a line a row, under their head; the first three columns are text.
+
+    Args:
+        call: what is timed, as the head has it.
+    """
+    cells = [
+        ["case", "dtype", "implementation", call, "p20 to p80", "audio s per s", "x torchaudio", "x fastest other", "memory",
+         "of torchaudio's", "MFU"]
+    ]  # fmt: skip
     for number, row in enumerate(rows):
         first = number == 0 or not same_case(rows[number - 1], row)
         cells.append(
@@ -86,19 +98,24 @@ def _whole(rows: list[Row]) -> str:
                 row.case if first else "",
                 row.dtype if first else "",
                 row.implementation,
-                *_times(row),
-                digits(row.throughput or 0.0),
+                seconds(row.seconds.median),
+                f"{seconds(row.seconds.p20)} to {seconds(row.seconds.p80)}",
+                written(row.throughput, digits),
                 written(speedup(row, rows), "{:.2f}".format),
+                written(speedup_over_others(row, rows), "{:.2f}".format),
                 written(row.peak_bytes, size),
-                written(row.step_bytes, size),
+                written(_share_of_memory(row, rows), "{:.2f}".format),
                 written(row.share_of_limit, "{:.0%}".format),
             ]
         )
-    return columns(cells, left=(0, 1, 2))
+    return cells
 
 
-def _times(row: Row) -> list[str]:
-    return [seconds(each) for each in (row.seconds.median, row.seconds.p20, row.seconds.p80)]
+def _share_of_memory(row: Row, rows: Iterable[Row]) -> float | None:
+    theirs = baseline(row, rows)
+    if theirs is None or not theirs.peak_bytes or row.peak_bytes is None:
+        return None
+    return row.peak_bytes / theirs.peak_bytes
 
 
 def _operators(rows: list[Row]) -> str:
@@ -112,7 +129,7 @@ def _operators(rows: list[Row]) -> str:
             [
                 f"  {row.implementation}",
                 row.dtype,
-                *_times(row),
+                *(seconds(each) for each in (row.seconds.median, row.seconds.p20, row.seconds.p80)),
                 written(row.floor_seconds, seconds),
                 written(row.share_of_limit, "{:.0%}".format),
                 written(speedup_over_others(row, rows), "{:.2f}".format),
@@ -122,21 +139,16 @@ def _operators(rows: list[Row]) -> str:
     return "\n".join(f"{titles[number]}\n{line}" if number in titles else line for number, line in enumerate(lines))
 
 
-def reasons(left_out: Iterable[LeftOut]) -> dict[tuple[str, str], list[str]]:
-    """Cases by implementation and reason, because most are left out of many cases for one.
+def left_out(entries: Iterable[LeftOut]) -> str:
+    """A line for each implementation and reason, because most are left out of many cases for one.
 
     How much time a case needed and how much was left is in the file alone.
     """
     cases: dict[tuple[str, str], list[str]] = {}
-    for each in left_out:
+    for each in entries:
         reason = NO_TIME if each.reason.startswith(NO_TIME) else each.reason
         cases.setdefault((each.implementation, reason), []).append(each.case)
-    return cases
-
-
-def _left_out(left_out: Sequence[LeftOut]) -> str:
-    lines = ["left out:"]
-    for (implementation, reason), names in reasons(left_out).items():
-        where = names[0] if len(names) == 1 else f"{len(names)} cases"
-        lines.append(f"  {implementation} ({where}): {reason}{' (--minutes)' if reason == NO_TIME else ''}")
-    return "\n".join(lines)
+    return "\n".join(
+        f"- {implementation}: {reason} ({names[0] if len(names) == 1 else f'{len(names)} cases'})"
+        for (implementation, reason), names in cases.items()
+    )

@@ -177,7 +177,7 @@ def test_a_command_goes_on_in_a_fresh_process_and_its_status_says_so(losing, los
     assert command_line.main([*TINY_STEP, "--out", str(tmp_path)]) == 3
     assert len(processes) == 1
     shown = capsys.readouterr()
-    assert f"): {SAID}" in shown.out
+    assert f"- losing: {SAID}" in shown.out
     assert "measured in a fresh process" in shown.err and (tmp_path / "throughput.png").exists()
     assert [row.implementation for row in load(tmp_path / "bench.json").rows] == ["hubert_fast"]
 
