@@ -1,13 +1,10 @@
 """Writes the README's part about performance from the committed results, so that no number in it is typed by hand.
 
 python -m benchmarks.readme             # after a change in benchmarks/results/
-python -m benchmarks.readme --check     # changes nothing; exit 1 where the README is not what would be written
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 from hubert_fast.pretrain.atomic import write_text
@@ -59,26 +56,5 @@ def rewritten(readme: str, results: Path) -> str:
     return f"{before}{BEGIN}\n\n{performance(results)}\n\n{END}{behind}"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser("python -m benchmarks.readme", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only say whether the README is what would be written")
-    check = parser.parse_args(arguments).check
-    try:
-        readme = README.read_text(encoding="utf-8")
-        wanted = rewritten(readme, RESULTS)
-    except (OSError, ValueError) as error:
-        print(f"python -m benchmarks.readme: {error}", file=sys.stderr)
-        return 1
-    if readme == wanted:
-        return 0
-    if check:
-        print(f"{README.name} is not what benchmarks/results/ says: python -m benchmarks.readme", file=sys.stderr)
-        return 1
-    write_text(README, wanted)
-    print(f"{README.name} written")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    write_text(README, rewritten(README.read_text(encoding="utf-8"), RESULTS))

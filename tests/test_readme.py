@@ -185,13 +185,7 @@ def test_marks_must_be_there_once_and_in_order(text):
         readme.split(text)
 
 
-def test_command_rewrites_between_the_marks_and_check_only_looks(written, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "README.md"
-    path.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nbehind\n")
-    monkeypatch.setattr(readme, "README", path)
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    assert readme.main(["--check"]) == 1 and "old" in path.read_text()
-    assert "README.md is not what" in capsys.readouterr().err
-    assert readme.main([]) == 0
-    assert path.read_text() == f"before\n{readme.BEGIN}\n\n{written}\n\n{readme.END}\nbehind\n"
-    assert readme.main(["--check"]) == 0
+def test_what_lies_between_the_marks_is_rewritten_and_nothing_else(written, tmp_path):
+    before = f"before\n{readme.BEGIN}\nold\n{readme.END}\nbehind\n"
+    wanted = f"before\n{readme.BEGIN}\n\n{written}\n\n{readme.END}\nbehind\n"
+    assert readme.rewritten(before, tmp_path) == wanted
