@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from hubert_fast.pretrain.config import ModelConfig
@@ -36,9 +36,9 @@ class Architecture:
         return self.changed(**nothing)
 
     def changed(self, **fields: Any) -> Architecture:
-        return Architecture(**{**self.__dict__, **fields})
+        return replace(self, **fields)
 
-    def frames(self, samples: int) -> int:
+    def frames_of(self, samples: int) -> int:
         """Frames that the convolutions make of ``samples``."""
         for _, taps, stride in self.convolutions:
             samples = max(0, (samples - taps) // stride + 1)

@@ -92,11 +92,11 @@ def make(lengths: list[int], architecture: Architecture, num_classes: int, *, se
     samples = torch.tensor(lengths)
     longest = int(samples.max())
     waveforms = torch.randn(len(lengths), longest, generator=generator)
-    frames = architecture.frames(longest)
+    frames = architecture.frames_of(longest)
     labels = torch.randint(num_classes, (len(lengths), frames), generator=generator)
     padded = bool((samples < longest).any())
     waveforms *= torch.arange(longest) < samples[:, None]
-    valid = torch.tensor([architecture.frames(each) for each in lengths]) if padded else None
+    valid = torch.tensor([architecture.frames_of(each) for each in lengths]) if padded else None
     return Batch(waveforms, samples if padded else None, labels, _mask(len(lengths), frames, valid, seed), seed)
 
 

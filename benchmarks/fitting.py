@@ -64,7 +64,7 @@ def why_too_large(case: Case, peer: Peer, device: torch.device) -> str | None:
     """Logits by broadcasting hold about seven float32 tensors [classes + 1, frames, final_dim]; the system would kill us."""
     if device.type == "cuda" or not peer.broadcasts_logits or case.kind == "inference":
         return None  # running out of a GPU's memory is an error that can be caught
-    frames = max(len(each) * case.architecture.frames(max(each)) for each in case.lengths)
+    frames = max(len(each) * case.architecture.frames_of(max(each)) for each in case.lengths)
     needed = 7 * 4 * (case.num_classes + 1) * frames * case.architecture.final_dim
     available = available_bytes(device)
     if available is None or needed < _MEMORY_SHARE * available:

@@ -43,13 +43,13 @@ def step_flops_by_stage(
     Raises:
         ValueError: for a negative number of masked frames, or more than there are frames.
     """
-    frames = [architecture.frames(each) for each in lengths]
+    frames = [architecture.frames_of(each) for each in lengths]
     if masked_frames is None:
         masked_frames = sum(frames)
     if not 0 <= masked_frames <= sum(frames):
         raise ValueError(f"masked_frames must be in [0, {sum(frames)}], the valid frames; got {masked_frames}")
     step = {stage: 3.0 * flops for stage, flops in _encoder(architecture, lengths).items()}
-    step[FRONT_END] -= sum(_convolutions(architecture, each)[0] for each in lengths)
+    step[FRONT_END] -= sum(convolution_flops(architecture, each)[0] for each in lengths)
     step[LOSS] = 3.0 * 2.0 * masked_frames * architecture.final_dim * (architecture.dim + num_classes)
     return step
 
@@ -62,12 +62,12 @@ def inference_flops(architecture: Architecture, lengths: Sequence[int]) -> float
 def _encoder(architecture: Architecture, lengths: Sequence[int]) -> dict[str, float]:
     """Of the forward pass up to the last layer's output."""
     dim, layers = architecture.dim, architecture.layers
-    counts = [architecture.frames(each) for each in lengths]
+    counts = [architecture.frames_of(each) for each in lengths]
     frames, pairs = float(sum(counts)), float(sum(count * count for count in counts))
     projections = 4 * 2.0 * dim * dim * frames  # query, key, value and output
     scores_and_values = 2 * 2.0 * dim * pairs
     return {
-        FRONT_END: sum(sum(_convolutions(architecture, each)) for each in lengths),
+        FRONT_END: sum(sum(convolution_flops(architecture, each)) for each in lengths),
         PROJECTION: 2.0 * architecture.convolutions[-1][0] * dim * frames,
         POSITIONAL: 2.0 * dim * (dim // architecture.groups) * architecture.taps * frames,
         ATTENTION: layers * (projections + scores_and_values),
@@ -75,7 +75,7 @@ def _encoder(architecture: Architecture, lengths: Sequence[int]) -> dict[str, fl
     }
 
 
-def _convolutions(architecture: Architecture, samples: int) -> list[float]:
+def convolution_flops(architecture: Architecture, samples: int) -> list[float]:
     """Of the forward pass of each convolution of the front end over one utterance."""
     flops, length, channels_in = [], samples, 1
     for channels, taps, stride in architecture.convolutions:

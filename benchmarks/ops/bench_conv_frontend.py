@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache, partial
+from itertools import islice
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from hubert_fast.ops.conv_frontend import conv_frontend
 from hubert_fast.reference import conv_frontend as reference
 
+from ..flops import convolution_flops
 from ..machine import version
 from ..sizes import Size
 from ..torchaudio_peer import import_components, installed
@@ -26,16 +29,13 @@ from .command_line import main
 
 OPERATOR = "conv_frontend"
 
-SHAPES = ((10, 5), *((3, 2),) * 4, *((2, 2),) * 2)  # (taps, stride) of each layer
 _SAMPLES_OF_FRAME, _STRIDE = 400, 320
 
 
 class Stack(NamedTuple):
-    """The layers of a case, and how much audio they take."""
+    """A model whose convolutions are the layers of a case, and how much audio they take."""
 
-    shapes: tuple[tuple[int, int], ...]
-    channels: int
-    norm: str
+    size: Size
     dtype: torch.dtype
     device: str
     batch: int
@@ -43,35 +43,21 @@ class Stack(NamedTuple):
 
     @property
     def strides(self) -> list[int]:
-        return [stride for _, stride in self.shapes]
+        return [stride for _, _, stride in self.size.convolutions]
 
     @property
     def has_biases(self) -> bool:
-        return self.norm == "layer_norm"  # as HuBERT Large has them
+        return self.size.norm == "layer_norm"  # as HuBERT Large has them
 
     @property
     def norms(self) -> int:
-        return 1 if self.norm == "group_norm" else len(self.shapes)
+        return 1 if self.size.norm == "group_norm" else len(self.size.convolutions)
 
     @property
-    def inputs(self) -> list[int]:
-        """Channels that each layer reads."""
-        return [1] + [self.channels] * (len(self.shapes) - 1)
-
-    def frames(self) -> list[int]:
-        """Frames that each layer gives."""
-        frames, samples = [], self.samples
-        for taps, stride in self.shapes:
-            samples = (samples - taps) // stride + 1
-            frames.append(samples)
-        return frames
-
-    def products(self) -> list[float]:
-        """FLOPs of each layer's convolution."""
-        return [
-            2.0 * self.batch * frames * self.channels * taps * into
-            for into, frames, (taps, _) in zip(self.inputs, self.frames(), self.shapes)
-        ]
+    def filters(self) -> list[tuple[int, int, int]]:
+        """(channels, channels that are read, taps) of each layer."""
+        read = [1, *(channels for channels, _, _ in self.size.convolutions)]
+        return [(channels, into, taps) for into, (channels, taps, _) in zip(read, self.size.convolutions)]
 
     def work(self) -> tuple[Work, Work]:
         """FLOPs and bytes of a forward and of a backward.
@@ -79,33 +65,27 @@ class Stack(NamedTuple):
         The backward reads audio, gradient of the features and filters, writes their gradients, and has two products of each
         layer but the first.
         """
-        audio, features = 4 * self.batch * self.samples, self.batch * self.frames()[-1] * self.channels
-        filters = 4 * sum(self.channels * taps * into for into, (taps, _) in zip(self.inputs, self.shapes))
-        read, (first, *others) = audio + features * self.dtype.itemsize, self.products()
+        features = self.batch * self.size.frames_of(self.samples) * self.size.conv_channels
+        read, filters = 4 * self.batch * self.samples + features * self.dtype.itemsize, 4 * sum(map(prod, self.filters))
+        first, *others = (self.batch * flops for flops in convolution_flops(self.size, self.samples))
         return Work(read + filters, first + sum(others)), Work(read + 2 * filters, first + 2 * sum(others))
 
     def draw(self, seed: int) -> Inputs:
         """Audio, then filters, biases, norm weights and norm biases."""
-        generator, channels = generator_on(self.device, seed), self.channels
+        generator, channels = generator_on(self.device, seed), self.size.conv_channels
         audio = randn(generator, self.batch, self.samples)
-        filters = [
-            randn(generator, channels, into, taps) * (2 / (into * taps)) ** 0.5
-            for into, (taps, _) in zip(self.inputs, self.shapes)
-        ]
+        filters = [randn(generator, *each) * (2 / prod(each[1:])) ** 0.5 for each in self.filters]
         biases = [0.1 * randn(generator, channels) for _ in range(len(filters) * self.has_biases)]
         norm_weights = [1.0 + 0.1 * randn(generator, channels) for _ in range(self.norms)]
         norm_biases = [0.1 * randn(generator, channels) for _ in range(self.norms)]
         parameters = (each.requires_grad_() for each in (*filters, *biases, *norm_weights, *norm_biases))
-        return Inputs((audio, *parameters), (randn(generator, self.batch, self.frames()[-1], channels),))
+        direction = randn(generator, self.batch, self.size.frames_of(self.samples), channels)
+        return Inputs((audio, *parameters), (direction,))
 
     def split(self, parameters: Tensors) -> list[list[Tensor]]:
         """Filters, biases, norm weights and norm biases."""
-        layers = len(self.shapes)
-        groups, rest = [], list(parameters)
-        for count in (layers, layers * self.has_biases, self.norms, self.norms):
-            groups.append(rest[:count])
-            rest = rest[count:]
-        return groups
+        layers, rest = len(self.size.convolutions), iter(parameters)
+        return [list(islice(rest, count)) for count in (layers, layers * self.has_biases, self.norms, self.norms)]
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(torch.device(self.device).type, self.dtype, enabled=self.dtype != torch.float32)
@@ -114,14 +94,14 @@ class Stack(NamedTuple):
 def cases(size: Size, dtype: torch.dtype, device: str) -> Iterator[OperatorCase]:
     batch = 1 if torch.device(device).type == "cpu" else size.batch  # seconds, even of one utterance
     samples = _SAMPLES_OF_FRAME + (size.frames - 1) * _STRIDE
-    for name, layers in (("all layers", len(SHAPES)), ("layer 0", 1)):
-        stack = Stack(SHAPES[:layers], size.conv_channels, size.conv_norm, dtype, device, batch, samples)
+    for name, layers in (("all layers", len(size.convolutions)), ("layer 0", 1)):
+        stack = Stack(size.changed(convolutions=size.convolutions[:layers]), dtype, device, batch, samples)
         forward, backward = stack.work()
         case = OperatorCase(
-            name=f"{size.name}, {name}, {batch} x {samples / 16_000:.1f} s, {stack.norm}",
+            name=f"{size.name}, {name}, {batch} x {samples / 16_000:.1f} s, {size.norm}",
             shape={
                 "model": size.name, "layers": layers, "utterances": batch, "samples": samples,
-                "channels": stack.channels, "norm": stack.norm,
+                "channels": size.conv_channels, "norm": size.norm,
             },
             device=device,
             dtype=dtype,
@@ -146,7 +126,7 @@ def _sides(stack: Stack) -> dict[str, Side]:
 def _ours(tensors: Tensors, dropout_p: float, *, stack: Stack) -> Tensors:
     audio, *parameters = tensors
     with stack.autocast():
-        return (conv_frontend(audio, *stack.split(tuple(parameters)), strides=stack.strides, norm=stack.norm),)
+        return (conv_frontend(audio, *stack.split(tuple(parameters)), strides=stack.strides, norm=stack.size.norm),)
 
 
 def _plain(tensors: Tensors, dropout_p: float, *, stack: Stack) -> Tensors:
@@ -154,7 +134,7 @@ def _plain(tensors: Tensors, dropout_p: float, *, stack: Stack) -> Tensors:
     audio, *parameters = tensors
     groups = stack.split(tuple(parameters))
     with stack.autocast():
-        return (reference.conv_frontend(audio, *groups, strides=stack.strides, norm=stack.norm),)
+        return (reference.conv_frontend(audio, *groups, strides=stack.strides, norm=stack.size.norm),)
 
 
 def _torchaudio(tensors: Tensors, dropout_p: float, *, stack: Stack) -> Tensors:
@@ -167,8 +147,8 @@ def _torchaudio(tensors: Tensors, dropout_p: float, *, stack: Stack) -> Tensors:
 
 @lru_cache(maxsize=1)
 def _torchaudios_extractor(stack: Stack) -> nn.Module:
-    shapes = [(stack.channels, *shape) for shape in stack.shapes]
-    return import_components()._get_feature_extractor(stack.norm, shapes, stack.has_biases).to(stack.device)
+    norm, shapes = stack.size.norm, stack.size.convolutions
+    return import_components()._get_feature_extractor(norm, shapes, stack.has_biases).to(stack.device)
 
 
 def _named(filters: list[Tensor], biases: list[Tensor], norm_weights: list[Tensor], norm_biases: list[Tensor]) -> dict:

@@ -146,7 +146,7 @@ def _features(model: PeerModel, setting: Setting, batch: Batch) -> Tensor:
     model.module.eval()
     with torch.no_grad(), autocast(setting.device, setting.dtype):
         features = model.features(batch)
-    frames = [setting.architecture.frames(samples) for samples in batch.samples]
+    frames = [setting.architecture.frames_of(samples) for samples in batch.samples]
     return torch.cat([each[:count] for each, count in zip(features, frames)]).double()
 
 

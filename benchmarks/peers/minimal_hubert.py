@@ -52,7 +52,7 @@ class _MinimalHubertModel(PeerModel):
         """``[utterances, 1, 1, frames]`` bool, made on the CPU, as its data loader makes it."""
         if batch.lengths is None:
             return None
-        frames = torch.tensor([self._architecture.frames(samples) for samples in batch.samples])
+        frames = torch.tensor([self._architecture.frames_of(samples) for samples in batch.samples])
         valid = torch.arange(batch.mask.shape[1]) < frames[:, None]
         return valid[:, None, None].to(batch.waveforms.device, non_blocking=True)
 

@@ -81,7 +81,7 @@ def losses(chosen: Architecture, batches: list[tuple[Tensor, ...]], backend: str
 def _batches(chosen: Architecture) -> list[tuple[Tensor, ...]]:
     """Waveforms ``[rows, samples]``, labels ``[rows, frames]`` and lengths, in samples."""
     generator, batches = torch.Generator().manual_seed(0), []
-    frames = chosen.frames(_SAMPLES)
+    frames = chosen.frames_of(_SAMPLES)
     for _ in range(_BATCHES):
         tones = torch.randint(_TONES, (_ROWS, frames), generator=generator)
         steps = tones.repeat_interleave(320, 1) * 0.03 + 0.05  # radians a sample

@@ -14,7 +14,7 @@ def test_the_mask_is_the_one_that_the_model_draws_from_the_batchs_seed():
     model = hubert_fast.hubert_pretrain_model(**TINY.factory_arguments(7))
     batch = make([32_000, 20_000], TINY, 7, seed=3)
     torch.manual_seed(batch.seed)
-    lengths = torch.tensor([TINY.frames(32_000), TINY.frames(20_000)])
+    lengths = torch.tensor([TINY.frames_of(32_000), TINY.frames_of(20_000)])
     assert torch.equal(batch.mask, model.mask_generator.draw(2, batch.labels.shape[1], lengths))
     assert not batch.mask[1, lengths[1] :].any()
 
@@ -38,7 +38,7 @@ def test_padding_is_silent_counted_in_lengths_and_not_in_seconds():
     assert batch.lengths.tolist() == [16_000, 8_000] and batch.samples == [16_000, 8_000]
     assert batch.waveforms[1, 8_000:].count_nonzero() == 0 and batch.waveforms[1, :8_000].count_nonzero() > 7_000
     assert batch.audio_seconds == 1.5
-    assert batch.labels.shape == batch.mask.shape == (2, TINY.frames(16_000))
+    assert batch.labels.shape == batch.mask.shape == (2, TINY.frames_of(16_000))
     assert int(batch.labels.min()) >= 0 and int(batch.labels.max()) <= 6
 
 

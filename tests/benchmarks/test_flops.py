@@ -82,7 +82,7 @@ def test_audio_shorter_than_a_frame_has_no_frames_and_only_first_convolutions():
 
 
 def test_all_frames_are_masked_unless_said_otherwise():
-    frames = TINY.frames(16_000)
+    frames = TINY.frames_of(16_000)
     assert step_flops(TINY, [16_000], 10) == step_flops(TINY, [16_000], 10, frames)
     for wrong in (-1, frames + 1):
         with pytest.raises(ValueError, match=f"masked_frames.*{wrong}"):

@@ -44,7 +44,7 @@ def test_gradients_are_computed_in_the_cases_that_say_so():
 
 
 def test_layer_norm_models_have_their_own_front_end():
-    size = replace(TINY, conv_norm="layer_norm")
+    size = replace(TINY, norm="layer_norm")
     case = _cases("conv_frontend", size=size)[0]
     calls = Calls(case)
     for name in (OURS, "torchaudio"):
@@ -218,7 +218,5 @@ def test_dropout_is_on_in_calls_and_off_in_checks():
 def test_a_cpu_gets_a_shorter_batch_of_the_same_model():
     small, full = size_on("cpu", "large"), size_on("cuda", "large")
     assert full == SIZES["large"] and small.rows < full.rows
-    assert (small.dim, small.heads, small.ffn, small.conv_norm) == (1024, 16, 4096, "layer_norm")
+    assert (small.dim, small.heads, small.ffn, small.norm) == (1024, 16, 4096, "layer_norm")
     assert small.kept < small.rows < small.batch * small.frames
-    with pytest.raises(ValueError, match="size must be one of .*base.*; got 'huge'"):
-        size_on("cpu", "huge")

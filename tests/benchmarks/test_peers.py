@@ -241,7 +241,7 @@ def test_a_graph_has_no_room_for_rows_and_little_for_masks(lengths, graphs, most
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
     graph = GraphModel(hubert_fast.hubert_pretrain_model(**TINY.factory_arguments(30)))
     monkeypatch.setattr(graph.module, "plan", lambda *_, mask, rows, kept, **others: (int(mask.sum()), rows, kept))
-    frames = [TINY.frames(each) for each in lengths]
+    frames = [TINY.frames_of(each) for each in lengths]
     batch = Batch(
         torch.empty(len(lengths), max(lengths), device="meta"),
         None if min(lengths) == max(lengths) else torch.tensor(lengths),
