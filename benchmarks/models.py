@@ -12,7 +12,6 @@ import hubert_fast
 from .architecture import Architecture
 from .lost_device import answers
 from .peers.agreement import DifferentWork, check
-from .peers.building import build
 from .peers.peer import Peer, PeerModel, Setting
 from .training import TrainingStep
 
@@ -54,7 +53,9 @@ class Models:
     def build(self, peer: Peer, setting: Setting) -> tuple[PeerModel, TrainingStep]:
         key = _key(peer, setting)
         if key not in self._built:
-            model = build(peer, setting, self.weights(setting))
+            weights = self.weights(setting)
+            with self.device:
+                model = peer.build(setting, weights)
             self._built[key] = model, TrainingStep(model)
         return self._built[key]
 

@@ -19,7 +19,6 @@ from hubert_fast import tf32
 
 from ..batches import SAMPLE_RATE, Batch, make
 from ..report import dtype_name
-from .building import build
 from .ours import ObjectiveModel, build_model
 from .peer import Peer, PeerModel, Setting, autocast
 
@@ -80,7 +79,8 @@ def _compare(
     truth: Mapping[str, Tensor],
     names: Collection[str],
 ) -> dict[str, float]:
-    model = build(peer, setting, weights)
+    with setting.device:
+        model = peer.build(setting, weights)
     if model.overwrites_gradients:  # what is replayed must not remember the batch that it was captured on
         other = _batch(setting, seed=2)
         _gradient(model, setting, replace(batch, waveforms=other.waveforms, labels=other.labels))

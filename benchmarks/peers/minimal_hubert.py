@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from ..architecture import ARCHITECTURES, Architecture
 from ..batches import Batch
 from ..torchaudio_peer import import_models, installed
-from .compiling import quiet_dynamo, why_not_compile
-from .peer import Peer, PeerModel, Setting
+from .peer import Peer, PeerModel, Setting, quiet_dynamo, why_not_compile
 from .recipe import FEATURE_WEIGHT, scale_gradient
 
 _SIZES = ("base", "large", "xlarge")
@@ -33,10 +32,8 @@ class _MinimalHubertModel(PeerModel):
     def loss(self, batch: Batch) -> Tensor:
         device = batch.waveforms.device
         mask = batch.mask.to(device, non_blocking=True)
-        with quiet_dynamo():
-            _, parts = self.module(
-                batch.waveforms, batch.labels, mask=mask, attention_mask=self._attention_mask(batch)
-            )  # fmt: skip
+        attention_mask = self._attention_mask(batch)
+        _, parts = self.module(batch.waveforms, batch.labels, mask=mask, attention_mask=attention_mask)
         cross_entropies = parts["logits_loss"]  # [masked frames]
         return cross_entropies.sum() + FEATURE_WEIGHT * parts["feature_loss"] * len(cross_entropies)
 
@@ -74,6 +71,7 @@ class MinimalHubert(Peer):
         return why_not_compile(setting.device)
 
     def build(self, setting: Setting, weights: Mapping[str, Tensor]) -> PeerModel:
+        quiet_dynamo()
         import_models()  # it imports torchaudio
         from minimal_hubert import HuBERTPretrain
 

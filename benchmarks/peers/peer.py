@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+import logging
+import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -75,9 +79,23 @@ class Peer(ABC):
     def why_not(self, setting: Setting) -> str | None:
         """A sentence that says why it cannot run ``setting``, or None."""
 
-    def prepare(self) -> None:  # noqa: B027 (most have nothing to import)
-        """Import what `build` needs. It runs while `torch.nn.init` is replaced, and what is imported then may remember that."""
-
     @abstractmethod
     def build(self, setting: Setting, weights: Mapping[str, Tensor]) -> PeerModel:
-        """The model, with ``weights`` (a `HuBERTPretrainModel`'s ``state_dict``), on the device, in training mode."""
+        """The model, with ``weights`` (a `HuBERTPretrainModel`'s ``state_dict``), on the device, in training mode.
+
+        It is called with the device as the default one, where drawing weights that are thrown away takes least.
+        """
+
+
+def why_not_compile(device: torch.device) -> str | None:
+    """A sentence that says why torch.compile has no code generator for ``device``, or None."""
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "torch.compile needs Triton, which is not installed"
+    compilers = [os.environ.get("CXX", "c++").split()[0], "g++", "clang++"]
+    found = any(shutil.which(each) for each in compilers)
+    return None if found else f"torch.compile needs a C++ compiler, and there is none of {', '.join(compilers)}"
+
+
+def quiet_dynamo() -> None:
+    """Keep warnings about graph breaks and recompilations off the terminal: they say the same every time."""
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)

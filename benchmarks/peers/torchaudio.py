@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ..batches import Batch
 from ..torchaudio_peer import import_models, installed
-from .compiling import quiet_dynamo, why_not_compile
-from .peer import Peer, PeerModel, Setting
+from .peer import Peer, PeerModel, Setting, quiet_dynamo, why_not_compile
 from .recipe import RecipeModel, lengths_on_device, recipe_loss
 
 
@@ -20,12 +19,12 @@ class _CompiledModel(RecipeModel):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        quiet_dynamo()
         model.mask_generator.forward = torch.compiler.disable(model.mask_generator.forward)
         self._model = torch.compile(model, dynamic=True)
 
     def loss(self, batch: Batch) -> Tensor:
-        with quiet_dynamo():
-            return recipe_loss(*self._model(batch.waveforms, batch.labels, lengths_on_device(batch)))
+        return recipe_loss(*self._model(batch.waveforms, batch.labels, lengths_on_device(batch)))
 
 
 class Torchaudio(Peer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -90,9 +89,6 @@ class TransformersSdpa(Peer):
 
     def why_not(self, setting: Setting) -> str | None:
         return None if importlib.util.find_spec("transformers") else "transformers is not installed"
-
-    def prepare(self) -> None:
-        importlib.import_module("transformers.models.hubert.modeling_hubert")
 
     def build(self, setting: Setting, weights: Mapping[str, Tensor]) -> PeerModel:
         from transformers import AutoModel

@@ -10,7 +10,6 @@ import sys
 import torch
 
 from benchmarks.peers.agreement import weights_of
-from benchmarks.peers.building import build
 from benchmarks.peers.ours import HubertFast
 from benchmarks.training import TrainingStep
 from scripts.gpu_check.facts import facts_of_process
@@ -25,7 +24,7 @@ def main() -> int:
     chosen = setting(architecture("base"), DTYPE)
     batches, runs = full_batches(chosen.architecture, _STEPS), []
     for _ in range(2):
-        model = build(HubertFast(), chosen, weights_of(chosen))
+        model = HubertFast().build(chosen, weights_of(chosen))
         step = TrainingStep(model)
         torch.manual_seed(7)
         for batch in batches:

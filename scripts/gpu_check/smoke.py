@@ -20,7 +20,6 @@ from torch import Tensor
 
 from benchmarks.lost_device import answers, first_line
 from benchmarks.peers.agreement import weights_of
-from benchmarks.peers.building import build
 from benchmarks.peers.ours import HubertFast, HubertFastSwappedIn
 from benchmarks.peers.peer import PeerModel, Setting, autocast
 from hubert_fast import tf32
@@ -172,7 +171,8 @@ def _loss_and_gradients(chosen: Setting, swapped_in: bool) -> dict[str, Tensor]:
 def _build(chosen: Setting, swapped_in: bool) -> PeerModel:
     # The weights and the mask do not depend on the dtype.
     weights = weights_of(replace(chosen, dtype=torch.float32))
-    return build(HubertFastSwappedIn() if swapped_in else HubertFast(), chosen, weights)
+    with chosen.device:
+        return (HubertFastSwappedIn() if swapped_in else HubertFast()).build(chosen, weights)
 
 
 def _errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:

@@ -24,7 +24,6 @@ from benchmarks.lost_device import answers, first_line
 from benchmarks.memory import held_by, peak_of
 from benchmarks.peers import by_name
 from benchmarks.peers.agreement import DifferentWork, check
-from benchmarks.peers.building import build
 from benchmarks.peers.peer import Peer, PeerModel, Setting
 from benchmarks.training import TrainingStep
 from hubert_fast import tf32
@@ -125,7 +124,8 @@ def _built(facts: Facts, part: str, name: str, chosen: Setting, weights, batches
     try:
         differences = _check(peer, chosen)
         before = _reserved()
-        model = build(peer, chosen, weights)
+        with chosen.device:
+            model = peer.build(chosen, weights)
         step = TrainingStep(model)
         started = time.monotonic()
         step(batches[0], chosen.dtype)
