@@ -15,6 +15,7 @@ SAMPLE_RATE = 16_000
 
 # What HuBERT's recipes keep of LibriSpeech (Hsu et al. 2021, section IV): shorter ones are left out, longer ones cut.
 _SHORTEST, _LONGEST = 2.0, 15.6
+_BUCKETS = 10
 
 
 @dataclass(frozen=True)
@@ -51,29 +52,22 @@ def even(utterances: int, seconds: float) -> list[int]:
     return [round(seconds * SAMPLE_RATE)] * utterances
 
 
-def librispeech_like(seconds: float, *, batches: int, seed: int = 0, buckets: int = 10) -> list[list[int]]:
+def librispeech_like(seconds: float, *, batches: int) -> list[list[int]]:
     """Lengths (samples) of ``batches`` batches of at most ``seconds`` each, padding counted.
 
     Durations are drawn from a mixture made to have the mean of LibriSpeech's training set, 12.3 s (960.9 hours in 281,241
     utterances), most of them between 12 and 16 s, and kept within 2 and 15.6 s. Bucketing is what data loaders do: a batch
-    holds utterances of one of ``buckets`` equally full classes of duration, in random order. The batches come from classes
-    spread evenly from short to long.
-
-    Raises:
-        ValueError: for ``seconds`` shorter than the longest utterance, or fewer than 1 batch or bucket.
+    holds utterances of one of ten equally full classes of duration, in random order. The batches come from classes spread
+    evenly from short to long.
     """
-    if batches < 1 or buckets < 1:
-        raise ValueError(f"batches and buckets must be at least 1; got {batches} and {buckets}")
-    generator = torch.Generator().manual_seed(seed)
-    count = buckets * max(64, 4 * round(seconds / _SHORTEST))
+    generator = torch.Generator().manual_seed(0)
+    count = _BUCKETS * max(64, 4 * round(seconds / _SHORTEST))
     short = _SHORTEST + 11.0 * torch.rand(count, generator=generator)
     long = 14.3 + 1.4 * torch.randn(count, generator=generator)
     chosen = torch.where(torch.rand(count, generator=generator) < 0.27, short, long).clamp(_SHORTEST, _LONGEST)
-    if seconds < float(chosen.max()):
-        raise ValueError(f"seconds must be at least {_LONGEST}, one longest utterance; got {seconds}")
-    classes = chosen.sort().values.view(buckets, -1)
-    places = [round((2 * i + 1) * buckets / (2 * batches) - 0.5) for i in range(batches)]
-    return [_fill(classes[min(place, buckets - 1)], seconds, generator) for place in places]
+    classes = chosen.sort().values.view(_BUCKETS, -1)
+    places = [round((2 * i + 1) * _BUCKETS / (2 * batches) - 0.5) for i in range(batches)]
+    return [_fill(classes[min(place, _BUCKETS - 1)], seconds, generator) for place in places]
 
 
 def _fill(durations: Tensor, seconds: float, generator: torch.Generator) -> list[int]:

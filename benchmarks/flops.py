@@ -39,15 +39,9 @@ def step_flops_by_stage(
         lengths: samples of each utterance, without padding.
         num_classes: units.
         masked_frames: of the whole batch. None: all valid frames are.
-
-    Raises:
-        ValueError: for a negative number of masked frames, or more than there are frames.
     """
-    frames = [architecture.frames_of(each) for each in lengths]
     if masked_frames is None:
-        masked_frames = sum(frames)
-    if not 0 <= masked_frames <= sum(frames):
-        raise ValueError(f"masked_frames must be in [0, {sum(frames)}], the valid frames; got {masked_frames}")
+        masked_frames = sum(architecture.frames_of(each) for each in lengths)
     step = {stage: 3.0 * flops for stage, flops in _encoder(architecture, lengths).items()}
     step[FRONT_END] -= sum(convolution_flops(architecture, each)[0] for each in lengths)
     step[LOSS] = 3.0 * 2.0 * masked_frames * architecture.final_dim * (architecture.dim + num_classes)

@@ -44,8 +44,6 @@ class Seconds:
 
     @staticmethod
     def of(samples: Sequence[float]) -> Seconds:
-        if not samples:
-            raise ValueError("samples must hold at least one time; got none")
         fifths = statistics.quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else [samples[0]] * 4
         return Seconds(statistics.median(samples), fifths[0], fifths[-1], len(samples))
 

@@ -60,12 +60,6 @@ def test_the_head_is_what_pytorch_counts_of_plain_products():
     assert step_flops_by_stage(TINY, [16_000], classes, masked)[LOSS] == counter.get_total_flops()
 
 
-def test_base_costs_what_the_design_says():
-    base, samples = ARCHITECTURES["base"], 15 * 16_000
-    assert inference_flops(base, [samples]) / 15 == pytest.approx(15.3e9, rel=0.01)
-    assert step_flops(base, [samples], 500, masked_frames=375) / 15 == pytest.approx(46e9, rel=0.02)
-
-
 def test_padding_is_not_counted_and_attention_stays_within_an_utterance():
     short, long = ([samples] for samples in (16_000, 48_000))
     together = step_flops_by_stage(TINY, short + long, 10, 20)
@@ -82,8 +76,4 @@ def test_audio_shorter_than_a_frame_has_no_frames_and_only_first_convolutions():
 
 
 def test_all_frames_are_masked_unless_said_otherwise():
-    frames = TINY.frames_of(16_000)
-    assert step_flops(TINY, [16_000], 10) == step_flops(TINY, [16_000], 10, frames)
-    for wrong in (-1, frames + 1):
-        with pytest.raises(ValueError, match=f"masked_frames.*{wrong}"):
-            step_flops(TINY, [16_000], 10, wrong)
+    assert step_flops(TINY, [16_000], 10) == step_flops(TINY, [16_000], 10, TINY.frames_of(16_000))
