@@ -78,16 +78,6 @@ def test_nothing_is_measured_into_a_folder_that_cannot_take_it_or_has_results(tm
     assert (tmp_path / "bench.json").read_bytes() == before
 
 
-def test_compare_shows_what_moved(tmp_path, capsys):
-    for name, median in (("a", 1.0), ("b", 1.5)):
-        save(fabricated.report(fabricated.row(median=median)), tmp_path / f"{name}.json")
-    files = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
-    assert main(["--compare", *files]) == 0
-    assert "slower" in capsys.readouterr().out
-    assert main(["--compare", *files, "--fail-above", "10"]) == 1
-    assert main(["--compare", *files, "--fail-above", "60"]) == 0
-
-
 def test_it_is_a_command_of_hubert_fast(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         hubert_fast.cli.main(["bench", "--help"])

@@ -4,17 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.compare import (
-    FASTER,
-    ONLY_AFTER,
-    ONLY_BEFORE,
-    SLOWER,
-    WITHIN,
-    compare,
-    differences,
-    main_compare,
-    render,
-)
+from benchmarks.command_line import main
+from benchmarks.compare import FASTER, ONLY_AFTER, ONLY_BEFORE, SLOWER, WITHIN, compare, differences, render
 from benchmarks.report import Limits, save
 from tests.benchmarks.fabricated import report, row
 
@@ -75,31 +66,28 @@ def test_what_differs_besides_the_code_is_said():
 
 def saved(tmp_path, name, contents):
     save(contents, tmp_path / name)
-    return tmp_path / name
+    return str(tmp_path / name)
 
 
 def test_only_what_got_slower_by_more_than_asked_fails(tmp_path, capsys):
     before = saved(tmp_path, "a.json", report(row(1.0, spread=0.01), row(1.0, case="noisy", spread=0.5)))
     after = saved(tmp_path, "b.json", report(row(1.1, spread=0.01), row(1.4, case="noisy", spread=0.5)))
-    assert main_compare(before, after, None) == 0
-    assert main_compare(before, after, 12.0) == 0
-    assert "failed" not in capsys.readouterr().out
-    assert main_compare(before, after, 5.0) == 1
+    assert main(["--compare", before, after]) == 0
+    assert main(["--compare", before, after, "--fail-above", "12"]) == 0
+    shown = capsys.readouterr().out
+    assert "slower" in shown and "failed" not in shown
+    assert main(["--compare", before, after, "--fail-above", "5"]) == 1
     assert "failed: hubert_fast in base, float32 takes 10.0% longer" in capsys.readouterr().out
-    assert main_compare(after, before, 5.0) == 0
+    assert main(["--compare", after, before, "--fail-above", "5"]) == 0
 
 
 def test_nothing_in_common_and_a_rejected_implementation_fail(tmp_path, capsys):
     before = saved(tmp_path, "a.json", report(row()))
-    assert main_compare(before, saved(tmp_path, "b.json", report(row(case="other"))), 5.0) == 1
+    other = saved(tmp_path, "b.json", report(row(case="other")))
+    assert main(["--compare", before, other, "--fail-above", "5"]) == 1
     assert "no row in common" in capsys.readouterr().out
     left_out = [("base", "torchaudio", "its loss is another", True), ("base", "x", "absent")]
-    wrong = report(row(), left_out=left_out)
-    assert main_compare(before, saved(tmp_path, "c.json", wrong), 5.0) == 1
+    wrong = saved(tmp_path, "c.json", report(row(), left_out=left_out))
+    assert main(["--compare", before, wrong, "--fail-above", "5"]) == 1
     out = capsys.readouterr().out
     assert "torchaudio in base is rejected in B: its loss is another" in out and "absent" not in out
-
-
-def test_a_file_that_is_none_is_said_so(tmp_path, capsys):
-    assert main_compare(saved(tmp_path, "a.json", report(row())), tmp_path / "none.json", None) == 2
-    assert "none.json" in capsys.readouterr().err

@@ -162,26 +162,6 @@ def test_an_operators_implementation_that_loses_the_device_runs_no_more_and_the_
     assert [each.implementation for each in report.left_out] == ["PyTorch"] * 2
 
 
-@pytest.mark.usefixtures("only_the_first_case")
-def test_a_command_goes_on_in_a_fresh_process_and_its_status_says_so(losing, losable, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(peers_module, "PEERS", (HubertFast(), losing()))
-    processes = []
-
-    def replace_process(arguments):
-        assert load(tmp_path / "bench.json").left_out[0].lost_device  # what another process reads is saved
-        processes.append(arguments)
-        losable.is_lost = False
-        return command_line.main(arguments)
-
-    monkeypatch.setattr(command_line, "_replace_process", replace_process)
-    assert command_line.main([*TINY_STEP, "--out", str(tmp_path)]) == 3
-    assert len(processes) == 1
-    shown = capsys.readouterr()
-    assert f"- losing: {SAID}" in shown.out
-    assert "measured in a fresh process" in shown.err and (tmp_path / "throughput.png").exists()
-    assert [row.implementation for row in load(tmp_path / "bench.json").rows] == ["hubert_fast"]
-
-
 def test_what_was_not_run_is_named_where_a_fresh_process_finds_no_device(losing, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(peers_module, "PEERS", (HubertFast(), losing()))
     monkeypatch.setattr(command_line, "_replace_process", command_line.main)  # in which it stays lost
@@ -220,13 +200,14 @@ def _run(*arguments):
 
 def test_the_fresh_process_is_one(tmp_path):
     """Nothing of what the first one replaced is in it, and it knows the cases that are left."""
-    options = ["--minutes", "30", "--peers", "hubert_fast", "hubert_fast swapped in", "--batch", "1", "1", "--no-plots"]
+    options = ["--minutes", "30", "--peers", "hubert_fast", "hubert_fast swapped in", "--batch", "1", "1"]
     done = _run("-c", _SCRIPT, *TINY_STEP, *options, "--out", str(tmp_path))
     assert done.returncode == 3, done.stdout + done.stderr
     report = load(tmp_path / "bench.json")
     assert {row.implementation for row in report.rows} == {"hubert_fast"}
     assert report.left_out[0].lost_device and "unspecified launch failure" in report.left_out[0].reason
-    assert "hubert_fast swapped in" in done.stdout and done.stderr.count("fresh process") == 1
+    assert f"- hubert_fast swapped in: {report.left_out[0].reason}" in done.stdout
+    assert done.stderr.count("measured in a fresh process") == 1 and (tmp_path / "throughput.png").exists()
     assert json.loads((tmp_path / "bench.json").read_text())["settings"]["seconds_taken"] > 0
 
 

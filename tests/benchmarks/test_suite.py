@@ -11,11 +11,9 @@ from benchmarks.architecture import ARCHITECTURES
 from benchmarks.batches import even
 from benchmarks.budget import Budget
 from benchmarks.cases import GPU, Case, plan
-from benchmarks.compare import compare
 from benchmarks.peers.ours import HubertFast, ObjectiveModel, build_model
 from benchmarks.report import Limits
 from benchmarks.suite import Suite
-from hubert_fast.torch_backend import cosine_cross_entropy
 from tests.benchmarks import fabricated
 
 TINY, CPU = ARCHITECTURES["tiny"], torch.device("cpu")
@@ -116,21 +114,6 @@ def test_a_peer_that_breaks_costs_the_others_nothing():
 def test_a_failure_of_our_own_is_an_error(monkeypatch):
     monkeypatch.setattr(Broken, "name", "hubert_fast")
     assert measure(case(), peers=[Broken()]).left_out[0].rejected
-
-
-@pytest.mark.timing
-def test_a_slowdown_in_an_operator_shows_in_the_comparison(monkeypatch):
-    peers = [HubertFast(), Slow()]
-    before = measure(case(), peers=peers)
-    fast = cosine_cross_entropy.forward
-
-    def slowed(*arguments, **keywords):
-        time.sleep(0.5)
-        return fast(*arguments, **keywords)
-
-    monkeypatch.setattr(cosine_cross_entropy, "forward", slowed)
-    changes = {each.row.implementation: each for each in compare(before, measure(case(), peers=peers[:1]))}
-    assert changes["hubert_fast"].verdict == "slower" and changes["hubert_fast"].ratio > 2
 
 
 def test_what_does_not_fit_into_the_time_is_left_out_with_the_reason():
