@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -211,15 +213,9 @@ def _lines(axes: Axes, rows: Sequence[Row], colours: dict[str, str]) -> None:
 
 def _colours(rows: Iterable[Row]) -> dict[str, str]:
     """Of each implementation."""
+    ours, others = itertools.cycle(_OUR_COLOURS), itertools.cycle(_OTHER_COLOURS)
     names = _in_order(row.implementation for row in rows)
-    ours = [name for name in names if _is_ours(name)]
-    others = [name for name in names if not _is_ours(name)]
-    pairs = [
-        (group[i], palette[i % len(palette)])
-        for group, palette in ((ours, _OUR_COLOURS), (others, _OTHER_COLOURS))
-        for i in range(len(group))
-    ]
-    return dict(pairs)
+    return {name: next(ours if _is_ours(name) else others) for name in names}
 
 
 def _is_ours(implementation: str) -> bool:
@@ -260,21 +256,9 @@ def _legend(figure: Figure) -> None:
 def _caption(report: Report) -> str:
     """Device, versions and date."""
     machine = report.machine
-    parts = [str(machine.get("device", "unknown device"))]
-    if any(row.device == "cpu" for row in report.rows) and "threads" in machine:
-        parts.append(f"{machine['threads']} threads")
-    parts += [f"torch {machine['torch']}"] if "torch" in machine else []
+    on_cpu = any(row.device == "cpu" for row in report.rows) and "threads" in machine
+    threads = [f"{machine['threads']} threads"] if on_cpu else []
     # Variants of an implementation have its name and some words more.
     libraries = [f"{row.implementation.split()[0]} {row.version}" for row in report.rows if row.kind != "operator"]
-    parts += [each for each in _in_order(libraries) if each not in parts]
-    parts += [str(machine["date"])] if "date" in machine else []
-    return _wrapped(parts)
-
-
-def _wrapped(parts: Sequence[str]) -> str:
-    lines = [""]
-    for part in parts:
-        if lines[-1] and len(lines[-1]) + len(part) > 110:
-            lines.append("")
-        lines[-1] += part if not lines[-1] else f" · {part}"
-    return "\n".join(lines)
+    parts = [machine["device"], *threads, f"torch {machine['torch']}", *_in_order(libraries), machine["date"]]
+    return textwrap.fill(" · ".join(each.replace(" ", "\xa0") for each in parts), 110)  # a part stays on its line

@@ -78,4 +78,4 @@ def test_a_case_without_one_dtype_leaves_its_panel_empty(tmp_path):
 
 def test_the_caption_says_device_versions_and_date_once():
     caption = plots._caption(report(row(), row(implementation="hubert_fast graph"), device="A processor", threads=2))
-    assert caption.replace("\n", " · ") == "A processor · 2 threads · torch 2.13.0 · hubert_fast 1.0 · 2026-01-01"
+    assert caption.replace("\xa0", " ") == "A processor · 2 threads · torch 2.13.0 · hubert_fast 1.0 · 2026-01-01"
