@@ -52,13 +52,17 @@ def statuses(facts):
 
 
 def test_a_stage_that_dies_and_one_that_overruns_cost_nothing_else(facts):
-    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    overruns = (
+        f"import pathlib, subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', {stubborn!r}]);"
+        "pathlib.Path(sys.argv[1], 'child').write_text(str(child.pid)); time.sleep(60)"
+    )
     runner = Runner(facts, seconds=60, device="cuda")
     for each in (
         stage("first", note("first")),
         stage("dies", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"),
         stage("raises", "raise ValueError('what was wrong')"),
-        stage("overruns", child, limit=3),
+        stage("overruns", overruns, limit=3),
         stage("last", note("last")),
     ):
         runner.run(each)
@@ -70,21 +74,11 @@ def test_a_stage_that_dies_and_one_that_overruns_cost_nothing_else(facts):
     assert found["overruns"] == "stopped after 3 s"
     assert not runner.all_well
     assert (facts.out / "first").exists() and (facts.out / "last").exists()
+    assert _gone(int((facts.out / "child").read_text()))
     summary = (facts.out / "summary.txt").read_text()
     assert all(name in summary and status in summary for name, status in found.items())
     log = (facts.out / "log.txt").read_text()
     assert "ValueError: what was wrong" in log
-
-
-def test_what_an_overrunning_stage_started_ends_with_it(facts):
-    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
-    code = (
-        f"import pathlib, subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', {stubborn!r}]);"
-        "pathlib.Path(sys.argv[1], 'child').write_text(str(child.pid)); time.sleep(60)"
-    )
-    Runner(facts, seconds=60, device="cuda").run(stage("overruns", code, limit=3))
-    child = int((facts.out / "child").read_text())
-    assert _gone(child)
 
 
 def _gone(process, seconds=5.0):
@@ -259,13 +253,6 @@ def test_the_large_tests_are_there_by_name_and_run_alone():
         )
         found = {line for line in done.stdout.splitlines() if "::" in line}
         assert found & set(gpu_tests.LARGE) == expected, done.stdout
-
-
-def test_every_peer_that_is_measured_exists():
-    from benchmarks.peers import by_name
-    from scripts.gpu_check.step import SIDES
-
-    assert [by_name(name).name for names in SIDES.values() for name in names]
 
 
 def test_every_operator_of_a_step_is_checked_alone_in_both_dtypes():
