@@ -25,7 +25,7 @@ from . import quantities
 from .architecture import ARCHITECTURES, Architecture
 from .batches import SAMPLE_RATE
 from .flops import ATTENTION, FEED_FORWARD, FRONT_END, LOSS, POSITIONAL, PROJECTION, step_flops_by_stage
-from .report import Row, load
+from .report import load
 from .table import columns
 
 _GPUS = (1, 2, 4, 8, 16, 32, 64)
@@ -36,7 +36,7 @@ _GRADIENT_BYTES = 4  # float32, also under autocast
 class Assumptions(NamedTuple):
     """What the projection rests on. Bandwidths are nominal ones, in one direction, of NVIDIA's data sheet of the DGX H100."""
 
-    gpus_per_node: float = 8
+    gpus_per_node: int = 8
     nvlink_bytes_per_second: float = 450e9  # of a GPU
     network_bytes_per_second: float = 400e9  # of a node: eight adapters of 400 Gbit/s, which a ring uses side by side
     reached_bandwidth: float = 0.75  # share of the nominal one that large all-reduces get
@@ -49,7 +49,6 @@ class Assumptions(NamedTuple):
 class Projection(NamedTuple):
     """A step on several GPUs."""
 
-    gpus: int
     step_seconds: float
     efficiency: float  # of each GPU's throughput, against one alone
     all_reduce_seconds: float  # of all gradients
@@ -58,13 +57,13 @@ class Projection(NamedTuple):
 
 
 def project(
-    step_seconds: float, parts: Sequence[tuple[float, int]], gpus: int, assumptions: Assumptions = Assumptions()
+    step_seconds: float, model: Sequence[tuple[float, int]], gpus: int, assumptions: Assumptions = Assumptions()
 ) -> Projection:
-    """A step on ``gpus`` GPUs, each with a batch that takes ``step_seconds`` on one GPU alone, of a model with `parts`."""
+    """A step on ``gpus`` GPUs, each with a batch that takes ``step_seconds`` on one alone, of a ``model`` with these `parts`."""
     backward = assumptions.backward_share * step_seconds
-    whole = sum(flops for flops, _ in parts)
+    whole = sum(flops for flops, _ in model)
     total, ready, end = 0.0, 0.0, 0.0
-    for flops, size in parts:
+    for flops, size in model:
         seconds = all_reduce_seconds(size, gpus, assumptions)
         ready += flops / whole * backward
         end = max(end, ready) + seconds
@@ -75,7 +74,7 @@ def project(
     largest = NormalDist().inv_cdf((gpus - 0.375) / (gpus + 0.25))
     waiting = largest * assumptions.length_spread * step_seconds
     projected = step_seconds + exposed + slowdown + waiting
-    return Projection(gpus, projected, step_seconds / projected, total, exposed, waiting)
+    return Projection(projected, step_seconds / projected, total, exposed, waiting)
 
 
 def all_reduce_seconds(size: int, gpus: int, assumptions: Assumptions = Assumptions()) -> float:
@@ -108,10 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print a table for each training step of ours on a GPU that the result file has."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.multi_gpu", description=__doc__.splitlines()[0])
     parser.add_argument("result", type=Path, help="a result file with training steps on a GPU")
-    for name, value in Assumptions._field_defaults.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=_positive, default=value, help=f"{value:,.10g}")
-    options = vars(parser.parse_args(arguments))
-    result = options.pop("result")
+    result = parser.parse_args(arguments).result
     try:
         rows = [row for row in load(result).rows if row.kind == "step" and row.device == "cuda"]
     except ValueError as error:
@@ -120,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not rows:
         parser.error(f"{result} has no training step of hubert_fast on a GPU, and no other can be projected from")
     print("Projected, not measured, on these assumptions:")
-    for name, value in options.items():
+    for name, value in Assumptions()._asdict().items():
         print(f"  {name.replace('_', ' ')}: {value:,.10g}")
     for row in rows:
         model = parts(ARCHITECTURES[row.shape["model"]], row.shape["classes"])
@@ -128,22 +124,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"\n{row.implementation}, {row.case}, {row.dtype}, from a step of {quantities.seconds(row.seconds.median)}; "
             f"{quantities.size(sum(size for _, size in model))} of gradients"
         )
-        print(_table(row, [project(row.seconds.median, model, gpus, Assumptions(**options)) for gpus in _GPUS]))
-
-
-def _table(row: Row, projections: Sequence[Projection]) -> str:
-    lines = [["GPUs", "step", "all-reduce", "exposed", "waiting", "efficiency", "audio s/s"]]
-    for each in projections:
-        times = (each.step_seconds, each.all_reduce_seconds, each.exposed_seconds, each.waiting_seconds)
-        speed = quantities.digits(each.gpus * row.audio_seconds / each.step_seconds)
-        lines.append([str(each.gpus), *map(quantities.seconds, times), f"{each.efficiency:.1%}", speed])
-    return columns(lines, left=())
-
-
-def _positive(text: str) -> float:
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"must be positive; got {text}")
-    return float(text)
+        lines = [["GPUs", "step", "all-reduce", "exposed", "waiting", "efficiency", "audio s/s"]]
+        for gpus in _GPUS:
+            found = project(row.seconds.median, model, gpus)
+            times = (found.step_seconds, found.all_reduce_seconds, found.exposed_seconds, found.waiting_seconds)
+            speed = quantities.digits(gpus * row.audio_seconds / found.step_seconds)
+            lines.append([str(gpus), *map(quantities.seconds, times), f"{found.efficiency:.1%}", speed])
+        print(columns(lines, left=()))
 
 
 if __name__ == "__main__":
