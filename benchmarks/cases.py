@@ -14,6 +14,7 @@ import torch
 
 from .architecture import ARCHITECTURES, Architecture
 from .batches import SAMPLE_RATE, even, librispeech_like
+from .report import dtype_name
 from .sizes import SIZES
 
 # Peers that show how cost grows: enough to compare, and each point costs time.
@@ -25,9 +26,12 @@ _LARGE_PEERS = ("hubert_fast", "hubert_fast graph", "torchaudio", "torchaudio ma
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison. ``lengths`` are those (samples) of the utterances of each batch; a call works through all batches."""
+    """One comparison. ``lengths`` are those (samples) of the utterances of each batch; a call works through all batches.
 
-    kind: str  # "step", "inference" or "scaling"
+    "operators" is a place in the order of cases: the operators one by one, at the sizes of ``architecture``'s training.
+    """
+
+    kind: str  # "step", "inference", "scaling" or "operators"
     architecture: Architecture
     num_classes: int
     dtype: torch.dtype
@@ -42,6 +46,8 @@ class Case:
     @property
     def name(self) -> str:
         """The same for all dtypes and implementations."""
+        if self.kind == "operators":
+            return self.kind
         model = self.architecture.name
         what = f"{model}, inference" if self.kind == "inference" else f"{model}, {self.num_classes} classes"
         if self.axis is not None:
@@ -50,6 +56,11 @@ class Case:
             lengths = self.lengths[0]
             return f"{what}, {len(lengths)} x {lengths[0] / SAMPLE_RATE:g} s"
         return f"{what}, LibriSpeech-like lengths, {self.grid_seconds:.0f} s with padding"
+
+    @property
+    def title(self) -> str:
+        """The case as entries of what was left out name it."""
+        return f"{self.name}, {dtype_name(self.dtype)}"
 
     @property
     def audio_seconds(self) -> float:
@@ -98,18 +109,9 @@ def cpu_scale(minutes: float, flops_per_second: float) -> Scale:
     return Scale(utterances, seconds, 32.0, 1, axes)
 
 
-@dataclass(frozen=True)
-class Operators:
-    """A place in the order of cases: the operators one by one, at the sizes of ``architecture``'s training."""
-
-    architecture: Architecture
-    dtype: torch.dtype
-    share: float = 0.15  # of the whole time that they may take
-
-
 def plan(
     device: torch.device, scale: Scale, models: Sequence[str], dtypes: Sequence[torch.dtype], kinds: Collection[str]
-) -> list[Case | Operators]:
+) -> list[Case]:
     """What to measure, the most important first.
 
     Args:
@@ -132,13 +134,13 @@ def plan(
     in_other_dtypes = [_even("step", first, 500, dtype, scale, share=0.3, without=_COMPILED) for dtype in more]
     larger = [_even("step", other, 500, main, scale, share=0.12, peers=_LARGE_PEERS) for other in others]
     growth = _growth(first, main, scale)
-    operators = [Operators(first, main)] if first.name in SIZES else []
+    operators = [_even("operators", first, 500, main, scale, share=0.15)] if first.name in SIZES else []
     if on_gpu:
         order = [step, uneven, *operators, inference, *larger[:1], compiled, *growth]
         order += [*larger[1:], few_classes, *in_other_dtypes]
     else:
         order = [step, *in_other_dtypes, inference, uneven, *operators, *growth, few_classes, *larger]
-    chosen = [each for each in order if ("operators" if isinstance(each, Operators) else each.kind) in kinds]
+    chosen = [each for each in order if each.kind in kinds]
     # Shares are of the time for what was asked for: a few cases by themselves are not to leave most of it unused.
     total = sum(each.share for each in chosen)
     return chosen if total >= 1.0 else [replace(each, share=each.share / total) for each in chosen]

@@ -118,7 +118,6 @@ def _measure(options: argparse.Namespace, arguments: list[str]) -> int:
     from .limits import measure_limits
     from .lost_device import DeviceLost, works_here
     from .peers import PEERS, by_name
-    from .progress import Progress
     from .report import Report, dtype_name, load, save
     from .suite import Suite
 
@@ -136,29 +135,28 @@ def _measure(options: argparse.Namespace, arguments: list[str]) -> int:
         else load(path)
     )
     interrupted, lost = False, None
-    with Progress(budget) as progress:
-        progress.say("limits")
-        for dtype in [each for each in dtypes if dtype_name(each) not in report.limits]:
-            report.limits[dtype_name(dtype)] = measure_limits(device, dtype)
-        rate = report.limits[dtype_name(dtypes[0])].flops_per_second
-        scale = GPU if device.type == "cuda" else cpu_scale(options.minutes, rate)
-        if options.batch is not None:
-            scale = replace(scale, utterances=int(options.batch[0]), utterance_seconds=options.batch[1])
-        suite = Suite(report, device, peers, budget, say=progress.say, save=lambda: save(report, path))
-        cases = plan(device, scale, models, dtypes, options.cases)
-        try:
-            if since is None or works_here(device):
-                suite.run(cases)
-            else:
-                suite.give_up(cases, "the device does not answer in a fresh process either")
-        except KeyboardInterrupt:
-            interrupted = True
-            print("interrupted: what was measured is kept", file=sys.stderr)
-        except DeviceLost as error:
-            lost = error  # and with it whatever lies on the device, which cannot be freed
-        finally:
-            report.settings["seconds_taken"] = budget.spent()
-            save(report, path)
+    budget.say("limits")
+    for dtype in [each for each in dtypes if dtype_name(each) not in report.limits]:
+        report.limits[dtype_name(dtype)] = measure_limits(device, dtype)
+    rate = report.limits[dtype_name(dtypes[0])].flops_per_second
+    scale = GPU if device.type == "cuda" else cpu_scale(options.minutes, rate)
+    if options.batch is not None:
+        scale = replace(scale, utterances=int(options.batch[0]), utterance_seconds=options.batch[1])
+    suite = Suite(report, device, peers, budget, save=lambda: save(report, path))
+    cases = plan(device, scale, models, dtypes, options.cases)
+    try:
+        if since is None or works_here(device):
+            suite.run(cases)
+        else:
+            suite.give_up(cases, "the device does not answer in a fresh process either")
+    except KeyboardInterrupt:
+        interrupted = True
+        print("interrupted: what was measured is kept", file=sys.stderr)
+    except DeviceLost as error:
+        lost = error  # and with it whatever lies on the device, which cannot be freed
+    finally:
+        report.settings["seconds_taken"] = budget.spent()
+        save(report, path)
     if lost is not None:
         print(f"{lost}\nwhat is left is measured in a fresh process", file=sys.stderr)
         return _replace_process([*arguments, "--device", device.type, "--go-on-since", repr(budget.started)])

@@ -18,7 +18,7 @@ import torch
 from . import operators
 from .batches import Batch, make
 from .budget import Budget
-from .cases import Case, Operators
+from .cases import Case
 from .fitting import Pace, hold_together, why_too_large
 from .flops import inference_flops, step_flops
 from .limits import measure_limits
@@ -69,8 +69,7 @@ class Suite:
         report: what is found is added to it.
         device: where everything runs.
         peers: the implementations, the most important first.
-        budget: how long all may take.
-        say: called with what is being done, and more exactly what.
+        budget: how long all may take; what is being done is said there.
         save: called after each case.
     """
 
@@ -81,26 +80,25 @@ class Suite:
         peers: Sequence[Peer],
         budget: Budget,
         *,
-        say: Callable[..., None],
         save: Callable[[], None],
     ) -> None:
         self.report, self.device, self.peers = report, device, peers
-        self.budget, self.say, self.save = budget, say, save
+        self.budget, self.save = budget, save
         self._models, self._pace = Models(device), Pace(device)
         self._known: dict[tuple[str, tuple], Row] = {}  # by implementation and work
         self._split: set[torch.dtype] = set()  # in which a split by stage was tried in this process
 
-    def run(self, cases: Iterable[Case | Operators]) -> None:
+    def run(self, cases: Iterable[Case]) -> None:
         """Measure ``cases``, but for what the report has of them already.
 
         Raises:
             DeviceLost: nothing more can be measured in this process; another may go on with the same report and cases.
         """
         for case in cases:
-            with self._losses_noted(_title(case)) as begin:
+            with self._losses_noted(case.title) as begin:
                 if begin:
-                    (self.measure_operators if isinstance(case, Operators) else self.measure)(case)
-                elif isinstance(case, Case):
+                    (self.measure_operators if case.kind == "operators" else self.measure)(case)
+                elif case.kind != "operators":
                     self.give_up([case], "the device was lost in this case, by no implementation in particular")
             self.save()
         with self._losses_noted("limits") as begin:
@@ -108,11 +106,11 @@ class Suite:
                 self._models.forget_all()
                 self._measure_limits_again()
 
-    def give_up(self, cases: Iterable[Case | Operators], reason: str) -> None:
+    def give_up(self, cases: Iterable[Case], reason: str) -> None:
         """Note of all that is not measured yet that it will not be."""
         for case in cases:
-            if isinstance(case, Operators):
-                self.report.left_out.append(LeftOut(_title(case), ALL, f"not run, or not to the end: {reason}"))
+            if case.kind == "operators":
+                self.report.left_out.append(LeftOut(case.title, ALL, f"not run, or not to the end: {reason}"))
                 continue
             for peer in self._that_can(case):
                 self._note(case, peer, f"not run: {reason}")
@@ -130,7 +128,7 @@ class Suite:
                 raise
             raise lost(self.report, case, ALL, error) from error
 
-    def measure_operators(self, case: Operators) -> None:
+    def measure_operators(self, case: Case) -> None:
         self._measure_limits(case.dtype)
         until = time.monotonic() + min(case.share * self.budget.seconds, self.budget.left())
         operators.measure(
@@ -139,7 +137,7 @@ class Suite:
             dtype=case.dtype,
             size=case.architecture.name,
             seconds_left=lambda: until - time.monotonic(),
-            progress=self.say,
+            progress=self.budget.say,
         )
 
     def measure(self, case: Case) -> None:
@@ -164,7 +162,7 @@ class Suite:
 
     def _measure_limits(self, dtype: torch.dtype) -> None:
         if dtype_name(dtype) not in self.report.limits:
-            self.say(f"limits in {dtype_name(dtype)}")
+            self.budget.say(f"limits in {dtype_name(dtype)}")
             self.report.limits[dtype_name(dtype)] = measure_limits(self.device, dtype)
 
     def _measure_limits_again(self) -> None:
@@ -198,11 +196,11 @@ class Suite:
 
     def _take_turns(self, case: Case, sides: list[_Side], batches: list[Batch], until: float) -> None:
         """A side that fails is taken out of ``sides``."""
+        self.budget.say(f"{case.title}: in turn")
         for turn in range(_MOST[self.device.type]):
             if turn >= _FEWEST[case.kind] and (time.monotonic() > until or self.budget.left() < 0):
                 break
             for side in list(sides):
-                self.say(f"{case.name}, {dtype_name(case.dtype)}: in turn", f"{turn + 1}, {side.peer.name}")
                 try:
                     side.times.append(seconds_of(self._call(case, side, batches), self.device) / len(batches))
                 except Exception as error:  # memory that was there before, say
@@ -213,13 +211,13 @@ class Suite:
         """The side, checked, warmed up, and its memory measured; None where that fails, and the report says why."""
         setting = self._setting(case)
         try:
-            self.say(f"{case.name}, {dtype_name(case.dtype)}: checking {peer.name}")
+            self.budget.say(f"{case.title}: checking {peer.name}")
             checked = self._models.check(peer, setting)
-            self.say(f"{case.name}, {dtype_name(case.dtype)}: building {peer.name}")
+            self.budget.say(f"{case.title}: building {peer.name}")
             model, step = self._models.build(peer, setting)
             side = _Side(peer, model, step, checked)
             call = self._call(case, side, batches)
-            self.say(f"{case.name}, {dtype_name(case.dtype)}: first call of {peer.name}")
+            self.budget.say(f"{case.title}: first call of {peer.name}")
             side.first_seconds = seconds_of(call, self.device)
             started = time.monotonic()
             step_bytes = peak_of(call, self.device)
@@ -245,13 +243,13 @@ class Suite:
         for side in sides:
             if self.budget.left() < 4 * max(side.times):
                 return
-            self.say(f"{case.name}, {dtype_name(case.dtype)}: stages of {side.peer.name}")
+            self.budget.say(f"{case.title}: stages of {side.peer.name}")
             call = self._call(case, side, batches[:1])
             try:
                 side.stages = split(side.model, call, self.device) or None
             except Exception as error:  # whatever a profiler does, the times are measured
                 if not answers(self.device):
-                    raise lost(self.report, _title(case), side.peer.name, error) from error
+                    raise lost(self.report, case.title, side.peer.name, error) from error
                 self._note(case, side.peer, f"no split by stage: {first_line(error)}")
 
     def _row(self, case: Case, side: _Side, flops: float) -> Row:
@@ -337,19 +335,14 @@ class Suite:
         """A failure of our own is an error of the whole run. The model goes: what it holds may be what the others lack."""
         broken = peer.name.startswith(OURS) and not _out_of_memory(error)
         if not answers(self.device):
-            raise lost(self.report, _title(case), peer.name, error, rejected=broken) from error
+            raise lost(self.report, case.title, peer.name, error, rejected=broken) from error
         self._note(case, peer, first_line(error), rejected=broken)
         self._models.forget(peer, self._setting(case))
 
     def _note(self, case: Case, peer: Peer, reason: str, *, rejected: bool = False) -> None:
-        entry = LeftOut(_title(case), peer.name, reason, rejected)
+        entry = LeftOut(case.title, peer.name, reason, rejected)
         if entry not in self.report.left_out:
             self.report.left_out.append(entry)
-
-
-def _title(case: Case | Operators) -> str:
-    """The case as entries of what was left out name it."""
-    return f"{'operators' if isinstance(case, Operators) else case.name}, {dtype_name(case.dtype)}"
 
 
 def _is_of_models(title: str) -> bool:

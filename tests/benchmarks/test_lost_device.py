@@ -12,7 +12,6 @@ import torch
 from benchmarks import command_line, fitting, models, operators
 from benchmarks import peers as peers_module
 from benchmarks import suite as suite_module
-from benchmarks.cases import Operators
 from benchmarks.lost_device import DeviceLost, answers
 from benchmarks.ops import turns
 from benchmarks.ops.case import OURS
@@ -20,7 +19,7 @@ from benchmarks.peers.ours import HubertFast, ObjectiveModel
 from benchmarks.report import Report, load
 from tests.benchmarks import fabricated
 from tests.benchmarks.test_command_line import TINY as TINY_OPTIONS
-from tests.benchmarks.test_suite import CPU, TINY, Broken, Other, case, suite_of
+from tests.benchmarks.test_suite import CPU, Broken, Other, case, suite_of
 
 TINY_STEP = [*TINY_OPTIONS, "step"]
 SAID = "it made the device unusable: RuntimeError: CUDA error: an illegal memory access was encountered"
@@ -153,8 +152,7 @@ def test_an_operators_implementation_that_loses_the_device_runs_no_more_and_the_
     monkeypatch.setattr(operators, "cases_of", with_a_loss)
     monkeypatch.setattr(operators, "OPERATORS", ("mask_fill", "bias_gelu_dropout"))
     report = fabricated.report()
-    place = Operators(TINY, torch.float32)
-    assert finish(report, HubertFast(), cases=[place], losable=losable) == 2
+    assert finish(report, HubertFast(), cases=[case(kind="operators")], losable=losable) == 2
     found = {(row.case.split(": ")[0], row.implementation) for row in report.rows}
     assert found == {("mask_fill", OURS), ("bias_gelu_dropout", OURS), ("bias_gelu_dropout", "PyTorch")}
     assert len(report.rows) == 2 + 4 and all(row.seconds.count >= 3 for row in report.rows)

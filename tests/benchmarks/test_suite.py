@@ -65,7 +65,7 @@ def case(**fields):
 
 
 def suite_of(report, *peers, budget=None, save=lambda: None):
-    return Suite(report, CPU, peers, budget or Budget(600.0), say=lambda *doing: None, save=save)
+    return Suite(report, CPU, peers, budget or Budget(600.0), save=save)
 
 
 def measure(*cases, peers, seconds=600.0, saved=None):
