@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
+    from .peers import PEERS
+
     parser = argparse.ArgumentParser(
         "hubert-fast bench",
         description="Time and memory of HuBERT's pre-training beside torchaudio, transformers and others: "
@@ -63,7 +65,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dtypes", nargs="+", choices=_DTYPES, help="the first is the main one")
     parser.add_argument(
-        "--peers", nargs="+", metavar="NAME", help="only these implementations; an unknown name lists all"
+        "--peers",
+        nargs="+",
+        choices=PEERS,
+        metavar="NAME",
+        help="only these implementations; an unknown name lists all",
     )
     parser.add_argument("--cases", nargs="+", choices=_KINDS, default=list(_KINDS))
     parser.add_argument(
@@ -89,13 +95,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         options.batch[0] >= 1 and options.batch[0] % 1 == 0 and 0.5 <= options.batch[1]
     ):
         parser.error(f"--batch must be a whole number of utterances and seconds, at least 0.5; got {options.batch}")
-    if options.peers is not None:
-        from .peers import by_name
-
-        try:
-            options.peers = [by_name(name).name for name in options.peers]
-        except ValueError as error:
-            parser.error(str(error))
     if options.fail_above is not None and not (options.compare and options.fail_above >= 0):
         parser.error("--fail-above goes with --compare, and must be at least 0")
     if options.go_on_since is not None:
@@ -117,7 +116,7 @@ def _measure(options: argparse.Namespace, arguments: list[str]) -> int:
     from .cases import GPU, cpu_scale, plan
     from .limits import measure_limits
     from .lost_device import DeviceLost, works_here
-    from .peers import PEERS, by_name
+    from .peers import PEERS
     from .report import Report, dtype_name, load, save
     from .suite import Suite
 
@@ -126,7 +125,7 @@ def _measure(options: argparse.Namespace, arguments: list[str]) -> int:
     device = _device(options.device)
     dtypes = [getattr(torch, name) for name in options.dtypes or _default_dtypes(device)]
     models = options.models or (["base", "large", "xlarge"] if device.type == "cuda" else ["base"])
-    peers = PEERS if options.peers is None else tuple(by_name(name) for name in options.peers)
+    peers = [PEERS[name] for name in options.peers or PEERS]
     torch.backends.cudnn.benchmark = True  # shapes repeat; peers that use cuDNN are to have its fastest
     path = options.out / "bench.json"
     report = (

@@ -9,27 +9,18 @@ from .peer import Peer
 from .torchaudio import Torchaudio, TorchaudioCompiled, TorchaudioMaskedOnly
 from .transformers import TransformersFlash, TransformersSdpa
 
-# In the order of tables.
-PEERS: tuple[Peer, ...] = (
-    HubertFast(),
-    HubertFastGraph(),
-    HubertFastSwappedIn(),
-    Torchaudio(),
-    TorchaudioMaskedOnly(),
-    TorchaudioCompiled(),
-    TransformersSdpa(),
-    TransformersFlash(),
-    MinimalHubert(),
-)
-
-
-def by_name(name: str) -> Peer:
-    """The peer that tables call ``name``.
-
-    Raises:
-        ValueError: if there is none, naming those that there are.
-    """
-    for peer in PEERS:
-        if peer.name == name:
-            return peer
-    raise ValueError(f"peer {name!r} does not exist; there are {[peer.name for peer in PEERS]}")
+# By the name that tables have, in their order.
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        HubertFast(),
+        HubertFastGraph(),
+        HubertFastSwappedIn(),
+        Torchaudio(),
+        TorchaudioMaskedOnly(),
+        TorchaudioCompiled(),
+        TransformersSdpa(),
+        TransformersFlash(),
+        MinimalHubert(),
+    )
+}

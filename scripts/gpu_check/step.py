@@ -22,7 +22,7 @@ from benchmarks.clock import synchronize
 from benchmarks.flops import step_flops
 from benchmarks.lost_device import answers, first_line
 from benchmarks.memory import held_by, peak_of
-from benchmarks.peers import by_name
+from benchmarks.peers import PEERS
 from benchmarks.peers.agreement import DifferentWork, check
 from benchmarks.peers.peer import Peer, PeerModel, Setting
 from benchmarks.training import TrainingStep
@@ -116,7 +116,7 @@ def _weights(chosen: Setting) -> dict[str, torch.Tensor]:
 
 def _built(facts: Facts, part: str, name: str, chosen: Setting, weights, batches) -> Optional[_Side]:
     """The side after its first steps, or None where it cannot run here or fails, which is noted."""
-    peer = by_name(name)
+    peer = PEERS[name]
     reason = peer.why_not(chosen)
     if reason is not None:
         facts.note(part, item=name, failed=reason)

@@ -30,7 +30,7 @@ def test_it_writes_a_report_and_plots_and_prints_the_table(tmp_path, capsys):
 
 
 def test_a_rejected_peer_makes_the_exit_status_1(tmp_path, monkeypatch, only_the_first_case, capsys):
-    monkeypatch.setattr(peers_module, "PEERS", (HubertFast(), Wrong()))
+    monkeypatch.setattr(peers_module, "PEERS", {each.name: each for each in (HubertFast(), Wrong())})
     assert main([*TINY, "step", "--no-plots", "--out", str(tmp_path)]) == 1
     assert "rejected: wrong does other work" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]

@@ -161,7 +161,7 @@ def test_an_operators_implementation_that_loses_the_device_runs_no_more_and_the_
 
 
 def test_what_was_not_run_is_named_where_a_fresh_process_finds_no_device(losing, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(peers_module, "PEERS", (HubertFast(), losing()))
+    monkeypatch.setattr(peers_module, "PEERS", {each.name: each for each in (HubertFast(), losing())})
     monkeypatch.setattr(command_line, "_replace_process", command_line.main)  # in which it stays lost
     assert command_line.main([*TINY_STEP, "--no-plots", "--out", str(tmp_path)]) == 3
     report = load(tmp_path / "bench.json")

@@ -9,7 +9,7 @@ import torch
 import hubert_fast
 from benchmarks.architecture import ARCHITECTURES
 from benchmarks.batches import Batch, even, librispeech_like, make
-from benchmarks.peers import PEERS, by_name
+from benchmarks.peers import PEERS
 from benchmarks.peers.agreement import DifferentWork, check
 from benchmarks.peers.ours import HubertFast, build_model
 from benchmarks.peers.ours_graph import GraphModel, HubertFastGraph, _Captured, _copy
@@ -23,7 +23,7 @@ FLOAT32_ON_CUDA = replace(FLOAT32, device=torch.device("cuda"))
 BFLOAT16 = Setting(TINY, 30, CPU, torch.bfloat16)
 PRE_NORM = TINY.changed(norm="layer_norm", pre_norm=True, feature_grad_mult=None)
 
-EAGER = [peer for peer in PEERS if not peer.compiled]
+EAGER = [peer for peer in PEERS.values() if not peer.compiled]
 
 
 def _available(peer, setting):
@@ -46,7 +46,7 @@ def test_every_peer_agrees_with_the_reference(peer, architecture):
 def test_a_compiled_peer_agrees_with_the_reference(name, monkeypatch):
     """Traced, and run without generated code, which would take minutes to make."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    peer = by_name(name)
+    peer = PEERS[name]
     architecture = TINY if name.startswith("torchaudio") else ARCHITECTURES["base"]
     setting = replace(FLOAT32, architecture=architecture)
     assert set(check(_available(peer, setting), setting)) == {"loss", "gradient", "features"}
@@ -274,17 +274,12 @@ def test_a_graph_that_remembers_its_first_batch_is_rejected(monkeypatch):
 )
 def test_peers_agree_with_the_reference_on_a_gpu(name):
     setting = replace(BFLOAT16, device=torch.device("cuda"))
-    assert check(_available(by_name(name), setting), setting)["loss"] < 2e-2
+    assert check(_available(PEERS[name], setting), setting)["loss"] < 2e-2
 
 
-def test_peers_have_names_and_versions():
-    assert len({peer.name for peer in PEERS}) == len(PEERS)
-    for peer in PEERS:
-        assert by_name(peer.name) is peer
-        if peer.why_not(FLOAT32) is None:
-            assert peer.version()[0].isdigit()
-    with pytest.raises(ValueError, match=r"peer 'fairseq' does not exist; there are \['hubert_fast', "):
-        by_name("fairseq")
+@pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
+def test_peers_have_versions(peer):
+    assert _available(peer, FLOAT32).version()[0].isdigit()
 
 
 @pytest.mark.parametrize(
@@ -297,15 +292,15 @@ def test_peers_have_names_and_versions():
 )
 def test_what_cannot_run_says_why(name, setting, reason):
     pytest.importorskip("transformers")
-    assert by_name(name).why_not(setting) == reason
+    assert PEERS[name].why_not(setting) == reason
 
 
 def test_what_is_not_installed_says_so(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert by_name("torchaudio").why_not(FLOAT32) == "torchaudio is not installed"
-    assert by_name("transformers sdpa").why_not(FLOAT32) == "transformers is not installed"
+    assert PEERS["torchaudio"].why_not(FLOAT32) == "torchaudio is not installed"
+    assert PEERS["transformers sdpa"].why_not(FLOAT32) == "transformers is not installed"
 
 
 def test_compiling_without_a_compiler_says_so(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert by_name("torchaudio compiled").why_not(FLOAT32).startswith("torch.compile needs a C++ compiler")
+    assert PEERS["torchaudio compiled"].why_not(FLOAT32).startswith("torch.compile needs a C++ compiler")

@@ -11,7 +11,7 @@ from torch.autograd import DeviceType
 from benchmarks import batches, stages
 from benchmarks.architecture import ARCHITECTURES
 from benchmarks.flops import ATTENTION, FEED_FORWARD, FRONT_END, LOSS, POSITIONAL, PROJECTION
-from benchmarks.peers import by_name
+from benchmarks.peers import PEERS
 from benchmarks.peers.peer import Setting
 from benchmarks.stages import ELEMENTWISE, OPTIMIZER, OTHER, STAGES, split
 from benchmarks.training import TrainingStep
@@ -36,7 +36,7 @@ class Side:
 
     def __init__(self, name):
         setting = Setting(TINY, CLASSES, CPU, torch.float32, padded=True)
-        peer = by_name(name)
+        peer = PEERS[name]
         if peer.why_not(setting):
             pytest.skip(peer.why_not(setting))
         torch.manual_seed(0)
