@@ -149,12 +149,8 @@ def load(path: Path) -> Report:
     """
     try:
         contents = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a result file: {error}") from None
-    if not isinstance(contents, dict) or contents.get("schema") != SCHEMA:
-        given = contents.get("schema") if isinstance(contents, dict) else type(contents).__name__
-        raise ValueError(f"{path} is no result file of schema {SCHEMA}; its schema is {given}")
-    try:
+        if contents["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {contents['schema']}")
         return Report(
             contents["machine"],
             contents["settings"],
@@ -162,7 +158,7 @@ def load(path: Path) -> Report:
             [_row(each) for each in contents["rows"]],
             [LeftOut(**each) for each in contents["left_out"]],
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no result file of schema {SCHEMA}: {error!r}") from None
 
 
