@@ -66,7 +66,7 @@ class Suite:
     """Measures cases into ``report``.
 
     Args:
-        report: what is found is added to it.
+        report: what is found is added to it. It has the limits in the cases' dtypes.
         device: where everything runs.
         peers: the implementations, the most important first.
         budget: how long all may take; what is being done is said there.
@@ -86,7 +86,6 @@ class Suite:
         self.budget, self.save = budget, save
         self._models, self._pace = Models(device), Pace(device)
         self._known: dict[tuple[str, tuple], Row] = {}  # by implementation and work
-        self._split: set[torch.dtype] = set()  # in which a split by stage was tried in this process
 
     def run(self, cases: Iterable[Case]) -> None:
         """Measure ``cases``, but for what the report has of them already.
@@ -129,7 +128,6 @@ class Suite:
             raise lost(self.report, case, ALL, error) from error
 
     def measure_operators(self, case: Case) -> None:
-        self._measure_limits(case.dtype)
         until = time.monotonic() + min(case.share * self.budget.seconds, self.budget.left())
         operators.measure(
             self.report,
@@ -142,7 +140,6 @@ class Suite:
 
     def measure(self, case: Case) -> None:
         self._models.forget_all(but=(case.architecture, case.num_classes))
-        self._measure_limits(case.dtype)
         peers = self._that_fit(case, self._not_known(case, self._that_can(case)))
         if not peers:
             return
@@ -160,11 +157,6 @@ class Suite:
             if len(groups) > 1:
                 self._models.forget_all()
 
-    def _measure_limits(self, dtype: torch.dtype) -> None:
-        if dtype_name(dtype) not in self.report.limits:
-            self.budget.say(f"limits in {dtype_name(dtype)}")
-            self.report.limits[dtype_name(dtype)] = measure_limits(self.device, dtype)
-
     def _measure_limits_again(self) -> None:
         """What a busy machine did not reach at the beginning it may reach now; rows stand beside the best."""
         for dtype, first in self.report.limits.items():
@@ -181,9 +173,7 @@ class Suite:
         try:
             self._take_turns(case, sides, batches, max(started + seconds, time.monotonic() + _TURNS_SHARE * seconds))
             was_split = any(row.stages and row.dtype == dtype_name(case.dtype) for row in self.report.rows)
-            was_split = was_split or case.dtype in self._split
             if case.kind == "step" and case.layout == "even" and not was_split:
-                self._split.add(case.dtype)
                 self._split_by_stage(case, [side for side in sides if side.peer.name in _SPLIT], batches)
         except DeviceLost:  # another process times anew those that had few turns
             sides = [side for side in sides if len(side.times) >= _FEWEST[case.kind]]

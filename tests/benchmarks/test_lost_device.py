@@ -16,7 +16,7 @@ from benchmarks.lost_device import DeviceLost, answers
 from benchmarks.ops import turns
 from benchmarks.ops.case import OURS
 from benchmarks.peers.ours import HubertFast, ObjectiveModel
-from benchmarks.report import Report, load
+from benchmarks.report import load
 from tests.benchmarks import fabricated
 from tests.benchmarks.test_command_line import TINY as TINY_OPTIONS
 from tests.benchmarks.test_suite import CPU, Broken, Other, case, suite_of
@@ -228,14 +228,8 @@ def test_turns_end_where_the_device_does_not_answer(losable):
 
 
 def test_limits_that_were_not_measured_again_are_lost_once(losable, monkeypatch):
-    limits = iter([fabricated.LIMITS])
-
-    def measure(device, dtype):
-        found = next(limits, None)
-        return losable.lose() if found is None else found
-
-    monkeypatch.setattr(suite_module, "measure_limits", measure)
-    report = Report({}, {})
+    monkeypatch.setattr(suite_module, "measure_limits", lambda device, dtype: losable.lose())
+    report = fabricated.report()
     assert finish(report, HubertFast(), cases=[case()], losable=losable) == 2
     assert [(each.case, each.implementation) for each in report.left_out] == [("limits", "all")]
     assert [row.implementation for row in report.rows] == ["hubert_fast"]
