@@ -72,24 +72,14 @@ class Change:
 
 
 def compare(a: Report, b: Report) -> list[Change]:
-    """Every row of ``a`` and ``b``: changes outside the spread first, the biggest of them on top; what only one has, last.
-
-    Raises:
-        ValueError: if a report has two rows for one implementation of a case.
-    """
+    """Every row of ``a`` and ``b``: changes outside the spread first, the biggest of them on top; what only one has, last."""
     before, after = _by_key(a), _by_key(b)
     changes = [Change(before.get(key), after.get(key)) for key in dict.fromkeys([*before, *after])]
     return sorted(changes, key=_prominence)
 
 
 def _by_key(report: Report) -> dict[tuple[str, ...], Row]:
-    rows: dict[tuple[str, ...], Row] = {}
-    for row in report.rows:
-        key = (row.kind, row.case, row.implementation, row.device, row.dtype)
-        if key in rows:
-            raise ValueError(f"a result file must have one row for {', '.join(key)}; it has several")
-        rows[key] = row
-    return rows
+    return {(row.kind, row.case, row.implementation, row.device, row.dtype): row for row in report.rows}
 
 
 def _prominence(change: Change) -> tuple[int, float]:
@@ -106,9 +96,6 @@ def differences(a: Report, b: Report) -> list[str]:
         for key in keys
         if a.machine.get(key) != b.machine.get(key)
     ]
-    devices = [sorted({row.device for row in each.rows}) for each in (a, b)]
-    if devices[0] != devices[1]:
-        sentences.append(f"devices: {' and '.join(devices[0])} in A, {' and '.join(devices[1])} in B")
     for dtype in a.limits.keys() & b.limits.keys():
         for name, what in (("flops_per_second", "matrix products"), ("bytes_per_second", "copies")):
             ratio = getattr(b.limits[dtype], name) / getattr(a.limits[dtype], name)
@@ -151,10 +138,10 @@ def main_compare(a: Path, b: Path, fail_above: float | None = None) -> int:
     """
     try:
         before, after = load(a), load(b)
-        changes = compare(before, after)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    changes = compare(before, after)
     print(f"A: {a}\nB: {b}")
     for sentence in differences(before, after):
         print(f"not the code alone: {sentence}")
