@@ -115,9 +115,9 @@ def _measure(options: argparse.Namespace, arguments: list[str]) -> int:
     from .budget import Budget
     from .cases import GPU, cpu_scale, plan
     from .limits import measure_limits
-    from .lost_device import DeviceLost, works_here
+    from .lost_device import ALL, DeviceLost, works_here
     from .peers import PEERS
-    from .report import Report, dtype_name, load, save
+    from .report import LeftOut, Report, dtype_name, load, save
     from .suite import Suite
 
     since = options.go_on_since
@@ -147,7 +147,8 @@ def _measure(options: argparse.Namespace, arguments: list[str]) -> int:
         if since is None or works_here(device):
             suite.run(cases)
         else:
-            suite.give_up(cases, "the device does not answer in a fresh process either")
+            reason = "the device does not answer in a fresh process either"
+            report.left_out.append(LeftOut("what was not measured yet", ALL, f"not run: {reason}"))
     except KeyboardInterrupt:
         interrupted = True
         print("interrupted: what was measured is kept", file=sys.stderr)

@@ -13,12 +13,11 @@ from hubert_fast.pretrain import atomic
 
 from . import quantities
 from .report import Report, Row
+from .table import OURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-OURS = "hubert_fast"
 
 # Okabe and Ito's palette: told apart by readers who are colour-blind. Blues are ours, the rest is others'.
 _OUR_COLOURS = ("#0072B2", "#56B4E9", "#004B75")

@@ -29,9 +29,8 @@ from .peers.agreement import DifferentWork
 from .peers.peer import Peer, PeerModel, Setting
 from .report import ELSEWHERE, NO_TIME, LeftOut, Limits, Report, Row, Seconds, dtype_name
 from .stages import split
+from .table import OURS
 from .training import TrainingStep, infer, one_pass, seconds_of
-
-OURS = "hubert_fast"
 
 # Of the random numbers of every call.
 _SEED = 0
@@ -98,21 +97,14 @@ class Suite:
                 if begin:
                     (self.measure_operators if case.kind == "operators" else self.measure)(case)
                 elif case.kind != "operators":
-                    self.give_up([case], "the device was lost in this case, by no implementation in particular")
+                    for peer in self._that_can(case):
+                        reason = "the device was lost in this case, by no implementation in particular"
+                        self._note(case, peer, f"not run: {reason}")
             self.save()
         with self._losses_noted("limits") as begin:
             if begin:
                 self._models.forget_all()
                 self._measure_limits_again()
-
-    def give_up(self, cases: Iterable[Case], reason: str) -> None:
-        """Note of all that is not measured yet that it will not be."""
-        for case in cases:
-            if case.kind == "operators":
-                self.report.left_out.append(LeftOut(case.title, ALL, f"not run, or not to the end: {reason}"))
-                continue
-            for peer in self._that_can(case):
-                self._note(case, peer, f"not run: {reason}")
 
     @contextmanager
     def _losses_noted(self, case: str) -> Iterator[bool]:

@@ -20,10 +20,6 @@ _GPU_BACKENDS = {"conv_frontend": "cuda"}  # the other operators have Triton ker
 _CPU_BACKENDS = {"conv_frontend": "cpu"}  # and PyTorch's operations on a CPU
 
 
-class CannotRun(RuntimeError):
-    """An implementation cannot take a case's inputs on this machine."""
-
-
 Tensors = tuple[Tensor, ...]
 
 

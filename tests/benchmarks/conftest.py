@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import cases, suite
+from benchmarks import suite
 from tests.benchmarks import fabricated
 
 
@@ -30,13 +30,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(suite, "split", lambda *arguments: {"loss": 1.0})
     monkeypatch.setattr(suite, "_MOST", {"cpu": 5})
     monkeypatch.setattr(suite, "measure_limits", lambda device, dtype: fabricated.LIMITS)
-
-
-@pytest.fixture
-def only_the_first_case(monkeypatch):
-    """Of what a command plans to measure."""
-    plan = cases.plan
-    monkeypatch.setattr(cases, "plan", lambda *arguments: plan(*arguments)[:1])
 
 
 @pytest.fixture

@@ -84,11 +84,6 @@ def _with_other_labels(model, loss, batch):
     return loss(replace(batch, labels=batch.labels.roll(1, 1)))
 
 
-def _without_backward_of_the_encoder(model, loss, batch):
-    model.module.model.wav2vec2.requires_grad_(False)
-    return loss(batch)
-
-
 def _without_backward_of_the_penalty(model, loss, batch):
     result = model.module(batch.waveforms, batch.labels, batch.lengths)
     penalty = 10 * result.feature_penalty * result.masked_count
@@ -117,7 +112,6 @@ def _one_frame_short(model, features, batch):
         ("loss", _scaled(value=torch.nan), "loss differs by nan%"),
         ("loss", _scaled(gradient=0.5), r"gradient differs by \d+\.\d\d% in float32, and 0\.10% is allowed"),
         ("loss", _scaled(gradient=-1.0), "gradient differs by"),
-        ("loss", _without_backward_of_the_encoder, r"no gradient reaches model\.wav2vec2\.\S+ and \d+ more$"),
         ("loss", _without_backward_of_the_penalty, "gradient differs by"),
         ("loss", _with_frozen_classes, r"no gradient reaches model\.logit_generator\.label_embeddings$"),
         ("features", _of_the_first_layer, "features differs by"),
