@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,15 +15,9 @@ _UNTIMED = 2  # calls that fill caches, find pages and choose kernels
 _GROUPS = 3  # of calls, the best of which counts: a limit is what the device does undisturbed
 
 
-@dataclass(frozen=True)
-class _Probe:
-    copied_bytes: int
-    product: tuple[int, int, int]  # rows, summed over, columns
-    repeats: int  # calls of a group
-
-
-_CPU = _Probe(256 << 20, (2048, 3072, 1536), 3)  # as deep as the feed-forward's second product; fractions of a second
-_CUDA = _Probe(1 << 30, (8192, 8192, 8192), 10)
+# (bytes of the copy; rows, summed over, columns of the product; calls of a group)
+_CPU = (256 << 20, (2048, 3072, 1536), 3)  # as deep as the feed-forward's second product; fractions of a second
+_CUDA = (1 << 30, (8192, 8192, 8192), 10)
 
 
 def measure_limits(device: torch.device | str, dtype: torch.dtype) -> Limits:
@@ -33,21 +26,12 @@ def measure_limits(device: torch.device | str, dtype: torch.dtype) -> Limits:
     Both as the process is set up now: on the CPU with torch's threads, on CUDA with TF32 as allowed now. The best of several
     medians.
     """
-    probe = _CUDA if torch.device(device).type == "cuda" else _CPU
-    return Limits(_bytes_per_second(probe, device), _flops_per_second(probe, device, dtype))
-
-
-def _bytes_per_second(probe: _Probe, device: torch.device | str) -> float:
-    source = torch.zeros(probe.copied_bytes, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    return 2 * probe.copied_bytes / _sustained(lambda: target.copy_(source), device, probe.repeats)
-
-
-def _flops_per_second(probe: _Probe, device: torch.device | str, dtype: torch.dtype) -> float:
-    rows, inner, columns = probe.product
+    copied, (rows, inner, columns), repeats = _CUDA if torch.device(device).type == "cuda" else _CPU
+    source, target = torch.zeros(2, copied, dtype=torch.uint8, device=device)
+    bytes_per_second = 2 * copied / _sustained(lambda: target.copy_(source), device, repeats)
     left = torch.randn(rows, inner, device=device).to(dtype)
     right = torch.randn(inner, columns, device=device).to(dtype)
-    return 2.0 * rows * inner * columns / _sustained(lambda: left @ right, device, probe.repeats)
+    return Limits(bytes_per_second, 2.0 * rows * inner * columns / _sustained(lambda: left @ right, device, repeats))
 
 
 def _sustained(step: Callable[[], Any], device: torch.device | str, repeats: int) -> float:

@@ -30,7 +30,7 @@ from .peers.peer import Peer, PeerModel, Setting
 from .report import ELSEWHERE, NO_TIME, LeftOut, Limits, Report, Row, Seconds, dtype_name
 from .stages import split
 from .table import OURS
-from .training import TrainingStep, infer, one_pass, seconds_of
+from .training import TrainingStep, infer, seconds_of
 
 # Of the random numbers of every call.
 _SEED = 0
@@ -217,9 +217,14 @@ class Suite:
 
     def _call(self, case: Case, side: _Side, batches: list[Batch]) -> Callable[[], None]:
         """The same masks every time: shapes follow from them, and a shape that is new may be compiled, captured or tuned for."""
-        if case.kind == "inference":
-            return one_pass(partial(infer, side.model, device=self.device, dtype=case.dtype), batches, _SEED)
-        return one_pass(partial(side.step, dtype=case.dtype), batches, _SEED)
+        step = partial(infer, side.model, device=self.device) if case.kind == "inference" else side.step
+
+        def call() -> None:
+            torch.manual_seed(_SEED)
+            for batch in batches:
+                step(batch, dtype=case.dtype)
+
+        return call
 
     def _split_by_stage(self, case: Case, sides: list[_Side], batches: list[Batch]) -> None:
         for side in sides:

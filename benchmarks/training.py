@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -36,17 +36,6 @@ def infer(model: PeerModel, batch: Batch, device: torch.device, dtype: torch.dty
     model.module.eval()
     with torch.no_grad(), autocast(device, dtype):
         model.features(batch)
-
-
-def one_pass(step: Callable[[Batch], None], batches: Sequence[Batch], seed: int) -> Callable[[], None]:
-    """``step`` on each of ``batches``, from the same random numbers on all sides."""
-
-    def call() -> None:
-        torch.manual_seed(seed)
-        for batch in batches:
-            step(batch)
-
-    return call
 
 
 def seconds_of(call: Callable[[], None], device: torch.device) -> float:

@@ -13,7 +13,7 @@ from benchmarks.ops.calls import Calls, WrongResult
 from benchmarks.ops.case import OURS, Inputs, OperatorCase, Side, Work, both_ways
 from benchmarks.ops.turns import in_turn
 from benchmarks.report import Seconds
-from benchmarks.sizes import SIZES, size_on
+from benchmarks.sizes import size_on
 
 TINY = size_on("cpu", "tiny")
 
@@ -213,10 +213,3 @@ def test_dropout_is_on_in_calls_and_off_in_checks():
     case = replace(_doubling(), sides={OURS: side}, truth=side, dropout_p=0.5)
     call, error = Calls(case).make(OURS)
     assert error == 0.0 and (call(0)[0] == 0.0).any()
-
-
-def test_a_cpu_gets_a_shorter_batch_of_the_same_model():
-    small, full = size_on("cpu", "large"), size_on("cuda", "large")
-    assert full == SIZES["large"] and small.rows < full.rows
-    assert (small.dim, small.heads, small.ffn, small.norm) == (1024, 16, 4096, "layer_norm")
-    assert small.kept < small.rows < small.batch * small.frames
