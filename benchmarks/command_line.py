@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,10 +15,17 @@ import hubert_fast
 from hubert_fast import tf32
 
 from .architecture import ARCHITECTURES
+from .budget import Budget
+from .cases import GPU, cpu_scale, plan
+from .compare import main_compare
+from .limits import measure_limits
+from .lost_device import ALL, DeviceLost, works_here
 from .machine import describe, processor_flags
-
-if TYPE_CHECKING:
-    from .report import Report
+from .peers import PEERS
+from .plots import draw
+from .report import LeftOut, Report, dtype_name, load, save
+from .suite import Suite
+from .table import render
 
 _KINDS = ("step", "inference", "operators", "scaling")
 _SETTINGS = (
@@ -37,8 +43,6 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
     if options.compare:
-        from .compare import main_compare
-
         return main_compare(*options.compare, options.fail_above)
     # PyTorch lets convolutions use TF32 and products not: implementations that compute one by the other would not be comparable.
     with tf32.allowed(True):
@@ -46,8 +50,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    from .peers import PEERS
-
     parser = argparse.ArgumentParser(
         "hubert-fast bench",
         description="Time and memory of HuBERT's pre-training beside torchaudio, transformers and others: "
@@ -112,14 +114,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _measure(options: argparse.Namespace, arguments: list[str]) -> int:
-    from .budget import Budget
-    from .cases import GPU, cpu_scale, plan
-    from .limits import measure_limits
-    from .lost_device import ALL, DeviceLost, works_here
-    from .peers import PEERS
-    from .report import LeftOut, Report, dtype_name, load, save
-    from .suite import Suite
-
     since = options.go_on_since
     budget = Budget(60 * options.minutes) if since is None else Budget(60 * options.minutes, since)
     device = _device(options.device)
@@ -173,13 +167,9 @@ def _replace_process(arguments: list[str]) -> int:
 
 def _show(report: Report, path: Path, *, interrupted: bool, plots: bool) -> int:
     """Print the table and draw the pictures; returns the exit status."""
-    from .table import render
-
     print(render(report))
     print(f"\n{path}")
     if plots:
-        from .plots import draw
-
         for plot in draw(report, path.parent):
             print(plot)
     if interrupted:

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import hubert_fast.cli
-from benchmarks import cases
-from benchmarks import peers as peers_module
+from benchmarks import command_line
 from benchmarks import suite as suite_module
 from benchmarks.cases import plan
 from benchmarks.command_line import main
@@ -32,8 +31,8 @@ def test_it_writes_a_report_and_plots_and_prints_the_table(tmp_path, capsys):
 
 
 def test_a_rejected_peer_makes_the_exit_status_1(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cases, "plan", lambda *arguments: plan(*arguments)[:1])
-    monkeypatch.setattr(peers_module, "PEERS", {each.name: each for each in (HubertFast(), Wrong())})
+    monkeypatch.setattr(command_line, "plan", lambda *arguments: plan(*arguments)[:1])
+    monkeypatch.setattr(command_line, "PEERS", {each.name: each for each in (HubertFast(), Wrong())})
     assert main([*TINY, "step", "--no-plots", "--out", str(tmp_path)]) == 1
     assert "rejected: wrong does other work" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]

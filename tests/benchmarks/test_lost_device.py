@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from benchmarks import command_line, fitting, models, operators
-from benchmarks import peers as peers_module
 from benchmarks import suite as suite_module
 from benchmarks.lost_device import DeviceLost, answers
 from benchmarks.ops import turns
@@ -161,7 +160,7 @@ def test_an_operators_implementation_that_loses_the_device_runs_no_more_and_the_
 
 
 def test_what_was_not_run_is_named_where_a_fresh_process_finds_no_device(losing, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(peers_module, "PEERS", {each.name: each for each in (HubertFast(), losing())})
+    monkeypatch.setattr(command_line, "PEERS", {each.name: each for each in (HubertFast(), losing())})
     monkeypatch.setattr(command_line, "_replace_process", command_line.main)  # in which it stays lost
     assert command_line.main([*TINY_STEP, "--no-plots", "--out", str(tmp_path)]) == 3
     report = load(tmp_path / "bench.json")
