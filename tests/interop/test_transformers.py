@@ -76,33 +76,20 @@ def test_the_names_of_published_files_of_weights_are_understood():
     _assert_same(from_transformers(theirs, head=state_dict), state_dict)
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        "wav2vec2.encoder.transformer.layers.0.attention.k_proj.bias",
-        "wav2vec2.encoder.transformer.layers.1.final_layer_norm.weight",
-        "wav2vec2.feature_extractor.conv_layers.3.conv.weight",
-        "wav2vec2.feature_extractor.conv_layers.0.layer_norm.bias",
-        "wav2vec2.encoder.transformer.pos_conv_embed.conv.parametrizations.weight.original0",
-        "mask_generator.mask_embedding",
-        "logit_generator.final_proj.bias",
-    ],
-)
-def test_what_is_missing_is_named(entry):
-    state_dict = _model().state_dict()
-    del state_dict[entry]
-    with pytest.raises(ValueError, match=f"state_dict cannot be converted; missing: {entry}$"):
-        to_transformers(state_dict)
-
-
-def test_what_has_no_counterpart_is_named():
-    state_dict = _model().state_dict()
-    with pytest.raises(ValueError, match=r"without a counterpart: wav2vec2\.aux\.weight$"):
-        to_transformers(state_dict | {"wav2vec2.aux.weight": torch.zeros(1)})
-    theirs = to_transformers(state_dict)
-    with pytest.raises(ValueError, match=r"missing: .* and \d+ more; without a counterpart: hubert\.encoder"):
-        from_transformers({f"hubert.{name}": each for name, each in theirs.items()})
-    with pytest.raises(ValueError, match="missing: masked_spec_embed$"):
-        from_transformers({k: v for k, v in theirs.items() if k != "masked_spec_embed"}, head=state_dict)
-    with pytest.raises(ValueError, match="missing: logit_generator.label_embeddings$"):
-        from_transformers(theirs, head={k: v for k, v in state_dict.items() if "label" not in k})
+def test_strict_loading_names_what_is_missing_and_what_has_no_counterpart():
+    model, hubert = _model(), _hubert(TINY)
+    ours, theirs = model.state_dict(), hubert.state_dict()
+    for missing, named in (
+        ("wav2vec2.encoder.transformer.layers.0.attention.k_proj.bias", "encoder.layers.0.attention.k_proj.bias"),
+        ("mask_generator.mask_embedding", "masked_spec_embed"),
+    ):
+        incomplete = to_transformers({name: each for name, each in ours.items() if name != missing})
+        with pytest.raises(RuntimeError, match=rf'Missing key\(s\) in state_dict: "{named}"'):
+            hubert.load_state_dict(incomplete)
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "aux\.weight"'):
+        hubert.load_state_dict(to_transformers(ours | {"wav2vec2.aux.weight": torch.zeros(1)}))
+    without_mask = {name: each for name, each in theirs.items() if name != "masked_spec_embed"}
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "mask_generator\.mask_embedding"'):
+        model.load_state_dict(from_transformers(without_mask, head=ours))
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "wav2vec2\.hubert\.'):
+        model.load_state_dict(from_transformers({f"hubert.{name}": each for name, each in theirs.items()}, head=ours))
