@@ -6,6 +6,7 @@ import torch
 import hubert_fast
 from benchmarks.architecture import ARCHITECTURES
 from benchmarks.peers.transformers import hubert_config
+from benchmarks.torchaudio_peer import import_models, installed
 from hubert_fast.interop.transformers import from_transformers, to_transformers
 
 TINY = ARCHITECTURES["tiny"]
@@ -26,6 +27,8 @@ def _model(architecture=TINY):
 
 
 def _hubert(architecture):
+    if installed():
+        import_models()  # transformers imports torchaudio, whose compiled library does not load beside a CPU build of torch
     transformers = pytest.importorskip("transformers")
     return transformers.HubertModel(hubert_config(architecture)).eval()
 
