@@ -46,8 +46,6 @@ def frame_phones(alignment: Sequence[tuple], frames: int) -> np.ndarray:
     Returns:
         str array ``[frames]``; a frame that no item covers is silence (``"sil"``).
     """
-    if frames < 0:
-        raise ValueError(f"frames must not be negative; got {frames}")
     phones = np.full(frames, SILENCE, dtype=object)
     for symbol, start, duration, *_ in sorted(alignment, key=lambda item: item[1]):
         phones[_first_centred_at(start) : _first_centred_at(start + duration)] = symbol
@@ -60,47 +58,29 @@ def _first_centred_at(seconds: float) -> int:
     return max(0, -((RECEPTIVE_FIELD // 2 - sample) // FRAME_SHIFT))
 
 
-def joint_counts(phones: np.ndarray, units: np.ndarray) -> np.ndarray:
-    """Count the frames of every (phone, unit) pair.
+def score_units(phones: np.ndarray, units: np.ndarray) -> PhoneScores:
+    """Score two aligned sequences.
+
+    With one phone there is nothing to tell apart: ``pnmi`` is 0.
 
     Args:
-        phones: ``[frames]``, str or integer.
+        phones: ``[frames]``, str or integer; at least one.
         units: ``[frames]``, integer.
-
-    Returns:
-        int64 ``[distinct phones, distinct units]``, both in sorted order; no row or column is all 0.
     """
-    phones, units = np.asarray(phones), np.asarray(units)
-    if phones.ndim != 1 or phones.shape != units.shape:
-        raise ValueError(f"phones and units must both be [frames]; got shapes {phones.shape} and {units.shape}")
-    if phones.size == 0:
-        raise ValueError("phones and units have no frames; at least one is needed")
-    phone_names, phone_index = np.unique(phones, return_inverse=True)
-    unit_names, unit_index = np.unique(units, return_inverse=True)
-    shape = (phone_names.size, unit_names.size)
-    return np.bincount(phone_index * shape[1] + unit_index, minlength=shape[0] * shape[1]).reshape(shape)
+    from scipy.stats import entropy
+    from sklearn.metrics.cluster import contingency_matrix
 
-
-def phone_scores(counts: np.ndarray) -> PhoneScores:
-    """Score a joint count matrix ``[phones, units]``. With one phone there is nothing to tell apart: ``pnmi`` is 0."""
-    total = int(counts.sum())
-    if total == 0:
-        raise ValueError("counts holds no frames; at least one is needed")
-    phone_entropy, unit_entropy = _entropy(counts.sum(axis=1)), _entropy(counts.sum(axis=0))
-    information = max(0.0, phone_entropy + unit_entropy - _entropy(counts))
+    counts = contingency_matrix(phones, units)  # int64 [distinct phones, distinct units]
+    phone_entropy, unit_entropy = float(entropy(counts.sum(axis=1))), float(entropy(counts.sum(axis=0)))
+    information = max(0.0, phone_entropy + unit_entropy - float(entropy(counts.ravel())))
     return PhoneScores(
-        phone_purity=float(counts.max(axis=0).sum() / total),
-        cluster_purity=float(counts.max(axis=1).sum() / total),
+        phone_purity=float(counts.max(axis=0).sum() / counts.sum()),
+        cluster_purity=float(counts.max(axis=1).sum() / counts.sum()),
         pnmi=min(1.0, information / phone_entropy) if phone_entropy > 0 else 0.0,
         phone_entropy=phone_entropy,
         unit_perplexity=float(np.exp(unit_entropy)),
-        frames=total,
+        frames=int(counts.sum()),
     )
-
-
-def score_units(phones: np.ndarray, units: np.ndarray) -> PhoneScores:
-    """`phone_scores` of two aligned sequences ``[frames]``."""
-    return phone_scores(joint_counts(phones, units))
 
 
 def chance_pnmi(phones: np.ndarray, units: np.ndarray, *, seed: int, shifts: int = 10) -> float:
@@ -110,18 +90,9 @@ def chance_pnmi(phones: np.ndarray, units: np.ndarray, *, seed: int, shifts: int
     bias of a short sequence is kept too. Both sequences are ``[frames]``, utterances one after the other. Returns the
     mean of ``shifts`` random rotations.
     """
-    if shifts < 1:
-        raise ValueError(f"shifts must be at least 1; got {shifts}")
     phones = np.unique(np.asarray(phones), return_inverse=True)[1]
     units = np.asarray(units)
     # A rotation by a tenth of the sequence at least, so that a unit does not meet its own phone again.
     margin = units.size // 10
     rotations = np.random.default_rng(seed).integers(margin, max(units.size - margin, margin + 1), size=shifts)
     return float(np.mean([score_units(phones, np.roll(units, rotation)).pnmi for rotation in rotations]))
-
-
-def _entropy(counts: np.ndarray) -> float:
-    """Entropy in nats of the distribution that ``counts`` (any shape) are proportional to."""
-    positive = counts[counts > 0].astype(np.float64)
-    total = positive.sum()
-    return max(0.0, float(np.log(total) - (positive * np.log(positive)).sum() / total))
