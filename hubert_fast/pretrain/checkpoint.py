@@ -13,11 +13,12 @@ import re
 import shutil
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from hubert_fast.pretrain.atomic import atomic_path
 from hubert_fast.pretrain.config_file import differences
@@ -57,11 +58,9 @@ def save_checkpoint(directory: Path, step: int, state: Mapping[str, Any], *, kee
     Raises:
         DiskFullError: when there is no room; the checkpoints that exist are untouched.
     """
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
     path = checkpoint_path(directory, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(tensor.nbytes for tensor in _tensors(state))
+    needed = sum(leaf.nbytes for leaf in tree_leaves(dict(state)) if isinstance(leaf, torch.Tensor))
     try:
         if shutil.disk_usage(path.parent).free < needed:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -116,19 +115,18 @@ def newest_checkpoint(directory: Path) -> tuple[Path, dict[str, Any]] | None:
 def require_same_run(path: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise `CheckpointMismatchError` naming every field in which two descriptions of a run differ, with both values.
 
-    ``path`` is the file that ``stored`` was read from. Both have ``model_config`` (JSON) and ``num_classes``; where
-    both have ``settings`` (JSON: seed, optimizer, data and so on) these are compared too.
+    ``path`` is the file that ``stored`` was read from. Both have ``model_config`` (JSON), ``num_classes`` and ``settings``
+    (JSON: seed, optimizer, data and so on).
     """
     model = _said(_model_description(stored), _model_description(given))
     if model:
         raise CheckpointMismatchError(f"{path} is of another model than this run's: {'; '.join(model)}")
-    if "settings" in stored and "settings" in given:
-        settings = _said(json.loads(stored["settings"]), json.loads(given["settings"]))
-        if settings:
-            raise CheckpointMismatchError(
-                f"{path} was trained with other settings than this run's: {'; '.join(settings)}. "
-                "Resume with the settings it was started with, or start another run"
-            )
+    settings = _said(json.loads(stored["settings"]), json.loads(given["settings"]))
+    if settings:
+        raise CheckpointMismatchError(
+            f"{path} was trained with other settings than this run's: {'; '.join(settings)}. "
+            "Resume with the settings it was started with, or start another run"
+        )
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -143,17 +141,6 @@ def _model_description(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def _said(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     return [f"{name} is {there} there and {here} here" for name, there, here in differences(stored, given)]
-
-
-def _tensors(value: Any) -> Iterable[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _is_full_disk(error: BaseException | None) -> bool:
