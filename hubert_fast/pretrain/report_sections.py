@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from hubert_fast.pretrain.config_file import read_config
 from hubert_fast.pretrain.html_page import Markup, element, facts, folded, join, png, section, table
 from hubert_fast.pretrain.report_text import GLOSSARY, PLOT_CAPTIONS, PNMI_NOTE, loading_code
 from hubert_fast.pretrain.run_record import describe_machine, recorded_starts
-from hubert_fast.pretrain.run_summary import IterationSummary, ModelSummary, read_json_lines
+from hubert_fast.pretrain.run_summary import IterationSummary
 
 _LISTED_FILES = 200
 _ABSENT = "–"
@@ -30,11 +31,10 @@ def summary_cards(found: Sequence[IterationSummary], manifest: Mapping[str, Any]
         cards.append((percent(outcome["last_masked_accuracy"]), f"masked accuracy at the end of {name}, training"))
         cards.append((percent(outcome.get("valid_masked_accuracy")), "the same on held-out speech"))
         cards.append((realtime(outcome), f"speed of training {name}"))
-    best = _best_layer(found)
-    if best:
-        iteration, layer = best
-        name = f"PNMI of the best layer, layer {layer['layer']} of iteration {iteration.number}"
-        mfcc = next((row for row in representations(iteration) if row["layer"] == 0), None)
+    scored = [iteration for iteration in found if iteration.best_layer()]
+    if scored:
+        layer, mfcc = scored[-1].best_layer(), scored[-1].mfcc()
+        name = f"PNMI of the best layer, layer {layer['layer']} of iteration {scored[-1].number}"
         beside = f", MFCC {number(mfcc['pnmi'])}" if mfcc else ""
         cards.append((number(layer["pnmi"]), f"{name} (by chance {number(layer['chance_pnmi'])}{beside})"))
     drawn = [element("div", element("b", value), element("span", name), class_="card") for value, name in cards]
@@ -66,7 +66,8 @@ def what_was_run(run: Path) -> Markup:
 def speech(run: Path, manifest: Mapping[str, Any] | None) -> Markup:
     if manifest is None:
         return section("The speech", element("p", "The audio has not been scanned."))
-    skipped = read_json_lines(Path(run) / "manifest" / "skipped.jsonl")
+    path = run / "manifest" / "skipped.jsonl"
+    skipped = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
     if not skipped:
         return section("The speech", _manifest_facts(manifest), element("p", "No file was skipped."))
     title = f"Skipped files: {count(len(skipped))}"
@@ -103,12 +104,15 @@ def training(found: Sequence[IterationSummary], plots: Mapping[str, Path]) -> Ma
 def _iteration_facts(iteration: IterationSummary) -> dict[str, str]:
     units, outcome, model = iteration.units or {}, iteration.metrics.outcome(), iteration.model
     rates = [line["lr"] for line in iteration.metrics.training]
+    architecture = _ABSENT
+    if model:
+        architecture = "{encoder_num_layers} transformer layers, {encoder_embed_dim} dimensions".format(**model[1])
     return {
         "units made from": units_source(units),
         "clusters": count(units.get("clusters")),
         "unit perplexity": number(units.get("perplexity"), 1),
-        "model": _architecture(model),
-        "parameters": f"{model.parameters / 1e6:,.2f} million" if model else _ABSENT,
+        "model": architecture,
+        "parameters": f"{model[0] / 1e6:,.2f} million" if model else _ABSENT,
         "optimizer steps": count(outcome.get("last_step")),
         "audio in a step": duration(outcome["audio_seconds"] / outcome["last_step"]) if rates else _ABSENT,
         "highest learning rate": f"{max(rates):.2g}" if rates else _ABSENT,
@@ -131,19 +135,12 @@ def _nats(units: Mapping[str, Any]) -> float | None:
     return None if bits is None else bits * math.log(2)
 
 
-def _architecture(model: ModelSummary | None) -> str:
-    if model is None:
-        return _ABSENT
-    layers, dim = model.config["encoder_num_layers"], model.config["encoder_embed_dim"]
-    return f"{layers} transformer layers, {dim} dimensions"
-
-
 def phones(found: Sequence[IterationSummary], plots: Mapping[str, Path]) -> Markup:
     """The tables of purity and PNMI."""
     title, evaluated = "What the units know about phones", [each for each in found if each.evaluation is not None]
     if not evaluated:
         return section(title, element("p", "No iteration has been evaluated."))
-    scored = [iteration for iteration in evaluated if representations(iteration)]
+    scored = [iteration for iteration in evaluated if iteration.representations]
     if not scored:
         return section(title, element("p", evaluated[-1].evaluation.get("note", "No representation was scored.")))
     content: list[str] = [element("p", PNMI_NOTE, class_="note")]
@@ -156,8 +153,8 @@ def phones(found: Sequence[IterationSummary], plots: Mapping[str, Path]) -> Mark
 
 
 def _phone_table(iteration: IterationSummary) -> list[Markup]:
-    evaluation, rows = iteration.evaluation, representations(iteration)
-    best = max((row for row in rows if row["layer"]), key=lambda row: row["pnmi"], default=None)
+    evaluation, rows = iteration.evaluation, iteration.representations
+    best, mfcc = iteration.best_layer(), iteration.mfcc()
     header = ["units made from", "clusters", "PNMI", "by chance", "phone purity", "cluster purity", "unit perplexity"]
     cells = [
         (
@@ -177,7 +174,6 @@ def _phone_table(iteration: IterationSummary) -> list[Markup]:
     )
     title = element("h3", f"Iteration {iteration.number}")
     notes = [element("p", basis, class_="note")]
-    mfcc = next((row for row in rows if row["layer"] == 0), None)
     if best and mfcc and best["pnmi"] <= mfcc["pnmi"]:
         text = "No layer of this model knows more about phones than MFCC does: it was trained too little for that."
         notes.append(element("p", text, class_="warning"))
@@ -212,10 +208,6 @@ def _normalizes_audio(run: Path, iteration: IterationSummary) -> bool:
     return config.data_of(config.iterations()[iteration.number - 1]).normalize_audio
 
 
-def representations(iteration: IterationSummary) -> list[dict[str, Any]]:
-    return (iteration.evaluation or {}).get("representations", [])
-
-
 def representation_name(row: Mapping[str, Any], iteration: IterationSummary) -> str:
     if row["layer"] is None:
         return f"the units it was trained on ({units_source(iteration.units or {})})"
@@ -228,15 +220,6 @@ def units_source(units: Mapping[str, Any]) -> str:
     if source is None:
         return _ABSENT
     return "MFCC" if source == "mfcc" else f"{source.replace('layer', 'layer ')} of the iteration before"
-
-
-def _best_layer(found: Sequence[IterationSummary]) -> tuple[IterationSummary, dict[str, Any]] | None:
-    """Of the newest iteration that was scored."""
-    for iteration in reversed(found):
-        layers = [row for row in representations(iteration) if row["layer"]]
-        if layers:
-            return iteration, max(layers, key=lambda row: row["pnmi"])
-    return None
 
 
 def number(value: float | None, digits: int = 3) -> str:

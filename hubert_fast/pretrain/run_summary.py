@@ -26,24 +26,13 @@ class Metrics:
         outcome: dict[str, Any] = {}
         if self.training:
             first, last = self.training[0], self.training[-1]
-            outcome |= {"first_step": first["step"], "first_loss": first.get("loss"), "last_step": last["step"]}
-            outcome |= {"last_loss": last.get("loss"), "last_masked_accuracy": last.get("masked_accuracy")}
-            outcome |= {"first_masked_accuracy": first.get("masked_accuracy")}
-            outcome |= {"first_masked_loss": first.get("masked_loss"), "last_masked_loss": last.get("masked_loss")}
-            outcome |= {"audio_seconds": last.get("audio_seconds"), "seconds": last.get("seconds")}
+            for name in ("step", "loss", "masked_loss", "masked_accuracy"):
+                outcome |= {f"first_{name}": first.get(name), f"last_{name}": last.get(name)}
+            outcome |= {name: last.get(name) for name in ("audio_seconds", "seconds")}
         if self.validation:
             last = self.validation[-1]
             outcome |= {name: last.get(name) for name in ("valid_loss", "valid_masked_loss", "valid_masked_accuracy")}
         return outcome
-
-
-@dataclass(frozen=True)
-class ModelSummary:
-    """What the header of model.safetensors says."""
-
-    parameters: int
-    config: dict[str, Any]
-    """the fields of ModelConfig"""
 
 
 @dataclass(frozen=True)
@@ -66,12 +55,31 @@ class IterationSummary:
         return training_metrics(self.directory / "train")
 
     @cached_property
-    def model(self) -> ModelSummary | None:
-        return read_model_summary(self.weights)
+    def model(self) -> tuple[int, dict[str, Any]] | None:
+        """The number of parameters and the fields of ModelConfig, of which the header of the weights tells."""
+        if not self.weights.is_file():
+            return None
+        from safetensors import safe_open
+
+        with naming(self.weights), safe_open(self.weights, framework="numpy") as file:
+            parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+            return parameters, json.loads(file.metadata()["model_config"])
 
     @cached_property
     def evaluation(self) -> dict[str, Any] | None:
         return read_json(self.directory / "evaluation.json")
+
+    @property
+    def representations(self) -> list[dict[str, Any]]:
+        """Those that were scored, as evaluation.json describes them."""
+        return (self.evaluation or {}).get("representations", [])
+
+    def best_layer(self) -> dict[str, Any] | None:
+        """The transformer layer of the highest PNMI."""
+        return max((row for row in self.representations if row["layer"]), key=lambda row: row["pnmi"], default=None)
+
+    def mfcc(self) -> dict[str, Any] | None:
+        return next((row for row in self.representations if row["layer"] == 0), None)
 
 
 def iterations(run: Path) -> list[IterationSummary]:
@@ -86,20 +94,12 @@ def iterations(run: Path) -> list[IterationSummary]:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file, or None where there is no file; ValueError names a file that is damaged."""
-    return _parsed(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else None
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """One object a line; none where there is no file; ValueError names a file that is damaged, and the line."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
-
-
-def _parsed(text: str, place: str) -> dict[str, Any]:
+    if not path.is_file():
+        return None
     try:
-        return json.loads(text)
+        return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON ({error}); a damaged file is made anew once it is deleted") from error
+        raise ValueError(f"{path} is not JSON ({error}); a damaged file is made anew once it is deleted") from error
 
 
 def training_metrics(directory: Path) -> Metrics:
@@ -112,15 +112,3 @@ def training_metrics(directory: Path) -> Metrics:
         if "valid_loss" in line:
             validation[line["step"]] = line
     return Metrics([training[step] for step in sorted(training)], [validation[step] for step in sorted(validation)])
-
-
-def read_model_summary(weights: Path) -> ModelSummary | None:
-    """Read the header only: no tensor is loaded."""
-    if not weights.is_file():
-        return None
-    from safetensors import safe_open
-
-    with naming(weights), safe_open(weights, framework="numpy") as file:
-        parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
-        metadata = file.metadata()
-    return ModelSummary(parameters, json.loads(metadata["model_config"]))
