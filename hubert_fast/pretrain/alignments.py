@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,35 +58,28 @@ def _within(phones: list[AlignmentItem], start: float, duration: float) -> list[
 
 
 def _read_listed(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.is_file():
-        return {}
-    entries = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            entries[entry["path"]] = {**entry, "phones": [_item(*phone) for phone in entry.get("phones", [])]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path}, line {number}: expected {{"path": ..., "phones": [[symbol, start, duration], ...]}}, '
-                f"times in seconds ({type(error).__name__}: {error})"
-            ) from error
-    return entries
+    def entry(line: str) -> tuple[str, dict[str, Any]]:
+        values = json.loads(line)
+        return values["path"], {**values, "phones": [_item(*phone) for phone in values.get("phones", [])]}
+
+    expected = '{"path": ..., "phones": [[symbol, start, duration], ...]}, times in seconds'
+    return dict(_parsed(path, entry, expected)) if path.is_file() else {}
 
 
 def _read_tsv(path: Path) -> list[AlignmentItem]:
-    phones = []
+    expected = "symbol, start and duration in seconds, separated by tabs"
+    return list(_parsed(path, lambda line: _item(*line.split("\t")), expected))
+
+
+def _parsed(path: Path, parse: Callable[[str], Any], expected: str) -> Iterator[Any]:
+    """What ``parse`` makes of each line that is not blank; ValueError names one that is not as ``expected``."""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
         try:
-            phones.append(_item(*line.split("\t")))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: expected symbol, start and duration in seconds, separated by tabs ({error})"
-            ) from error
-    return phones
+            if line.strip():
+                yield parse(line)
+        except (ValueError, KeyError, TypeError) as error:
+            place = f"{path}, line {number}"
+            raise ValueError(f"{place}: expected {expected} ({type(error).__name__}: {error})") from error
 
 
 def _item(symbol: str, start: float | str, duration: float | str) -> AlignmentItem:
