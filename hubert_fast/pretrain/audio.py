@@ -32,10 +32,6 @@ class AudioError(ValueError):
         return f"{self.path}: {self.reason}"
 
 
-class NonFiniteAudioError(AudioError):
-    """Audio with a NaN or an infinity in it."""
-
-
 def resampled_length(samples: int, rate: int) -> int:
     """Samples at 16 kHz of ``samples`` samples at ``rate`` Hz, as `load_audio` returns them."""
     return -(-samples * SAMPLE_RATE // rate)
@@ -43,17 +39,7 @@ def resampled_length(samples: int, rate: int) -> int:
 
 def utterance_samples(cut: Cut) -> int:
     """Samples of a cut at 16 kHz: exactly what `load_audio` returns, without reading the file."""
-    stored = (cut.custom or {}).get("samples_16k")
-    return resampled_length(cut.num_samples, cut.sampling_rate) if stored is None else stored
-
-
-def utterance_path(cut: Cut) -> str:
-    """The audio file of a cut."""
-    source = cut.recording.sources[0]
-    if len(cut.recording.sources) != 1 or source.type != "file":
-        kinds = [source.type for source in cut.recording.sources]
-        raise AudioError(cut.id, f"its recording has sources of type {kinds}; exactly one of type 'file' is accepted")
-    return source.source
+    return cut.custom["samples_16k"]
 
 
 def load_audio(cut: Cut) -> np.ndarray:
@@ -64,14 +50,13 @@ def load_audio(cut: Cut) -> np.ndarray:
         `utterance_samples` of the cut.
 
     Raises:
-        AudioError: the file is gone, cannot be decoded, or is not the one that was scanned.
-        NonFiniteAudioError: it holds a NaN or an infinity.
+        AudioError: the file is gone, cannot be decoded, is not the one that was scanned, or holds a NaN or an infinity.
     """
-    path = utterance_path(cut)
+    path = cut.recording.sources[0].source
     waveform = _decode(path, round(cut.start * cut.sampling_rate), cut.num_samples, cut.sampling_rate)
     if not np.isfinite(waveform).all():
         row = int(np.argmin(np.isfinite(waveform).all(axis=1)))
-        raise NonFiniteAudioError(path, f"utterance {cut.id!r} holds a NaN or an infinity at sample {row}")
+        raise AudioError(path, f"utterance {cut.id!r} holds a NaN or an infinity at sample {row}")
     channels = [cut.channel] if isinstance(cut.channel, int) else list(cut.channel)
     return resample(waveform[:, channels].mean(axis=1), cut.sampling_rate)
 

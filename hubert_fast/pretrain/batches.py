@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ from hubert_fast.pretrain.epoch_plan import plan_epoch, smallest_batch
 from hubert_fast.pretrain.frames import SAMPLE_RATE
 from hubert_fast.pretrain.like_length import batches_of_like_length
 from hubert_fast.pretrain.units import Units
-from hubert_fast.pretrain.utterances import TRAINING, VALIDATION, Batch, MaskSource, Place, Utterances
+from hubert_fast.pretrain.utterances import TRAINING, VALIDATION, Batch, Place, Utterances
 
-__all__ = ["Batch", "GlobalBatches", "ValidationBatches"]
+if TYPE_CHECKING:
+    from hubert_fast.models.masking import MaskGenerator
 
 
 class GlobalBatches:
@@ -42,9 +43,9 @@ class GlobalBatches:
         accumulate: micro-batches of each rank.
 
     Raises:
-        ValueError: no utterances; units that are missing or of another length; a ``batch_seconds`` in which fewer of
-            the longest utterances fit than there are micro-batches.
-        NonFiniteAudioError, AudioError: while iterating, at the utterance that cannot be used.
+        ValueError: units that are missing or of another length; fewer utterances than micro-batches, or a
+            ``batch_seconds`` in which fewer of the longest fit.
+        AudioError: while iterating, at the utterance that cannot be used.
     """
 
     def __init__(
@@ -52,23 +53,21 @@ class GlobalBatches:
         cuts: Sequence[Cut],
         units: Units,
         config: DataConfig,
-        masks: MaskSource,
+        masks: MaskGenerator,
         *,
         seed: int,
         accumulate: int = 1,
         process: Process,
     ) -> None:
-        micro_batches = _micro_batches(accumulate, process)
+        micro_batches = process.world_size * accumulate
         parts = [slice(part, None, micro_batches) for part in range(process.rank, micro_batches, process.world_size)]
         self._utterances = Utterances(cuts, units, config, masks, seed=seed, purpose=TRAINING, parts=parts)
         self._budget = _budget(self._utterances.samples, config.batch_seconds, micro_batches)
-        self._seed = seed
-        self._workers = config.workers
-        self._pin_memory = process.device.type == "cuda"
+        self._seed, self._workers, self._device = seed, config.workers, process.device
         self._epoch = self._batch = 0
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        for place, micro_batches in _load(self._utterances, self._places(), self._workers, self._pin_memory):
+        for place, micro_batches in _load(self._utterances, self._places(), self._workers, self._device):
             # The place after the batch that the caller gets now; the workers are further ahead.
             self._epoch, self._batch = (place.epoch + 1, 0) if place.last else (place.epoch, place.batch + 1)
             yield micro_batches
@@ -79,11 +78,6 @@ class GlobalBatches:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a place without reading what lies before it. Iterators that exist stay where they are."""
-        batches = len(self.epoch_plan(state["epoch"]))
-        if not 0 <= state["batch"] < batches:
-            raise ValueError(
-                f"state is {state}, but that epoch has {batches} batches: it belongs to other data or settings"
-            )
         self._epoch, self._batch = state["epoch"], state["batch"]
 
     def epoch_plan(self, epoch: int) -> list[np.ndarray]:
@@ -100,12 +94,11 @@ class GlobalBatches:
 
 
 class ValidationBatches:
-    """The held-out utterances, once, whole and by falling length, with the same masks every time.
+    """The held-out utterances, each time it is iterated over: whole and by falling length, with the same masks every time.
 
     A batch takes the audio of one training micro-batch (a longer utterance has one of its own) and goes to one rank;
     its numbers do not depend on the rank that computes it. Each comes as a list of one, as `GlobalBatches` has it.
-    Iterating goes on from the place of ``state_dict()``, and at the end returns to the start. Arguments and errors are
-    those of `GlobalBatches`.
+    Arguments and errors are those of `GlobalBatches`.
     """
 
     def __init__(
@@ -113,7 +106,7 @@ class ValidationBatches:
         cuts: Sequence[Cut],
         units: Units,
         config: DataConfig,
-        masks: MaskSource,
+        masks: MaskGenerator,
         *,
         seed: int,
         accumulate: int = 1,
@@ -121,66 +114,33 @@ class ValidationBatches:
     ) -> None:
         whole = [slice(None)]
         self._utterances = Utterances(cuts, units, config, masks, seed=seed, purpose=VALIDATION, parts=whole)
-        budget = round(config.batch_seconds * SAMPLE_RATE) // _micro_batches(accumulate, process)
-        plan = [np.array(rows) for rows in batches_of_like_length(self._utterances.samples, budget)]
-        places = [Place(0, batch, last=batch + 1 == len(plan)) for batch in range(len(plan))]
-        self._places = list(zip(places, plan, strict=True))[process.rank :: process.world_size]
-        self._workers = config.workers
-        self._pin_memory = process.device.type == "cuda"
-        self._next = 0
+        budget = round(config.batch_seconds * SAMPLE_RATE) // (process.world_size * accumulate)
+        plan = batches_of_like_length(self._utterances.samples, budget)
+        places = [(Place(0, batch, last=batch + 1 == len(plan)), np.array(rows)) for batch, rows in enumerate(plan)]
+        self._places = places[process.rank :: process.world_size]
+        self._workers, self._device = config.workers, process.device
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        remaining = self._places[self._next :]
-        for _, micro_batches in _load(self._utterances, remaining, self._workers, self._pin_memory):
-            self._next += 1
+        for _, micro_batches in _load(self._utterances, self._places, self._workers, self._device):
             yield micro_batches
-        self._next = 0
-
-    def __len__(self) -> int:
-        """Batches of this rank."""
-        return len(self._places)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"batch": self._next}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._next = state["batch"]
-
-
-def _micro_batches(accumulate: int, process: Process) -> int:
-    rank, world_size = process.rank, process.world_size
-    if not 0 <= rank < world_size or accumulate < 1:
-        raise ValueError(
-            f"rank={rank}, world_size={world_size}, accumulate={accumulate}; 0 <= rank < world_size, accumulate >= 1"
-        )
-    return world_size * accumulate
 
 
 def _budget(samples: np.ndarray, batch_seconds: float, micro_batches: int) -> int:
     """Samples of a global batch, in which every micro-batch must find a row."""
-    budget = round(batch_seconds * SAMPLE_RATE)
-    longest = int(samples.max())
-    seconds = longest / SAMPLE_RATE
-    if longest > budget:
+    budget, longest = round(batch_seconds * SAMPLE_RATE), int(samples.max())
+    rows = smallest_batch(samples, budget)
+    if rows < micro_batches:
+        seconds = longest / SAMPLE_RATE
         raise ValueError(
-            f"batch_seconds={batch_seconds} is less than the longest utterance, {seconds:.2f} s after cropping to "
-            "max_seconds: raise batch_seconds or lower max_seconds"
-        )
-    if len(samples) < micro_batches:
-        raise ValueError(
-            f"{len(samples)} utterances cannot fill world_size x accumulate = {micro_batches} micro-batches"
-        )
-    if smallest_batch(samples, budget) < micro_batches:
-        raise ValueError(
-            f"batch_seconds={batch_seconds} holds {budget // longest} of the longest utterances ({seconds:.2f} s), "
-            f"fewer than world_size x accumulate = {micro_batches} micro-batches: "
-            f"{ceil(10 * micro_batches * seconds) / 10} or more is accepted"
+            f"batch_seconds={batch_seconds} holds {rows} of the {len(samples)} utterances, the longest of which take "
+            f"{seconds:.2f} s, fewer than world_size x accumulate = {micro_batches} micro-batches: as many utterances, "
+            f"and {ceil(10 * micro_batches * seconds) / 10} or more, are accepted"
         )
     return budget
 
 
 def _load(
-    utterances: Utterances, places: Iterable[tuple[Place, np.ndarray]], workers: int, pin_memory: bool
+    utterances: Utterances, places: Iterable[tuple[Place, np.ndarray]], workers: int, device: torch.device
 ) -> Iterator[tuple[Place, list[Batch]]]:
     """The batches at ``places``, in order, read ahead by worker processes."""
     loader = DataLoader(
@@ -189,7 +149,7 @@ def _load(
         batch_size=None,
         num_workers=workers,
         collate_fn=_unchanged,
-        pin_memory=pin_memory,
+        pin_memory=device.type == "cuda",
         # A loader draws a seed for its workers as it starts: not from the generator that dropout draws from.
         generator=torch.Generator(),
     )

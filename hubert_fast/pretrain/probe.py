@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from hubert_fast.pretrain.audio import AudioError, NonFiniteAudioError
+from hubert_fast.pretrain.audio import AudioError
 
 _BLOCK_SAMPLES = 1 << 20
 _LARGEST_LENGTH = 1 << 62
@@ -42,8 +42,7 @@ def probe(path: Path) -> AudioInfo:
     """Decode ``path`` whole.
 
     Raises:
-        AudioError: it is empty, unreadable or truncated.
-        NonFiniteAudioError: it holds a NaN or an infinity.
+        AudioError: it is empty, unreadable or truncated, or holds a NaN or an infinity.
     """
     try:
         if path.stat().st_size == 0:
@@ -81,7 +80,7 @@ def _decode(file: soundfile.SoundFile, path: Path) -> int:
         if not len(block):
             return samples
         if not np.isfinite(block).all():
-            raise NonFiniteAudioError(str(path), "it holds a NaN or an infinity")
+            raise AudioError(str(path), "it holds a NaN or an infinity")
         samples += len(block)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,16 +18,11 @@ from hubert_fast.pretrain.config import DataConfig
 from hubert_fast.pretrain.frames import FRAME_SHIFT, SAMPLE_RATE, num_frames, num_samples
 from hubert_fast.pretrain.units import Units
 
+if TYPE_CHECKING:
+    from hubert_fast.models.masking import MaskGenerator
+
 TRAINING, VALIDATION = 2, 3
 """What random numbers are for, besides the 1 of `epoch_plan`: the same seed gives each purpose numbers of its own"""
-
-
-class MaskSource(Protocol):
-    """The model's mask generator: draws span masks from torch's default CPU generator."""
-
-    def draw(self, batch: int, frames: int, lengths: Tensor | None = None) -> Tensor:
-        """bool ``[batch, frames]``; ``lengths`` (``[batch]``) are frames."""
-        ...
 
 
 @dataclass
@@ -71,18 +66,16 @@ class Utterances(Dataset):
         cuts: Sequence[Cut],
         units: Units,
         config: DataConfig,
-        masks: MaskSource,
+        masks: MaskGenerator,
         *,
         seed: int,
         purpose: int,
         parts: Sequence[slice],
     ) -> None:
         self._cuts = list(cuts)
-        if not self._cuts:
-            raise ValueError("cuts is empty; at least one utterance is needed")
         self._units = units
         # A copy on the CPU: the model's own may be on a GPU, which a forked worker must not touch.
-        self._masks = copy.deepcopy(masks).cpu() if isinstance(masks, torch.nn.Module) else masks
+        self._masks = copy.deepcopy(masks).cpu()
         self._seed, self._purpose, self._parts = seed, purpose, parts
         self._normalize = config.normalize_audio
         whole = np.array([utterance_samples(cut) for cut in self._cuts])
@@ -90,15 +83,10 @@ class Utterances(Dataset):
         whole_frames = _frames(whole)
         limit = round(config.max_seconds * SAMPLE_RATE) if purpose == TRAINING else int(whole.max())
         most_frames = num_frames(limit)
-        if most_frames == 0:
-            raise ValueError(f"max_seconds={config.max_seconds} is shorter than one frame (0.025 s)")
         self.samples: np.ndarray = np.where(whole > limit, num_samples(most_frames), whole)
         """int64 ``[utterances]``, after cropping"""
         self._frames = np.minimum(whole_frames, most_frames)
         self._spare_frames = whole_frames - self._frames
-
-    def __len__(self) -> int:
-        return len(self._cuts)
 
     def __getitem__(self, wanted: tuple[Place, np.ndarray]) -> tuple[Place, list[Batch] | AudioError]:
         place, rows = wanted
@@ -135,7 +123,7 @@ class Utterances(Dataset):
         return waveform[first : first + self.samples[row]], self._units[cut.id][start : start + self._frames[row]]
 
 
-def _draw(masks: MaskSource, frames: np.ndarray, *, seed: int) -> Tensor:
+def _draw(masks: MaskGenerator, frames: np.ndarray, *, seed: int) -> Tensor:
     """One mask for all rows of a global batch, so that all its micro-batches mask as many frames in a row."""
     # Not torch.manual_seed: it would seed the GPUs too, where there is no worker and this is the training process.
     with torch.random.fork_rng(devices=[]):
@@ -161,5 +149,3 @@ def _check_units(cuts: list[Cut], samples: np.ndarray, units: Units) -> None:
                 f"units: utterance {cut.id!r} has {units.frames(cut.id)} units, its audio has {frames} frames; "
                 "they were made from another version of the audio"
             )
-        if frames == 0:
-            raise ValueError(f"cuts: utterance {cut.id!r} is shorter than one frame (0.025 s)")

@@ -8,7 +8,7 @@ import soundfile
 import torch
 
 from hubert_fast.models.masking import MaskGenerator
-from hubert_fast.pretrain.audio import NonFiniteAudioError
+from hubert_fast.pretrain.audio import AudioError
 from hubert_fast.pretrain.batches import Batch, GlobalBatches, ValidationBatches
 from hubert_fast.pretrain.config import DataConfig
 from hubert_fast.pretrain.distributed import Process
@@ -22,7 +22,7 @@ NAMES = [f"{index:03d}.wav" for index in range(len(LENGTHS))]
 CONFIG = DataConfig(batch_seconds=2.0, max_seconds=0.5, min_seconds=0.1, workers=0)
 
 
-class HalfMasked:
+class HalfMasked(torch.nn.Module):
     """Masks half of the frames that every row has, drawn from torch's default generator as the model's mask generator
     does.
     """
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
 
 def parts(folder):
-    return load_manifest(folder / "manifest", "train"), Units.load(folder / "units.safetensors")
+    return load_manifest(folder / "manifest", "train"), Units(folder / "units.safetensors")
 
 
 def stream(folder, *, kind=GlobalBatches, seed=0, masks=None, rank=0, world_size=1, accumulate=1, **changes):
@@ -149,11 +149,6 @@ def test_the_state_after_an_epoch_is_the_start_of_the_next(folder):
     assert batches.state_dict() == {"epoch": 1, "batch": 0}
 
 
-def test_a_state_of_other_data_is_refused(folder):
-    with pytest.raises(ValueError, match="'batch': 99.*other data or settings"):
-        stream_from(folder, 0, 99)
-
-
 def test_seeds_differ_and_another_visit_crops_and_masks_anew(folder):
     first, second = (rows(take(stream(folder, seed=seed, batch_seconds=100.0), 1)[0]) for seed in (0, 1))
     later = rows(take(stream_from(folder, 1, batch_seconds=100.0), 1)[0])
@@ -198,9 +193,8 @@ def test_audio_that_is_not_finite_names_utterance_and_file(tmp_path, workers, ba
     audio = np.full(8000, 0.1)
     audio[4567] = bad
     soundfile.write(tmp_path / "audio" / "001.wav", audio, 16_000, subtype="FLOAT")
-    with pytest.raises(
-        NonFiniteAudioError, match=r"audio/001.wav: utterance '001.wav' holds a NaN or an infinity"
-    ) as error:
+    message = r"audio/001.wav: utterance '001.wav' holds a NaN or an infinity at sample 4567"
+    with pytest.raises(AudioError, match=message) as error:
         take(stream(tmp_path, workers=workers), 3)
     assert "Traceback" not in str(error.value)
 
@@ -218,14 +212,9 @@ def test_units_of_another_manifest_or_length_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_seconds": 0.4}, "batch_seconds=0.4 is less than the longest utterance, 0.50 s"),
-        (
-            {"batch_seconds": 1.0, "world_size": 2, "accumulate": 2},
-            "batch_seconds=1.0 holds 2 of .* = 4 micro-batches: 2.0 or more",
-        ),
-        ({"world_size": 20}, "13 utterances cannot fill world_size x accumulate = 20"),
-        ({"max_seconds": 0.02}, "max_seconds=0.02 is shorter than one frame"),
-        ({"rank": 2, "world_size": 2}, "rank=2, world_size=2"),
+        ({"batch_seconds": 0.4}, "batch_seconds=0.4 holds 0 of the 13 utterances, the longest of which take 0.50 s"),
+        ({"batch_seconds": 1.0, "world_size": 2, "accumulate": 2}, "1.0 holds 2 .* = 4 micro-batches: .* 2.0 or more"),
+        ({"batch_seconds": 99.0, "world_size": 20}, "holds 13 of the 13 .* = 20 micro-batches: as many utterances"),
     ],
 )
 def test_settings_that_cannot_work_are_named(folder, changes, message):
@@ -233,15 +222,9 @@ def test_settings_that_cannot_work_are_named(folder, changes, message):
         stream(folder, **changes)
 
 
-def test_no_utterances_is_an_error(folder):
-    with pytest.raises(ValueError, match="cuts is empty"):
-        GlobalBatches([], parts(folder)[1], CONFIG, HalfMasked(), seed=0, process=Process())
-
-
 def test_validation_holds_every_utterance_whole_and_is_the_same_every_time(folder):
     batches = stream(folder, kind=ValidationBatches, workers=1)
     passes = [list(batches), list(batches)]
-    assert len(passes[0]) == len(batches)
     assert contents(passes[0]) == contents(passes[1])
     names = [name for (batch,) in passes[0] for name in batch.ids]
     lengths = [length for (batch,) in passes[0] for length in batch.audio_lengths.tolist()]
@@ -252,15 +235,3 @@ def test_validation_is_dealt_out_over_the_ranks(folder):
     shares = [list(stream(folder, kind=ValidationBatches, rank=rank, world_size=2)) for rank in range(2)]
     merged = {name: row for share in shares for one in share for name, row in rows(one).items()}
     assert len(merged) == len(LENGTHS) == sum(len(batch.ids) for share in shares for (batch,) in share)
-
-
-def test_validation_goes_on_from_its_state(folder):
-    batches = stream(folder, kind=ValidationBatches)
-    start = batches.state_dict()
-    whole = list(batches)
-    assert batches.state_dict() == start
-    take(batches, 1)
-    assert contents(batches) == contents(whole[1:])
-    take(batches, 1)
-    batches.load_state_dict(start)
-    assert len(list(batches)) == len(whole)
