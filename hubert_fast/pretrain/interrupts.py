@@ -14,13 +14,9 @@ class TrainingInterrupted(SystemExit):
 
     def __init__(self, signum: int, step: int, checkpoint: Path) -> None:
         super().__init__(128 + signum)
-        self.signum = signum
-        self.step = step
         self.checkpoint = checkpoint
-
-    def __str__(self) -> str:
-        name = signal.Signals(self.signum).name
-        return f"stopped by {name} after step {self.step}; saved {self.checkpoint}; resume to go on"
+        name = signal.Signals(signum).name
+        self.message = f"stopped by {name} after step {step}; saved {checkpoint}; resume to go on"
 
 
 class StopRequest:

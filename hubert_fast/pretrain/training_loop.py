@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -34,20 +34,7 @@ from hubert_fast.pretrain.random_state import (
 from hubert_fast.pretrain.schedule import linear_warmup_decay
 
 if TYPE_CHECKING:
-    from hubert_fast.pretrain.batches import Batch
-
-
-class BatchStream(Protocol):
-    """Yields this rank's micro-batches of one update after another, without end; its state is the place of the next.
-
-    It leaves the random generators of the process alone, from which dropout draws.
-    """
-
-    def __iter__(self) -> Iterator[list[Batch]]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    from hubert_fast.pretrain.batches import Batch, GlobalBatches
 
 
 class Trainer:
@@ -60,7 +47,7 @@ class Trainer:
     def __init__(
         self,
         objective: nn.Module,
-        batches: BatchStream,
+        batches: GlobalBatches,
         valid_batches: Iterable[list[Batch]] | None,
         config: PretrainConfig,
         iteration: IterationConfig,  # of config
@@ -151,7 +138,8 @@ class Trainer:
                 self._update(update, masked_frames)
                 self.clock.add_audio(audio_seconds)
                 self.position = self.batches.state_dict()
-                self._show_progress(bar)
+                bar.set_postfix_str(f"{self.clock.audio_seconds_per_second():.0f} audio-seconds/s", refresh=False)
+                bar.update()
                 if self.step == 1 or self._due(self.logging.log_every):
                     self._log(log)
                 if self.valid_batches is not None and self._due(self.logging.valid_every):
@@ -255,7 +243,7 @@ class Trainer:
         # A rank that has had no signal itself learns of it from the others, and leaves as they do.
         interrupted = TrainingInterrupted(signum or signal.SIGTERM, self.step, self._save())
         if self.process.is_main:
-            tqdm.write(str(interrupted), file=sys.stderr)
+            tqdm.write(interrupted.message, file=sys.stderr)
         raise interrupted
 
     def _metrics_log(self) -> AbstractContextManager[MetricsLog | None]:
@@ -264,10 +252,6 @@ class Trainer:
     def _progress_bar(self) -> tqdm:
         hidden = not (self.progress and self.process.is_main)
         return tqdm(total=self.steps, initial=self.step, desc="train", unit="step", disable=hidden)
-
-    def _show_progress(self, bar: tqdm) -> None:
-        bar.set_postfix_str(f"{self.clock.audio_seconds_per_second():.0f} audio-seconds/s", refresh=False)
-        bar.update()
 
 
 def _data_parallel(objective: nn.Module, model: ModelConfig) -> DistributedDataParallel:

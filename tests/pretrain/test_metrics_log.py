@@ -25,20 +25,6 @@ def test_the_meter_averages_over_masked_frames_and_starts_anew():
     assert meter.read(Process()) == {"loss": 0.0, "feature_penalty": 0.0}
 
 
-def test_the_meter_leaves_out_an_accuracy_that_was_not_computed():
-    meter = Meter(torch.device("cpu"))
-    absent = dict.fromkeys(("masked_loss", "masked_correct", "feature_penalty"))
-    meter.add_micro_batch(SimpleNamespace(loss=torch.tensor(4.0), masked_count=2, **absent))
-    assert meter.read(Process()) == {"loss": 2.0, "feature_penalty": 0.0}
-
-
-def test_the_meter_goes_on_from_its_state():
-    meter, resumed = Meter(torch.device("cpu")), Meter(torch.device("cpu"))
-    meter.add_micro_batch(output(20.0, 10, 5, 0.5))
-    resumed.load_state_dict(meter.state_dict())
-    assert resumed.read(Process()) == meter.read(Process())
-
-
 def test_a_resumed_log_drops_the_lines_after_its_step_and_a_line_cut_short(tmp_path):
     with MetricsLog(tmp_path) as log:
         for step in (1, 2, 3):
@@ -50,10 +36,6 @@ def test_a_resumed_log_drops_the_lines_after_its_step_and_a_line_cut_short(tmp_p
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert all(json.loads(line) for line in metrics_path(tmp_path).read_text().splitlines())
     assert list((tmp_path / "tensorboard").iterdir())
-
-
-def test_a_folder_without_metrics_has_no_lines(tmp_path):
-    assert read_metrics(tmp_path) == []
 
 
 def test_the_clock_counts_earlier_processes_but_measures_speed_in_its_window(monkeypatch):

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hubert_fast.pretrain import training_loop
-from hubert_fast.pretrain.checkpoint import DiskFullError, list_checkpoints, load_checkpoint
+from hubert_fast.pretrain.checkpoint import list_checkpoints, load_checkpoint
 from hubert_fast.pretrain.config import IterationConfig, LoggingConfig, OptimizerConfig, PretrainConfig
 from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.finite import NonFiniteTrainingError
@@ -41,16 +40,16 @@ class Objective(nn.Module):
 
 
 class Batches:
-    """Three global batches an epoch, each a function of (epoch, batch) alone, split into ``parts`` micro-batches."""
+    """Three global batches an epoch, each a function of (epoch, batch) alone and one micro-batch."""
 
-    def __init__(self, *, parts=1, change=lambda number, batch: None):
-        self.parts, self.change, self.epoch, self.batch = parts, change, 0, 0
+    def __init__(self, *, change=lambda number, batch: None):
+        self.change, self.epoch, self.batch = change, 0, 0
 
     def __iter__(self):
         while True:
-            whole = self._draw(3 * self.epoch + self.batch)
+            batch = self._draw(3 * self.epoch + self.batch)
             self.epoch, self.batch = (self.epoch, self.batch + 1) if self.batch < 2 else (self.epoch + 1, 0)
-            yield [self._part(whole, part) for part in range(self.parts)]
+            yield [batch]
 
     def _draw(self, number):
         generator = torch.Generator().manual_seed(number)
@@ -61,14 +60,10 @@ class Batches:
             audio_lengths=torch.full((4,), FRAMES * 4),
             mask=torch.rand(4, FRAMES, generator=generator) < 0.6,
             ids=[f"utterance-{number}-{row}" for row in range(4)],
+            seconds=40.0,
         )
         self.change(number, batch)
         return batch
-
-    def _part(self, whole, part):
-        rows = slice(part * 4 // self.parts, (part + 1) * 4 // self.parts)
-        values = {name: value[rows] for name, value in vars(whole).items()}
-        return SimpleNamespace(**values, seconds=10.0 * len(values["ids"]))
 
     def state_dict(self):
         return {"epoch": self.epoch, "batch": self.batch}
@@ -94,7 +89,7 @@ def trainer_at(out, *, dropout=0.0, optimizer=OPTIMIZER, logging=LOGGING, batche
         IterationConfig(optimizer=optimizer),
         process=Process(),
         out=out,
-        description={"model_config": "{}", "num_classes": 5},
+        description={},
         progress=False,
     )
 
@@ -110,6 +105,8 @@ def without_time(lines):
 def test_learns_logs_validates_and_saves_when_due(tmp_path):
     trainer = trainer_at(tmp_path)
     trainer.fit()
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)
     lines = read_metrics(tmp_path)
     trained, valid = ([line for line in lines if name in line] for name in ("loss", "valid_loss"))
     assert [line["step"] for line in trained] == [1, 4, 8, 10]
@@ -127,7 +124,7 @@ def test_an_accuracy_that_the_objective_does_not_compute_is_not_logged(tmp_path)
     trainer = trainer_at(tmp_path)
     forward = trainer.objective.forward
     trainer.objective.forward = lambda *args, **kwargs: SimpleNamespace(
-        **{**vars(forward(*args, **kwargs)), "masked_loss": None, "masked_correct": None}
+        **{**vars(forward(*args, **kwargs)), "masked_loss": None, "masked_correct": None, "feature_penalty": None}
     )
     trainer.fit()
     lines = read_metrics(tmp_path)
@@ -173,14 +170,6 @@ def test_a_resumed_run_ends_with_the_same_weights_and_metrics_bit_for_bit(tmp_pa
     assert without_time(read_metrics(tmp_path / "killed")) == without_time(read_metrics(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_accumulated_micro_batches_give_the_weights_of_the_whole_batch(tmp_path, parts):
-    whole, split = trainer_at(tmp_path / "1"), trainer_at(tmp_path / "2", batches=Batches(parts=parts))
-    whole.fit()
-    split.fit()
-    torch.testing.assert_close(weights(split), weights(whole), rtol=1e-4, atol=1e-5)
-
-
 def test_a_batch_without_masked_frames_changes_no_gradient_and_divides_by_no_zero(tmp_path):
     def unmask(number, batch):
         batch.mask.zero_()
@@ -207,21 +196,6 @@ def test_a_loss_that_is_not_finite_names_step_and_utterances_and_spares_the_weig
     assert [path.name for path in list_checkpoints(trainer.checkpoints)] == ["step-00000003.pt"]
 
 
-def test_a_full_disk_stops_training_and_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
-    trainer = trainer_at(tmp_path)
-    save = training_loop.save_checkpoint
-
-    def fail_at_step_6(directory, step, state, *, keep):
-        if step == 6:
-            monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
-        return save(directory, step, state, keep=keep)
-
-    monkeypatch.setattr(training_loop, "save_checkpoint", fail_at_step_6)
-    with pytest.raises(DiskFullError, match="step-00000003.pt is untouched"):
-        trainer.fit()
-    assert load_checkpoint(list_checkpoints(trainer.checkpoints)[-1])["step"] == 3
-
-
 @pytest.mark.parametrize("workers_die", [False, True])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_at_the_step_boundary_and_resuming_ends_with_the_same_weights(
@@ -240,8 +214,9 @@ def test_a_signal_saves_at_the_step_boundary_and_resuming_ends_with_the_same_wei
     with pytest.raises(TrainingInterrupted) as interrupted:
         stopped.fit()
     assert interrupted.value.code == 128 + signum
-    assert interrupted.value.step == 4 and interrupted.value.checkpoint.name == "step-00000004.pt"
-    assert "after step 4" in capsys.readouterr().err
+    assert interrupted.value.checkpoint.name == "step-00000004.pt"
+    said = f"stopped by {signum.name} after step 4; saved {interrupted.value.checkpoint}; resume to go on\n"
+    assert capsys.readouterr().err == said
     resumed = trainer_at(tmp_path / "stopped", dropout=0.5)
     resumed.restore(load_checkpoint(interrupted.value.checkpoint))
     resumed.fit()
@@ -254,9 +229,3 @@ def test_restoring_for_another_number_of_processes_warns(tmp_path):
     state["ranks"] = state["ranks"] * 2
     with pytest.warns(RuntimeWarning, match="saved by 2 processes, this run has 1"):
         trainer_at(tmp_path).restore(state)
-
-
-def test_metrics_are_valid_json_lines(tmp_path):
-    trainer_at(tmp_path).fit()
-    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
-        assert json.loads(line, parse_constant=pytest.fail)
