@@ -206,15 +206,6 @@ class PretrainConfig:
         return dataclasses.replace(self.data, **{name: value for name, value in own.items() if value is not None})
 
 
-def resolved_device(name: str) -> str:
-    """``auto`` is the GPU where there is one."""
-    if name != "auto":
-        return name
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def config_path(run: Path) -> Path:
     """Where a run keeps its settings."""
     return Path(run) / "config.toml"

@@ -8,16 +8,17 @@ GPU, and its time limit is long, because the stages that only rank 0 works on (k
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 _HOST_TIMEOUT = timedelta(hours=24)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -59,54 +60,55 @@ class Process:
         dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
 
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """Call ``work`` on rank 0, for which the others wait; every rank returns its result, which must pickle.
+
+        Raises:
+            Exception: what ``work`` raised, on rank 0; on the others a RuntimeError with its message, because not every
+                exception survives the way there, while ranks that wait in vain would bury the message under their own.
+        """
+        result, failure = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except Exception as error:
+                self.from_main((None, str(error)))
+                raise
+        result, failure = self.from_main((result, None))
+        if failure is not None:
+            raise RuntimeError(failure)
+        return result
+
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         self.sum_on_host([0.0])
 
 
 @contextmanager
-def joined(device: str = "cpu") -> Iterator[Process]:
+def joined(device: str = "auto") -> Iterator[Process]:
     """This process as ``torchrun`` describes it in RANK, WORLD_SIZE and LOCAL_RANK; without them, the only process.
 
-    ``device`` is "cpu" or "cuda"; each rank takes the GPU of its local rank. A process group that exists already is
-    used and left standing, one made here is torn down when the block ends.
+    ``device`` is "cpu", "cuda" or "auto", a GPU where there is one; each rank takes the GPU of its local rank.
 
     Raises:
-        ValueError: for another device, a missing GPU or torchrun variables that contradict each other.
+        ValueError: for a missing GPU.
     """
-    rank, world_size, local_rank = _torchrun_variables()
-    target = _device(device, local_rank)
-    exists = dist.is_initialized()
-    if exists:
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    target = _device(device, int(os.environ.get("LOCAL_RANK", rank)))
     if world_size == 1:
         yield Process(target)
         return
-    if not exists:
-        dist.init_process_group("nccl" if target.type == "cuda" else "gloo", rank=rank, world_size=world_size)
-    host_group = dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT)
+    dist.init_process_group("nccl" if target.type == "cuda" else "gloo", rank=rank, world_size=world_size)
     try:
-        yield Process(target, rank, world_size, host_group)
+        yield Process(target, rank, world_size, dist.new_group(backend="gloo", timeout=_HOST_TIMEOUT))
     finally:
-        dist.destroy_process_group(host_group if exists else None)
-
-
-def _torchrun_variables() -> tuple[int, int, int]:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = {name: os.environ[name] for name in names if name in os.environ}
-    if "RANK" not in given or "WORLD_SIZE" not in given:
-        return 0, 1, int(given.get("LOCAL_RANK", 0))
-    rank, world_size = int(given["RANK"]), int(given["WORLD_SIZE"])
-    if not 0 <= rank < world_size:
-        raise ValueError(f"RANK must lie in [0, WORLD_SIZE), got RANK={rank}, WORLD_SIZE={world_size}")
-    return rank, world_size, int(given.get("LOCAL_RANK", rank))
+        dist.destroy_process_group()
 
 
 def _device(name: str, local_rank: int) -> torch.device:
-    if name == "cpu":
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if name != "cuda":
-        raise ValueError(f"device must be 'cpu' or 'cuda', got {name!r}")
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"device 'cuda' needs a GPU for local rank {local_rank}, but {torch.cuda.device_count()} are visible; "

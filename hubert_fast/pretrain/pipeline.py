@@ -8,23 +8,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hubert_fast.pretrain.config import IterationConfig, PretrainConfig, config_path
 from hubert_fast.pretrain.config_checks import check_config
 from hubert_fast.pretrain.config_file import read_config, write_config
 from hubert_fast.pretrain.distributed import Process
-from hubert_fast.pretrain.embedded import embedded_corpus
 from hubert_fast.pretrain.evaluate import evaluate
 from hubert_fast.pretrain.features import FeatureSource, HubertFeatures, MfccFeatures
-from hubert_fast.pretrain.main_only import on_main
 from hubert_fast.pretrain.manifest import require_audio, scan
 from hubert_fast.pretrain.report import write_report
 from hubert_fast.pretrain.resume_checks import require_resumable
 from hubert_fast.pretrain.run_record import record_audio, record_start, recorded_audio
 from hubert_fast.pretrain.run_summary import read_json
 from hubert_fast.pretrain.tensor_files import naming
-from hubert_fast.pretrain.trainer import TrainResult, train, weights_path
+from hubert_fast.pretrain.trainer import train, weights_path
 from hubert_fast.pretrain.units import make_units
+
+EMBEDDED_CORPUS = Path(__file__).parent / "embedded_corpus"
+"""The folder of the speech that comes with the package: 16 kHz mono Ogg Vorbis files, ``alignments.jsonl`` and
+``splits.json``. Its README.md says how it was made."""
 
 
 class RunExistsError(FileExistsError):
@@ -74,7 +77,7 @@ class Run:
                 progress=self.progress,
             )
 
-        on_main(self.process, work)
+        self.process.on_main(work)
 
     def units(self, number: int) -> None:
         """The units that iteration ``number`` predicts."""
@@ -96,10 +99,10 @@ class Run:
                     progress=self.progress,
                 )
 
-        on_main(self.process, work)
+        self.process.on_main(work)
 
-    def train(self, number: int, *, resume: bool) -> TrainResult:
-        """The model of iteration ``number``; one that is trained is kept."""
+    def train(self, number: int, *, resume: bool) -> dict[str, Any]:
+        """The model of iteration ``number``; one that is trained is kept. Returns the outcome, as `trainer.train` does."""
         directory = self.iteration_directory(number)
 
         def resumes() -> bool:
@@ -113,7 +116,7 @@ class Run:
             units_dir=directory / "units",
             out=directory / "train",
             process=self.process,
-            resume=on_main(self.process, resumes),
+            resume=self.process.on_main(resumes),
             progress=self.progress,
         )
 
@@ -136,11 +139,11 @@ class Run:
                     progress=self.progress,
                 )
 
-        on_main(self.process, work)
+        self.process.on_main(work)
 
     def report(self) -> Path:
         """RUN/report.html."""
-        return on_main(self.process, lambda: write_report(self.directory))
+        return self.process.on_main(lambda: write_report(self.directory))
 
     def everything(self, *, resume: bool) -> Path:
         """All stages in order; returns the report."""
@@ -202,7 +205,7 @@ def open_run(
         stands = _stands(directory, resume)
         if stands:
             require_resumable(read_config(config_path(directory), PretrainConfig()), config, directory)
-        folder = _audio_of_resumed(directory, audio) if stands else Path(audio or embedded_corpus()).resolve()
+        folder = _audio_of_resumed(directory, audio) if stands else Path(audio or EMBEDDED_CORPUS).resolve()
         if not stands:
             require_audio(folder)
         write_config(config_path(directory), config)
@@ -211,7 +214,7 @@ def open_run(
             record_start(directory, command)
         return folder
 
-    folder = on_main(process, prepare)
+    folder = process.on_main(prepare)
     return Run(directory, config, process, folder, progress=progress and process.is_main)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +26,12 @@ from hubert_fast.pretrain.checkpoint import (
 from hubert_fast.pretrain.config import IterationConfig, PretrainConfig
 from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.features import file_sha256
-from hubert_fast.pretrain.main_only import on_main
 from hubert_fast.pretrain.manifest import load_manifest
 from hubert_fast.pretrain.metrics_log import metrics_path
 from hubert_fast.pretrain.run_summary import training_metrics
 from hubert_fast.pretrain.tensor_files import naming
 from hubert_fast.pretrain.training_loop import Trainer
 from hubert_fast.pretrain.units import Units
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Where a finished training stands: its weights and the first and last of what it logged (per masked frame)."""
-
-    weights: Path
-    steps: int
-    first_loss: float
-    last_loss: float
-    first_masked_accuracy: float | None
-    """None where the objective gives masked frames no weight"""
-    last_masked_accuracy: float | None
-    valid_loss: float | None
-    """None without held-out utterances"""
-    valid_masked_accuracy: float | None
-    audio_seconds: float
-    """audio trained on, each epoch counted"""
-    seconds: float
-    """wall time"""
 
 
 def train(
@@ -66,11 +44,12 @@ def train(
     process: Process,
     resume: bool = False,
     progress: bool = True,
-) -> TrainResult:
+) -> dict[str, Any]:
     """Train a new model on the units of ``units_dir`` and write ``out``/model.safetensors, metrics and checkpoints.
 
     Under ``torchrun`` every rank calls it; ``process`` is that of `distributed.joined`. With ``resume``, goes on from the
-    newest good checkpoint, or from the start where there is none, and does nothing where the weights are there.
+    newest good checkpoint, or from the start where there is none, and does nothing where the weights are there. Returns
+    what the training came to (`Metrics.outcome`).
 
     Raises:
         FileExistsError: without ``resume``, if ``out`` holds an earlier run.
@@ -81,8 +60,8 @@ def train(
     out = Path(out)
     units_path = Path(units_dir) / "train.safetensors"
     num_classes = _units(units_path).num_classes
-    description = _description(config, iteration, num_classes, on_main(process, lambda: file_sha256(units_path)))
-    on_main(process, lambda: _require_free_or_resumed(out, description, resume))
+    description = _description(config, iteration, num_classes, process.on_main(lambda: file_sha256(units_path)))
+    process.on_main(lambda: _require_free_or_resumed(out, description, resume))
     if not process.from_main(weights_path(out).exists()):
         torch.manual_seed(config.seed)
         model = iteration.model.build(num_classes)
@@ -98,8 +77,8 @@ def train(
         )
         _restore_newest(trainer)
         trainer.fit()
-        on_main(process, lambda: _write_weights(out, model, description))
-    return on_main(process, lambda: _result(out, iteration.optimizer.steps))
+        process.on_main(lambda: _write_weights(out, model, description))
+    return process.on_main(lambda: training_metrics(out).outcome())
 
 
 def weights_path(out: Path) -> Path:
@@ -176,28 +155,13 @@ def _restore_newest(trainer: Trainer) -> None:
             require_same_run(*found, trainer.description)
         return found[0] if found else None
 
-    path = on_main(process, find)
+    path = process.on_main(find)
     if path is not None:
         trainer.restore(found[1] if found else load_checkpoint(path))
 
 
 def _write_weights(out: Path, model: nn.Module, description: Mapping[str, Any]) -> None:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {
-        "model_config": description["model_config"],
-        "num_classes": str(description["num_classes"]),
-        "settings": description["settings"],
-    }
+    metadata = {name: str(value) for name, value in description.items()}
     with naming(weights_path(out)):
         write_with(weights_path(out), lambda path: save_file(weights, path, metadata=metadata))
-
-
-def _result(out: Path, steps: int) -> TrainResult:
-    outcome = training_metrics(out).outcome()
-    if "last_loss" not in outcome:
-        raise FileNotFoundError(
-            f"{weights_path(out)} is there but its {metrics_path(out).name} is missing or empty; "
-            f"remove {out} to train again"
-        )
-    names = [each.name for each in dataclasses.fields(TrainResult) if each.name not in ("weights", "steps")]
-    return TrainResult(weights_path(out), steps, **{name: outcome.get(name) for name in names})

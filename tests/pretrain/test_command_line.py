@@ -5,7 +5,7 @@ import pytest
 from hubert_fast import cli
 from hubert_fast.pretrain import command_line
 from hubert_fast.pretrain.config_file import read_config, write_config
-from hubert_fast.pretrain.embedded import embedded_corpus
+from hubert_fast.pretrain.pipeline import EMBEDDED_CORPUS
 from hubert_fast.pretrain.presets import PRESETS
 from tests.pretrain.small_run import small_config, small_folder
 
@@ -43,8 +43,9 @@ def test_stages_one_by_one_do_what_is_left_to_do(folder, tmp_path, capsys):
 
 def test_without_audio_a_new_run_is_tiny_on_the_embedded_corpus(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command_line.Run, "everything", lambda self, *, resume: self.audio)
-    assert hubert_fast(f"pretrain --out {tmp_path / 'run'}") == 0
-    assert str(embedded_corpus()) in capsys.readouterr().out
+    for resume in ("", " --resume"):
+        assert hubert_fast(f"pretrain --out {tmp_path / 'run'}{resume}") == 0
+        assert str(EMBEDDED_CORPUS) in capsys.readouterr().out
     assert read_config(tmp_path / "run" / "config.toml", PRESETS["base"]) == PRESETS["tiny"]
 
 
@@ -53,12 +54,13 @@ def test_resuming_takes_the_audio_and_settings_of_the_run(folder, monkeypatch, c
     assert hubert_fast("pretrain --audio speech --config small.toml --out run") == 0
     assert hubert_fast("pretrain --audio speech --out run") == 1
     assert "--resume" in capsys.readouterr().err
-    assert hubert_fast("pretrain --resume --out run") == 0
-    assert str(folder) in capsys.readouterr().out
+    for given in ("", f"--audio {folder}"):
+        assert hubert_fast(f"pretrain --resume --out run {given}") == 0
+        assert str(folder) in capsys.readouterr().out
     assert settings("pretrain --resume --out run") == small_config()
-    assert hubert_fast(f"pretrain --resume --out run --audio {embedded_corpus()}") == 1
+    assert hubert_fast(f"pretrain --resume --out run --audio {EMBEDDED_CORPUS}") == 1
     error = capsys.readouterr().err
-    assert str(folder) in error and str(embedded_corpus()) in error
+    assert str(folder) in error and str(EMBEDDED_CORPUS) in error
 
 
 def test_command_line_goes_before_file_and_file_before_preset(tmp_path):

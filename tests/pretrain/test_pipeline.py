@@ -1,6 +1,4 @@
-import dataclasses
 import functools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +9,10 @@ from hubert_fast.pretrain import pipeline
 from hubert_fast.pretrain.checkpoint import CheckpointMismatchError
 from hubert_fast.pretrain.config_file import read_config, write_config
 from hubert_fast.pretrain.distributed import Process
-from hubert_fast.pretrain.embedded import embedded_corpus
 from hubert_fast.pretrain.manifest import load_manifest
 from hubert_fast.pretrain.pipeline import RunExistsError, open_run
 from hubert_fast.pretrain.resume_checks import ConfigMismatchError
-from hubert_fast.pretrain.run_record import recorded_audio, recorded_starts
+from hubert_fast.pretrain.run_record import recorded_starts
 from tests.pretrain.small_run import small_config, small_folder
 from tests.pretrain.test_config_checks import changed
 
@@ -102,23 +99,6 @@ def test_what_is_refused_leaves_no_run_directory(tmp_path, make_audio, config, m
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_keeps_to_its_audio_from_the_first_moment(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run = tmp_path / "run"
-    opened(run, audio=Path("speech"))
-    assert recorded_audio(run) == folder.resolve()
-    assert opened(run, resume=True).audio == folder.resolve()
-    assert opened(run, resume=True, audio=folder).audio == folder.resolve()
-    with pytest.raises(ValueError, match=f"audio='{embedded_corpus()}', but .* holds a run on '{folder}'"):
-        opened(run, resume=True, audio=embedded_corpus())
-
-
-def test_a_new_run_without_audio_takes_the_embedded_corpus_and_stays_with_it(tmp_path):
-    run = opened(tmp_path / "run", resume=True)
-    assert run.audio == embedded_corpus().resolve()
-    assert opened(tmp_path / "run", resume=True).audio == run.audio
-
-
 def test_a_run_that_does_not_know_its_audio_asks_for_it(folder, tmp_path):
     write_config(tmp_path / "run" / "config.toml", small_config())
     with pytest.raises(ValueError, match="does not say which audio.*--audio FOLDER"):
@@ -182,15 +162,6 @@ def test_what_decides_no_number_may_always_change(folder, tmp_path):
     assert read_config(run / "config.toml", small_config()) == config
 
 
-def test_damaged_json_is_named(scanned):
-    (scanned / "manifest" / "summary.json").write_text('{"settings": ')
-    with pytest.raises(ValueError, match="manifest/summary.json is not JSON"):
-        opened(scanned, resume=True).scan()
-    (scanned / "run.json").write_text("")
-    with pytest.raises(ValueError, match="run.json is not JSON"):
-        opened(scanned, resume=True)
-
-
 def test_audio_is_normalized_as_the_model_was_trained(folder, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(pipeline, "HubertFeatures", lambda weights, layer, **options: seen.update(options))
@@ -201,22 +172,3 @@ def test_audio_is_normalized_as_the_model_was_trained(folder, tmp_path, monkeypa
         weights.touch()
         run._features(2)
         assert seen["normalize_audio"] is expected
-
-
-def test_a_failure_of_rank_0_ends_every_rank_with_its_message(folder, tmp_path):
-    @dataclasses.dataclass(frozen=True)
-    class Rank(Process):
-        """One of two ranks, the messages between which go through a list."""
-
-        sent: list = dataclasses.field(default_factory=list)
-
-        def from_main(self, value):
-            if self.is_main:
-                self.sent.append(json.loads(json.dumps(value)))
-            return self.sent[-1]
-
-    sent: list = []
-    for rank in (0, 1):
-        process = Rank(rank=rank, world_size=2, sent=sent)
-        with pytest.raises(ValueError if rank == 0 else RuntimeError, match="is not a folder"):
-            open_run(tmp_path / "run", small_config(), process, audio=tmp_path / "nowhere", resume=False)

@@ -68,23 +68,16 @@ def assert_same_training(out, reference):
 
 
 def test_learns_and_writes_weights_that_say_what_they_are(finished):
-    out, result = finished
-    assert result.weights == out / "model.safetensors" and result.steps == 12
-    assert result.last_loss < result.first_loss and 0 <= result.last_masked_accuracy <= 1
-    assert result.valid_loss > 0 and result.audio_seconds > 12 and result.seconds > 0
-    with safe_open(result.weights, framework="pt") as file:
+    out, outcome = finished
+    assert outcome["last_step"] == 12
+    assert outcome["last_loss"] < outcome["first_loss"] and 0 <= outcome["last_masked_accuracy"] <= 1
+    assert outcome["valid_loss"] > 0 and outcome["audio_seconds"] > 12 and outcome["seconds"] > 0
+    with safe_open(out / "model.safetensors", framework="pt") as file:
         metadata = file.metadata()
         names = set(file.keys())
     assert ModelConfig.from_json(metadata["model_config"]) == MODEL
     assert metadata["num_classes"] == "6"
     assert names == set(MODEL.build(6).state_dict())
-
-
-def test_a_finished_training_is_not_repeated(finished, corpus):
-    out, result = finished
-    before = (out / "model.safetensors").stat().st_mtime_ns
-    assert train_tiny(corpus, out, resume=True) == result
-    assert (out / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_a_folder_with_a_training_is_refused_without_resume(finished, corpus):

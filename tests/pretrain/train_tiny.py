@@ -28,9 +28,9 @@ from hubert_fast.pretrain.config import (
 )
 from hubert_fast.pretrain.distributed import joined
 from hubert_fast.pretrain.features import MfccFeatures
-from hubert_fast.pretrain.manifest import scan
-from hubert_fast.pretrain.trainer import TrainResult, train
+from hubert_fast.pretrain.trainer import train
 from hubert_fast.pretrain.units import make_units
+from tests.pretrain.speech_folder import scan_folder
 
 MODEL = ModelConfig(
     extractor_conv_layer_config=tuple((16, kernel, stride) for _, kernel, stride in STANDARD_CONV_LAYERS),
@@ -62,7 +62,7 @@ def make_corpus(root: Path) -> Path:
         noise = np.convolve(rng.standard_normal(samples) * loudness, rng.standard_normal(9) / 9, "same")
         soundfile.write(root / "audio" / f"{index:02d}.wav", noise, 16000)
     (root / "audio" / "splits.json").write_text(json.dumps({"valid": ["03.wav", "11.wav"]}))
-    scan(root / "audio", root / "manifest", min_seconds=0.1, valid_fraction=0.1, seed=0, progress=False)
+    scan_folder(root)
     config = UnitsConfig(clusters=6, init_attempts=1)
     make_units(root / "manifest", MfccFeatures(), config, root / "units", seed=0, progress=False)
     return root
@@ -81,7 +81,7 @@ def train_tiny(
     resume: bool = False,
     autocast: bool = True,
     seed: int = 1,
-) -> TrainResult:
+) -> dict[str, Any]:
     optimizer = OptimizerConfig(steps=steps, learning_rate=learning_rate, accumulate=accumulate)
     iteration = IterationConfig(model=dataclasses.replace(MODEL, **model), optimizer=optimizer)
     config = PretrainConfig(
@@ -92,7 +92,7 @@ def train_tiny(
         first=iteration,
     )
     folders = {"manifest_dir": corpus / "manifest", "units_dir": corpus / "units", "out": out}
-    with joined() as process:
+    with joined("cpu") as process:
         return train(config, iteration, **folders, process=process, resume=resume, progress=False)
 
 
