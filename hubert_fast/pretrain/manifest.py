@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -13,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from tqdm import tqdm
 from hubert_fast.pretrain.alignments import Alignments
 from hubert_fast.pretrain.atomic import write_text, write_with
 from hubert_fast.pretrain.audio import AudioError, resampled_length, utterance_samples
+from hubert_fast.pretrain.config import DataConfig
 from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
 from hubert_fast.pretrain.probe import AudioInfo, probe
 from hubert_fast.pretrain.run_summary import read_json
@@ -36,37 +35,16 @@ LONGEST_SECONDS = 60.0
 """longer recordings become several cuts"""
 
 
-@dataclass(frozen=True)
-class ManifestSummary:
-    """What a scan found; counts and seconds of audio by split, counts by sampling rate (Hz)."""
-
-    settings: dict[str, Any]
-    utterances: dict[str, int]
-    seconds: dict[str, float]
-    hours: dict[str, float]
-    sampling_rates: dict[str, int]
-    skipped: int
-    has_alignments: bool
-
-    @classmethod
-    def load(cls, directory: Path) -> ManifestSummary | None:
-        """The summary of a complete manifest directory, else None."""
-        values = read_json(Path(directory) / "summary.json")
-        return None if values is None else cls(**values)
-
-
 def scan(
     audio: Path,
     out: Path,
+    config: DataConfig,
     *,
-    min_seconds: float,
-    valid_fraction: float,
     seed: int,
-    workers: int = 0,
     longest_seconds: float = LONGEST_SECONDS,
     progress: bool = True,
-) -> ManifestSummary:
-    """Decode every audio file below ``audio`` once and write the manifest of the usable ones to ``out``.
+) -> dict[str, Any]:
+    """Decode every audio file below ``audio`` once and write the manifest of the usable ones to ``out``; returns its summary.
 
     Files that are unreadable, truncated, empty, shorter than ``min_seconds`` or hold a NaN or an infinity are left out,
     counted, and listed with the reason in ``out/skipped.jsonl``. A recording longer than ``longest_seconds`` becomes
@@ -78,35 +56,34 @@ def scan(
     made with the same settings is kept as it is (remove ``out`` to scan again).
 
     Args:
+        config: its ``min_seconds`` and ``valid_fraction`` decide; as many threads decode as it has ``workers``.
         seed: varies which files are held out.
-        workers: threads that decode; 0 decodes in the calling one. It changes nothing in the result.
 
     Raises:
-        ValueError: an argument is out of range, no file is usable, or an alignment or ``splits.json`` is malformed.
+        ValueError: no file is usable, or an alignment or ``splits.json`` is malformed.
     """
     audio, out = Path(audio).resolve(), Path(out)
-    _check_arguments(min_seconds, valid_fraction, workers, longest_seconds)
     settings = {
         "audio": str(audio),
-        "min_seconds": min_seconds,
-        "valid_fraction": valid_fraction,
+        "min_seconds": config.min_seconds,
+        "valid_fraction": config.valid_fraction,
         "seed": seed,
         "longest_seconds": longest_seconds,
     }
-    done = ManifestSummary.load(out)
-    if done is not None and done.settings == settings:
+    done = read_json(out / "summary.json")
+    if done is not None and done["settings"] == settings:
         return done
     (out / "summary.json").unlink(missing_ok=True)
 
-    files = require_audio(audio)
-    usable, skipped = _probe_all(audio, files, min_seconds, workers, progress)
+    files = find_audio(audio)
+    usable, skipped = _probe_all(audio, files, config, progress)
     write_text(out / "skipped.jsonl", "".join(json.dumps(line) + "\n" for line in skipped))
     if not usable:
         raise ValueError(
             f"audio={str(audio)!r}: none of its {len(files)} audio files is usable; the first, {skipped[0]['path']}: "
             f"{skipped[0]['reason']}. {out / 'skipped.jsonl'} lists all."
         )
-    held_out = held_out_files(audio, list(usable), valid_fraction, seed)
+    held_out = held_out_files(audio, list(usable), config.valid_fraction, seed)
     alignments = Alignments(audio)
     cuts: dict[str, list[Cut]] = {split: [] for split in SPLITS}
     for relative, info in usable.items():
@@ -115,21 +92,14 @@ def scan(
     for split in SPLITS:
         write_with(out / f"{split}.jsonl.gz", CutSet.from_cuts(cuts[split]).to_file)
     summary = _summary(settings, cuts, usable.values(), len(skipped))
-    write_text(out / "summary.json", json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
 def load_manifest(directory: Path, split: str) -> CutSet:
-    """The cuts of ``split`` ("train" or "valid") of a manifest directory; it may have none.
-
-    Raises:
-        FileNotFoundError: there is no such manifest.
-    """
-    path = Path(directory) / f"{split}.jsonl.gz"
-    if not path.is_file():
-        raise FileNotFoundError(f"directory={str(directory)!r} holds no {path.name}: `scan` makes it")
+    """The cuts of ``split`` ("train" or "valid") of a manifest directory; it may have none."""
     # An empty file tells lhotse nothing about the type of manifest it holds.
-    return CutSet.from_cuts(CutSet.from_jsonl_lazy(path))
+    return CutSet.from_cuts(CutSet.from_jsonl_lazy(Path(directory) / f"{split}.jsonl.gz"))
 
 
 def fingerprint(cuts: Iterable[Cut]) -> str:
@@ -156,20 +126,14 @@ def _state(path: str) -> str:
     return f"{file.st_size} {file.st_mtime_ns}"
 
 
-def require_audio(folder: Path) -> list[str]:
-    """`find_audio`, or a ValueError where ``folder`` is no folder or holds no audio."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"audio={str(folder)!r} is not a folder")
-    files = find_audio(folder)
-    if not files:
-        raise ValueError(
-            f"audio={str(folder)!r} holds no audio: files ending in {', '.join(AUDIO_SUFFIXES)} are accepted"
-        )
-    return files
-
-
 def find_audio(folder: Path) -> list[str]:
-    """Audio files below ``folder``, as sorted relative paths. Links to folders are followed, hidden names are not."""
+    """Audio files below ``folder``, as sorted relative paths. Links to folders are followed, hidden names are not.
+
+    Raises:
+        ValueError: ``folder`` is no folder or holds no audio.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"audio={str(folder)!r} is not a folder")
     found = []
     seen = set()
     for directory, subfolders, names in os.walk(folder, followlinks=True):
@@ -182,20 +146,15 @@ def find_audio(folder: Path) -> list[str]:
         for name in names:
             if name.lower().endswith(AUDIO_SUFFIXES) and not name.startswith("."):
                 found.append((Path(directory) / name).relative_to(folder).as_posix())
+    if not found:
+        raise ValueError(
+            f"audio={str(folder)!r} holds no audio: files ending in {', '.join(AUDIO_SUFFIXES)} are accepted"
+        )
     return sorted(found)
 
 
-def _check_arguments(min_seconds: float, valid_fraction: float, workers: int, longest_seconds: float) -> None:
-    if not 0 <= min_seconds < longest_seconds:
-        raise ValueError(f"min_seconds={min_seconds} must lie in [0, longest_seconds={longest_seconds})")
-    if not 0 <= valid_fraction < 1:
-        raise ValueError(f"valid_fraction={valid_fraction} must lie in [0, 1)")
-    if workers < 0:
-        raise ValueError(f"workers={workers} must be 0 (decode in the calling thread) or more")
-
-
 def _probe_all(
-    audio: Path, files: list[str], min_seconds: float, workers: int, progress: bool
+    audio: Path, files: list[str], config: DataConfig, progress: bool
 ) -> tuple[dict[str, AudioInfo], list[dict[str, str]]]:
     """What each usable file holds, and the others with the reason; both in the order of ``files``."""
     usable: dict[str, AudioInfo] = {}
@@ -203,10 +162,12 @@ def _probe_all(
     seconds, began = 0.0, time.monotonic()
 
     def examine(relative: str) -> AudioInfo | str:
-        return _examine(audio / relative, min_seconds)
+        return _examine(audio / relative, config.min_seconds)
 
-    with tqdm(total=len(files), desc="scan", unit=" files", disable=not progress) as bar:
-        for relative, result in zip(files, _in_order(examine, files, workers), strict=True):
+    bar = tqdm(total=len(files), desc="scan", unit=" files", disable=not progress)
+    # libsndfile decodes without Python's lock, so threads are enough.
+    with bar, ThreadPoolExecutor(max(1, config.workers)) as pool:
+        for relative, result in zip(files, pool.map(examine, files), strict=True):
             if isinstance(result, str):
                 skipped.append({"path": _printable(audio / relative), "reason": result})
             else:
@@ -216,15 +177,6 @@ def _probe_all(
             rate = seconds / (time.monotonic() - began)
             bar.set_postfix_str(f"{rate:.0f} audio-s/s, {len(skipped)} skipped", refresh=False)
     return usable, skipped
-
-
-def _in_order(function: Any, items: list[str], workers: int) -> Iterator[Any]:
-    if workers == 0:
-        yield from map(function, items)
-        return
-    # libsndfile decodes without Python's lock, so threads are enough.
-    with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(function, items)
 
 
 def _examine(path: Path, min_seconds: float) -> AudioInfo | str:
@@ -275,16 +227,17 @@ def _cuts(audio: Path, relative: str, info: AudioInfo, alignments: Alignments, l
 
 def _summary(
     settings: dict[str, Any], cuts: dict[str, list[Cut]], infos: Iterable[AudioInfo], skipped: int
-) -> ManifestSummary:
+) -> dict[str, Any]:
+    """What a scan found: counts and seconds of audio by split, counts by sampling rate (Hz)."""
     seconds = {split: sum(map(utterance_samples, part)) / SAMPLE_RATE for split, part in cuts.items()}
-    rates = Counter(str(info.rate) for info in infos)
+    rates = Counter(info.rate for info in infos)
     supervisions = (supervision for part in cuts.values() for cut in part for supervision in cut.supervisions)
-    return ManifestSummary(
-        settings=settings,
-        utterances={split: len(part) for split, part in cuts.items()},
-        seconds=seconds,
-        hours={split: value / 3600 for split, value in seconds.items()},
-        sampling_rates=dict(sorted(rates.items(), key=lambda item: int(item[0]))),
-        skipped=skipped,
-        has_alignments=any(supervision.alignment for supervision in supervisions),
-    )
+    return {
+        "settings": settings,
+        "utterances": {split: len(part) for split, part in cuts.items()},
+        "seconds": seconds,
+        "hours": {split: value / 3600 for split, value in seconds.items()},
+        "sampling_rates": {str(rate): rates[rate] for rate in sorted(rates)},
+        "skipped": skipped,
+        "has_alignments": any(supervision.alignment for supervision in supervisions),
+    }

@@ -16,7 +16,7 @@ from hubert_fast.pretrain.config_file import read_config, write_config
 from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.evaluate import evaluate
 from hubert_fast.pretrain.features import FeatureSource, HubertFeatures, MfccFeatures
-from hubert_fast.pretrain.manifest import require_audio, scan
+from hubert_fast.pretrain.manifest import find_audio, scan
 from hubert_fast.pretrain.report import write_report
 from hubert_fast.pretrain.resume_checks import require_resumable
 from hubert_fast.pretrain.run_record import record_audio, record_start, recorded_audio
@@ -65,19 +65,10 @@ class Run:
 
     def scan(self) -> None:
         """The manifest of the audio."""
-
-        def work() -> None:
-            scan(
-                self.audio,
-                self.manifest,
-                min_seconds=self.config.data.min_seconds,
-                valid_fraction=self.config.data.valid_fraction,
-                seed=self.config.seed,
-                workers=self.config.data.workers,
-                progress=self.progress,
-            )
-
-        self.process.on_main(work)
+        config = self.config
+        self.process.on_main(
+            lambda: scan(self.audio, self.manifest, config.data, seed=config.seed, progress=self.progress)
+        )
 
     def units(self, number: int) -> None:
         """The units that iteration ``number`` predicts."""
@@ -207,7 +198,7 @@ def open_run(
             require_resumable(read_config(config_path(directory), PretrainConfig()), config, directory)
         folder = _audio_of_resumed(directory, audio) if stands else Path(audio or EMBEDDED_CORPUS).resolve()
         if not stands:
-            require_audio(folder)
+            find_audio(folder)  # or an error that says why there is none
         write_config(config_path(directory), config)
         record_audio(directory, folder)
         if command is not None:

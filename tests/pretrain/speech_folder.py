@@ -8,8 +8,9 @@ import numpy as np
 import soundfile
 from safetensors.numpy import save_file
 
+from hubert_fast.pretrain.config import DataConfig
 from hubert_fast.pretrain.frames import FRAME_SHIFT, num_frames
-from hubert_fast.pretrain.manifest import ManifestSummary, scan
+from hubert_fast.pretrain.manifest import scan
 
 
 def write_audio(
@@ -42,7 +43,8 @@ def write_units(path: Path, units: dict[str, np.ndarray], num_classes: int = 100
     save_file(units, path, metadata={"num_classes": str(num_classes)})
 
 
-def scan_folder(folder: Path, *, min_seconds: float = 0.1, valid_fraction: float = 0.2, **changes) -> ManifestSummary:
+def scan_folder(folder: Path, *, seed: int = 0, longest_seconds: float = 60.0, **changes) -> dict:
     """Scan ``folder/audio`` into ``folder/manifest``."""
-    arguments = {"min_seconds": min_seconds, "valid_fraction": valid_fraction, "seed": 0, "progress": False, **changes}
-    return scan(folder / "audio", folder / "manifest", **arguments)
+    config = DataConfig(**{"min_seconds": 0.1, "valid_fraction": 0.2, "workers": 0} | changes)
+    options = {"seed": seed, "longest_seconds": longest_seconds, "progress": False}
+    return scan(folder / "audio", folder / "manifest", config, **options)

@@ -1,11 +1,12 @@
 import json
+import os
 
 import numpy as np
 import pytest
 import soundfile
 
 from hubert_fast.pretrain.audio import load_audio
-from hubert_fast.pretrain.manifest import ManifestSummary, find_audio, fingerprint, load_manifest
+from hubert_fast.pretrain.manifest import find_audio, fingerprint, load_manifest
 from tests.pretrain.speech_folder import scan_folder, write_audio
 
 
@@ -37,11 +38,11 @@ def cut_off(path, share):
 def test_truncated_files_are_skipped_with_the_reason(folder, name, share):
     path = folder / "audio" / name
     write_audio(path, 2.0, rate=48_000, subtype={"float.wav": "FLOAT", "a.opus": "OPUS"}.get(name))
-    assert scan_folder(folder).skipped == 0
+    assert scan_folder(folder)["skipped"] == 0
     cut_off(path, share)
     summary = scan_folder(folder, seed=1)
-    assert summary.skipped == 1 and "truncated" in skipped(folder)[name]
-    assert sum(summary.utterances.values()) == 4
+    assert summary["skipped"] == 1 and "truncated" in skipped(folder)[name]
+    assert sum(summary["utterances"].values()) == 4
 
 
 def test_unusable_files_are_skipped_counted_and_listed(folder):
@@ -57,7 +58,7 @@ def test_unusable_files_are_skipped_counted_and_listed(folder):
     (audio / "secret.wav").symlink_to(audio / "nowhere.wav")
     summary = scan_folder(folder, workers=2)
     reasons = skipped(folder)
-    assert summary.skipped == 7 == len(reasons)
+    assert summary["skipped"] == 7 == len(reasons)
     assert "empty" in reasons["empty.wav"] and "zero-length" in reasons["no_samples.wav"]
     assert all("unreadable" in reasons[name] for name in ("text.mp3", "damaged.flac", "secret.wav"))
     assert reasons["short.wav"] == "too short: 0.050 s, min_seconds is 0.1" and "NaN" in reasons["nan.wav"]
@@ -65,7 +66,7 @@ def test_unusable_files_are_skipped_counted_and_listed(folder):
 
 def test_audio_shorter_than_a_frame_is_too_short_whatever_min_seconds(folder):
     write_audio(folder / "audio" / "short.wav", 0.02)
-    assert scan_folder(folder, min_seconds=0.0).skipped == 1
+    assert scan_folder(folder, min_seconds=0.0)["skipped"] == 1
     assert "one frame" in skipped(folder)["short.wav"]
 
 
@@ -76,7 +77,7 @@ def test_a_wav_that_was_written_into_a_pipe_is_not_truncated(folder):
     for field in (4, content.index(b"data") + 4):
         content[field : field + 4] = b"\xff" * 4
     path.write_bytes(content)
-    assert scan_folder(folder).skipped == 0
+    assert scan_folder(folder)["skipped"] == 0
 
 
 def test_an_mp3_without_a_header_for_its_length_is_not_truncated(folder):
@@ -90,11 +91,11 @@ def test_an_mp3_without_a_header_for_its_length_is_not_truncated(folder):
     for content in (tagged, bare):
         path.write_bytes(content)
         (folder / "manifest" / "summary.json").unlink(missing_ok=True)
-        assert scan_folder(folder, valid_fraction=0.0).skipped == 0
+        assert scan_folder(folder, valid_fraction=0.0)["skipped"] == 0
         (cut,) = (cut for cut in load_manifest(folder / "manifest", "train") if cut.id == "a.mp3")
         assert cut.duration == pytest.approx(3.0, abs=0.05) and len(load_audio(cut)) == cut.custom["samples_16k"]
     path.write_bytes(tagged[: len(tagged) // 2])
-    assert scan_folder(folder, valid_fraction=0.1).skipped == 1
+    assert scan_folder(folder, valid_fraction=0.1)["skipped"] == 1
 
 
 def test_a_flac_that_does_not_say_its_length_is_skipped_with_advice(folder):
@@ -169,12 +170,12 @@ def test_a_bad_split_is_an_error_that_names_the_file(folder, content, message):
 def test_summary_counts_what_was_found(folder):
     write_audio(folder / "audio" / "b.flac", 1.0, rate=8_000, channels=2)
     summary = scan_folder(folder)
-    assert sum(summary.utterances.values()) == 5
-    assert sum(summary.seconds.values()) == pytest.approx(3.0)
-    assert sum(summary.hours.values()) == pytest.approx(3.0 / 3600)
-    assert summary.sampling_rates == {"8000": 1, "16000": 4}
-    assert not summary.has_alignments
-    assert ManifestSummary.load(folder / "manifest") == summary
+    assert sum(summary["utterances"].values()) == 5
+    assert sum(summary["seconds"].values()) == pytest.approx(3.0)
+    assert sum(summary["hours"].values()) == pytest.approx(3.0 / 3600)
+    assert summary["sampling_rates"] == {"8000": 1, "16000": 4}
+    assert not summary["has_alignments"]
+    assert json.loads((folder / "manifest" / "summary.json").read_text()) == summary
 
 
 def test_a_complete_manifest_is_kept_and_an_incomplete_one_made_anew(folder):
@@ -204,7 +205,7 @@ def test_phone_alignments_become_supervisions(folder):
     listed["phones"] = [["h", 0.0, 0.1], ["aI", 0.1, 0.3]]
     (folder / "audio" / "alignments.jsonl").write_text(json.dumps(listed) + "\n\n")
     (folder / "audio" / "speaker" / "2.phones.tsv").write_text("x\t0.1\t0.2\n")
-    assert scan_folder(folder, valid_fraction=0.0).has_alignments
+    assert scan_folder(folder, valid_fraction=0.0)["has_alignments"]
     cuts = {cut.id: cut for cut in load_manifest(folder / "manifest", "train")}
     (supervision,) = cuts["speaker/1.wav"].supervisions
     assert (supervision.text, supervision.speaker, supervision.language) == ("hi", "v", "en")
@@ -233,13 +234,6 @@ def test_a_bad_alignment_is_an_error_that_names_the_line(folder, name, first, se
         scan_folder(folder)
 
 
-def test_a_folder_without_audio_is_an_error_that_says_what_is_accepted(tmp_path):
-    (tmp_path / "audio").mkdir()
-    (tmp_path / "audio" / "a.txt").write_text("text")
-    with pytest.raises(ValueError, match="audio='.*/audio' holds no audio: .*.wav, .flac"):
-        scan_folder(tmp_path)
-
-
 def test_a_folder_without_usable_audio_is_an_error_that_gives_a_reason(tmp_path):
     write_audio(tmp_path / "audio" / "a.wav", 0.05)
     with pytest.raises(ValueError, match="none of its 1 audio files is usable; .*a.wav: too short"):
@@ -247,32 +241,20 @@ def test_a_folder_without_usable_audio_is_an_error_that_gives_a_reason(tmp_path)
     assert skipped(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "value"), [("min_seconds", -1), ("valid_fraction", 1.0), ("workers", -1)])
-def test_arguments_out_of_range_are_named(folder, name, value):
-    with pytest.raises(ValueError, match=f"{name}={value}"):
-        scan_folder(folder, **{name: value})
+def test_fingerprint_tells_audio_that_changed_or_is_of_another_length_or_gone(folder):
+    path = folder / "audio" / "speaker" / "0.wav"
 
+    def state():
+        return fingerprint(load_manifest(folder / "manifest", "train"))
 
-def test_a_missing_folder_or_manifest_is_named(tmp_path):
-    with pytest.raises(ValueError, match="is not a folder"):
-        scan_folder(tmp_path)
-    with pytest.raises(FileNotFoundError, match="train.jsonl.gz"):
-        load_manifest(tmp_path, "train")
-
-
-def test_fingerprint_notices_audio_of_another_length(folder):
     scan_folder(folder, valid_fraction=0.0)
-    before = fingerprint(load_manifest(folder / "manifest", "train"))
-    assert before == fingerprint(load_manifest(folder / "manifest", "train"))
-    write_audio(folder / "audio" / "speaker" / "0.wav", 0.6)
+    states = [state()]
+    assert state() == states[0]
+    write_audio(path, 0.5, seed=77)
+    states.append(state())
+    write_audio(path, 0.6, seed=77)
+    os.utime(path, ns=(0, 0))
     scan_folder(folder, valid_fraction=0.0, seed=5)
-    assert before != fingerprint(load_manifest(folder / "manifest", "train"))
-
-
-def test_fingerprint_tells_audio_that_changed_from_audio_that_is_gone(folder):
-    scan_folder(folder, valid_fraction=0.0)
-    states = {fingerprint(load_manifest(folder / "manifest", "train"))}
-    write_audio(folder / "audio" / "speaker" / "0.wav", 0.5, seed=77)
-    states.add(fingerprint(load_manifest(folder / "manifest", "train")))
-    (folder / "audio" / "speaker" / "0.wav").unlink()
-    assert len({*states, fingerprint(load_manifest(folder / "manifest", "train"))}) == 3
+    states.append(state())
+    path.unlink()
+    assert len({*states, state()}) == 4
