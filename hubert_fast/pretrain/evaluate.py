@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +18,17 @@ import torch
 from tqdm import tqdm
 
 from hubert_fast.pretrain import atomic
-from hubert_fast.pretrain.audio import load_audio, normalized, utterance_samples
+from hubert_fast.pretrain.audio import load_audio, utterance_samples
 from hubert_fast.pretrain.codebook import Codebook, fit_codebook
-from hubert_fast.pretrain.config import EvaluationConfig
-from hubert_fast.pretrain.features import MfccFeatures, all_layers, file_sha256, load_model
-from hubert_fast.pretrain.frames import FRAMES_PER_SECOND, SAMPLE_RATE, num_frames, num_samples
+from hubert_fast.pretrain.config import EvaluationConfig, IterationConfig, PretrainConfig
+from hubert_fast.pretrain.features import MfccFeatures, ModelLayers, file_sha256
+from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames, num_samples
 from hubert_fast.pretrain.like_length import batches_of_like_length
 from hubert_fast.pretrain.manifest import SPLITS, fingerprint, load_manifest
 from hubert_fast.pretrain.phone_metrics import chance_pnmi, frame_phones, score_units
 from hubert_fast.pretrain.progress import audio_progress
 from hubert_fast.pretrain.run_summary import read_json, training_metrics
-from hubert_fast.pretrain.units import Units
+from hubert_fast.pretrain.units import Units, choose_utterances
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
@@ -39,18 +39,18 @@ _BATCH_SECONDS = 60.0  # of a model call
 _FIT_BYTES = 2 * 1024**3
 _MIN_FRAMES_PER_CLUSTER = 20
 _OVERSAMPLING = 4
+# MFCC and every layer of a batch of waveforms: float32 [frames, dim] per utterance, for each representation by name.
+Encoder = Callable[[list[np.ndarray]], dict[str, list[np.ndarray]]]
 _NO_ALIGNMENTS = "The held-out part has no phone alignments, so phone purity, cluster purity and PNMI are unknown."
 
 
 def evaluate(
     iteration_dir: Path,
     manifest_dir: Path,
-    config: EvaluationConfig,
+    config: PretrainConfig,
+    iteration: IterationConfig,  # of config
     *,
-    seed: int,
-    device: str = "cpu",
-    autocast: bool = True,
-    normalize_audio: bool = False,
+    device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Score an iteration on the held-out part and write ``iteration_dir/evaluation.json``.
@@ -60,12 +60,9 @@ def evaluate(
     Args:
         iteration_dir: ``RUN/iterationN``, trained: holds train/model.safetensors, train/metrics.jsonl and units/.
         manifest_dir: ``RUN/manifest``.
-        config: how every representation is clustered (the training units keep their own clusters). k-means is fitted on
-            fewer frames where all layers of them would fill more than 2 GiB.
-        seed: of the choice of frames, of k-means and of the chance level.
+        config: ``config.evaluation`` says how every representation is clustered (the training units keep their own
+            clusters). k-means is fitted on fewer frames where all layers of them would fill more than 2 GiB.
         device: where the model runs.
-        autocast: bfloat16 in the model.
-        normalize_audio: the model was trained on utterances of zero mean and unit variance.
         progress: show progress bars.
 
     Returns:
@@ -77,11 +74,11 @@ def evaluate(
     iteration_dir = Path(iteration_dir)
     target, weights = iteration_dir / "evaluation.json", iteration_dir / "train" / "model.safetensors"
     cuts = {split: list(load_manifest(manifest_dir, split)) for split in SPLITS}
+    model = {"autocast": config.autocast, "normalize_audio": config.data_of(iteration).normalize_audio}
     settings = {
-        **dataclasses.asdict(config),
-        "seed": seed,
-        "autocast": autocast,
-        "normalize_audio": normalize_audio,
+        **dataclasses.asdict(config.evaluation),
+        "seed": config.seed,
+        **model,
         "weights_sha256": file_sha256(weights),
         "utterances_sha256": fingerprint([*cuts["train"], *cuts["valid"]]),
     }
@@ -92,11 +89,12 @@ def evaluate(
     result: dict[str, Any] = {"settings": settings, "training": training, "representations": []}
     scored = [cut for cut in cuts["valid"] if phone_alignment(cut)]
     if scored:
-        encode = _Encoder(weights, device=device, autocast=autocast, normalize_audio=normalize_audio)
-        codebooks, fitted = _fit_codebooks(cuts["train"], encode, config, seed=seed, progress=progress)
-        training_units = Units.load(iteration_dir / "units" / "valid.safetensors")
-        result |= {"clusters": config.clusters, "fit_frames": fitted}
-        result |= _held_out_scores(scored, encode, codebooks, training_units, seed=seed, progress=progress)
+        options = {"seed": config.seed, "progress": progress}
+        encode = _encoder(ModelLayers(weights, device=device, **model))
+        codebooks, fitted = _fit_codebooks(cuts["train"], encode, config.evaluation, **options)
+        training_units = Units(iteration_dir / "units" / "valid.safetensors")
+        result |= {"clusters": config.evaluation.clusters, "fit_frames": fitted}
+        result |= _held_out_scores(scored, encode, codebooks, training_units, **options)
     else:
         result["note"] = _NO_ALIGNMENTS
     atomic.write_text(target, json.dumps(result, indent=2) + "\n")
@@ -112,22 +110,13 @@ def phone_alignment(cut: Cut) -> list[tuple]:
     ]
 
 
-class _Encoder:
-    """MFCC and every transformer layer of a batch of utterances."""
+def _encoder(layers: ModelLayers) -> Encoder:
+    mfcc = MfccFeatures()
 
-    def __init__(self, weights: Path, *, device: str, autocast: bool, normalize_audio: bool) -> None:
-        self._model = load_model(weights).to(device).eval()
-        self._mfcc = MfccFeatures()
-        self._device, self._autocast, self._normalize = torch.device(device), autocast, normalize_audio
+    def encode(waveforms: list[np.ndarray]) -> dict[str, list[np.ndarray]]:
+        return {MFCC: mfcc(waveforms)} | {f"layer{n}": layer for n, layer in enumerate(layers(waveforms), start=1)}
 
-    def __call__(self, waveforms: list[np.ndarray]) -> dict[str, list[np.ndarray]]:
-        """float32 ``[frames, dim]`` per utterance, for each representation by name."""
-        features = {MFCC: self._mfcc(waveforms)}
-        if self._normalize:
-            waveforms = [normalized(waveform) for waveform in waveforms]
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast):
-            layers = all_layers(self._model, waveforms, self._device)
-        return features | {f"layer{number}": layer for number, layer in enumerate(layers, start=1)}
+    return encode
 
 
 def _batches(cuts: Sequence[Cut], title: str, progress: bool) -> Iterator[tuple[list[Cut], list[np.ndarray]]]:
@@ -145,45 +134,35 @@ def _seconds(cut: Cut) -> float:
 
 
 def _fit_codebooks(
-    cuts: list[Cut], encode: _Encoder, config: EvaluationConfig, *, seed: int, progress: bool
+    cuts: list[Cut], encode: Encoder, config: EvaluationConfig, *, seed: int, progress: bool
 ) -> tuple[dict[str, Codebook], int]:
-    """A codebook per representation, and on how many frames each was fitted."""
+    """A codebook per representation, and on how many frames each was fitted.
+
+    Frames of one utterance resemble each other: a few from many utterances make a better codebook than all from a few.
+    """
     rng = np.random.default_rng(seed)
     fit_frames = _affordable_frames(config.fit_frames, encode, config.clusters)
-    chosen, share = _choose_utterances(cuts, fit_frames, rng)
+    chosen = choose_utterances(cuts, _OVERSAMPLING * fit_frames, rng)
+    share = min(1.0, fit_frames / sum(num_frames(utterance_samples(cut)) for cut in chosen))
     kept: dict[str, list[np.ndarray]] = {}
     for _, waveforms in _batches(chosen, "features for k-means", progress):
         features = encode(waveforms)
         rows = [_choose_rows(len(utterance), share, rng) for utterance in features[MFCC]]
         for name, utterances in features.items():
             kept.setdefault(name, []).extend(utterance[row] for utterance, row in zip(utterances, rows, strict=True))
-    fitted = sum(len(rows) for rows in kept.get(MFCC, []))
+    fitted = sum(map(len, kept[MFCC]))
     codebooks = {}
     for name in tqdm(list(kept), desc="k-means", unit=" representations", disable=not progress):
         # Popped, so that the memory of a representation is free once it is clustered.
         features = np.concatenate(kept.pop(name))
-        codebooks[name] = fit_codebook([features], config.clusters, seed=seed, init_attempts=config.init_attempts)
+        codebooks[name] = fit_codebook(features, config.clusters, seed=seed, init_attempts=config.init_attempts)
     return codebooks, fitted
 
 
-def _affordable_frames(fit_frames: int, encode: _Encoder, clusters: int) -> int:
+def _affordable_frames(fit_frames: int, encode: Encoder, clusters: int) -> int:
     one_frame = encode([np.zeros(num_samples(1), dtype=np.float32)])
     bytes_per_frame = sum(utterances[0].nbytes for utterances in one_frame.values())
     return min(fit_frames, max(_FIT_BYTES // bytes_per_frame, _MIN_FRAMES_PER_CLUSTER * clusters))
-
-
-def _choose_utterances(cuts: list[Cut], fit_frames: int, rng: np.random.Generator) -> tuple[list[Cut], float]:
-    """Random utterances with about four times the frames asked for, and the share of their frames to keep.
-
-    Frames of one utterance resemble each other: a few from many utterances make a better codebook than all from a few.
-    """
-    chosen, frames = [], 0.0
-    for index in rng.permutation(len(cuts)):
-        if frames >= _OVERSAMPLING * fit_frames:
-            break
-        chosen.append(cuts[index])
-        frames += _seconds(cuts[index]) * FRAMES_PER_SECOND
-    return chosen, min(1.0, fit_frames / max(frames, 1.0))
 
 
 def _choose_rows(frames: int, share: float, rng: np.random.Generator) -> np.ndarray:
@@ -192,7 +171,7 @@ def _choose_rows(frames: int, share: float, rng: np.random.Generator) -> np.ndar
 
 def _held_out_scores(
     cuts: list[Cut],
-    encode: _Encoder,
+    encode: Encoder,
     codebooks: dict[str, Codebook],
     training_units: Units,
     *,
@@ -215,10 +194,10 @@ def _held_out_scores(
     clusters = {name: len(codebook.centroids) for name, codebook in codebooks.items()}
     clusters[TRAINING_UNITS] = training_units.num_classes
     representations = []
-    for name, utterances in units.items():
+    for (name, utterances), layer in zip(units.items(), [*range(len(codebooks)), None], strict=True):
         heard = np.concatenate(utterances)
         scores = dataclasses.asdict(score_units(spoken, heard)) | {"chance_pnmi": chance_pnmi(spoken, heard, seed=seed)}
-        representations.append({"name": name, "layer": _layer_number(name), "clusters": clusters[name]} | scores)
+        representations.append({"name": name, "layer": layer, "clusters": clusters[name]} | scores)
     return {
         "utterances": len(cuts),
         "frames": len(spoken),
@@ -235,9 +214,3 @@ def _units_of(units: Units, cut_id: str, frames: int) -> np.ndarray:
             "units/valid.safetensors was made from another version of the audio; delete it to have it made anew"
         )
     return found
-
-
-def _layer_number(name: str) -> int | None:
-    if name == TRAINING_UNITS:
-        return None
-    return 0 if name == MFCC else int(name.removeprefix("layer"))

@@ -20,7 +20,6 @@ from hubert_fast.pretrain.manifest import find_audio, scan
 from hubert_fast.pretrain.report import write_report
 from hubert_fast.pretrain.resume_checks import require_resumable
 from hubert_fast.pretrain.run_record import record_audio, record_start, recorded_audio
-from hubert_fast.pretrain.run_summary import read_json
 from hubert_fast.pretrain.tensor_files import naming
 from hubert_fast.pretrain.trainer import train, weights_path
 from hubert_fast.pretrain.units import make_units
@@ -72,23 +71,15 @@ class Run:
 
     def units(self, number: int) -> None:
         """The units that iteration ``number`` predicts."""
-        settings = self.settings(number)
+        settings, config = self.settings(number), self.config
         units = self.iteration_directory(number) / "units"
+        options = {"seed": config.seed, "workers": config.data.workers, "progress": self.progress}
 
         def work() -> None:
             self._require(self.manifest / "summary.json", "scan")
-            read_json(units / "summary.json")  # a damaged one is named
             source = self._features(number)
             with naming(units):
-                make_units(
-                    self.manifest,
-                    source,
-                    settings.units,
-                    units,
-                    seed=self.config.seed,
-                    workers=self.config.data.workers,
-                    progress=self.progress,
-                )
+                make_units(self.manifest, source, settings.units, units, **options)
 
         self.process.on_main(work)
 
@@ -113,22 +104,12 @@ class Run:
 
     def evaluate(self, number: int) -> None:
         """Scores of iteration ``number`` on the held-out part."""
-        data = self.config.data_of(self.settings(number))
-        directory = self.iteration_directory(number)
+        settings, directory = self.settings(number), self.iteration_directory(number)
 
         def work() -> None:
             self._require(weights_path(directory / "train"), "train")
-            with naming(directory):
-                evaluate(
-                    directory,
-                    self.manifest,
-                    self.config.evaluation,
-                    seed=self.config.seed,
-                    device=str(self.process.device),
-                    autocast=self.config.autocast,
-                    normalize_audio=data.normalize_audio,
-                    progress=self.progress,
-                )
+            options = {"device": self.process.device, "progress": self.progress}
+            evaluate(directory, self.manifest, self.config, settings, **options)
 
         self.process.on_main(work)
 
@@ -153,14 +134,13 @@ class Run:
         # The layer is of the model before, which is fed as it was trained.
         weights = weights_path(self.iteration_directory(number - 1) / "train")
         self._require(weights, "train")
-        with naming(weights):
-            return HubertFeatures(
-                weights,
-                layer,
-                device=self.process.device,
-                autocast=self.config.autocast,
-                normalize_audio=self.config.data_of(self.settings(number - 1)).normalize_audio,
-            )
+        return HubertFeatures(
+            weights,
+            layer,
+            device=self.process.device,
+            autocast=self.config.autocast,
+            normalize_audio=self.config.data_of(self.settings(number - 1)).normalize_audio,
+        )
 
     def _require(self, path: Path, stage: str) -> None:
         if not path.exists():

@@ -9,16 +9,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 
-class TensorFileError(OSError):
-    """A safetensors file that cannot be read or written."""
-
-
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn a SafetensorError of the block into a `TensorFileError` that names ``path``, a file or a folder of them."""
+    """Turn a SafetensorError of the block into an OSError that names ``path``, a file or a folder of them."""
     try:
         yield
     except SafetensorError as error:
-        raise TensorFileError(
+        raise OSError(
             f"{path} cannot be read or written as safetensors: {error}; a damaged file is made anew once it is deleted"
         ) from error

@@ -59,7 +59,7 @@ def train(
     """
     out = Path(out)
     units_path = Path(units_dir) / "train.safetensors"
-    num_classes = _units(units_path).num_classes
+    num_classes = Units(units_path).num_classes
     description = _description(config, iteration, num_classes, process.on_main(lambda: file_sha256(units_path)))
     process.on_main(lambda: _require_free_or_resumed(out, description, resume))
     if not process.from_main(weights_path(out).exists()):
@@ -113,7 +113,7 @@ def _batches(
         if cuts or split == "train":
             streams[split] = stream(
                 cuts,
-                _units(Path(units_dir) / f"{split}.safetensors"),
+                Units(Path(units_dir) / f"{split}.safetensors"),
                 config.data_of(iteration),
                 model.mask_generator,
                 seed=config.seed,
@@ -121,11 +121,6 @@ def _batches(
                 process=process,
             )
     return streams["train"], streams.get("valid")
-
-
-def _units(path: Path) -> Units:
-    with naming(path):
-        return Units.load(path)
 
 
 def _require_free_or_resumed(out: Path, description: Mapping[str, Any], resume: bool) -> None:

@@ -12,46 +12,37 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
 from lhotse.cut import Cut
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from hubert_fast.pretrain.atomic import write_text, write_with
 from hubert_fast.pretrain.audio import load_audio, utterance_samples
-from hubert_fast.pretrain.codebook import Codebook, fit_codebook
+from hubert_fast.pretrain.codebook import fit_codebook
 from hubert_fast.pretrain.config import UnitsConfig
 from hubert_fast.pretrain.features import FeatureSource
 from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
 from hubert_fast.pretrain.manifest import SPLITS, fingerprint, load_manifest
 from hubert_fast.pretrain.progress import audio_progress
+from hubert_fast.pretrain.run_summary import read_json
+from hubert_fast.pretrain.tensor_files import naming
 
 # Audio that is read ahead and handed to the source at once, so that it can batch utterances of like length.
 _GROUP_SECONDS = 240.0
 
 
 class Units:
-    """The units of a split, read from disk when they are asked for: workers share the pages of one mapped file."""
+    """The units of a split, in ``units/<split>.safetensors``, read when they are asked for: workers share the pages of one
+    mapped file.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = Path(path)
         self._file: Any = None
         self._file_owner = 0
-        metadata = self._open().metadata() or {}
-        if "num_classes" not in metadata:
-            raise ValueError(f"path={str(path)!r} is no file of units: it lacks the metadata num_classes")
-        self.num_classes = int(metadata["num_classes"])
+        self.num_classes = int(self._open().metadata()["num_classes"])
         self.ids = list(self._open().keys())
-
-    @classmethod
-    def load(cls, path: Path) -> Units:
-        """Open ``units/<split>.safetensors``.
-
-        Raises:
-            FileNotFoundError: there is none.
-        """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there are no units at {str(path)!r}: `make_units` makes them")
-        return cls(path)
 
     def __getitem__(self, cut_id: str) -> np.ndarray:
         """int32 ``[frames]`` of an utterance; KeyError names an utterance that has none."""
@@ -64,16 +55,14 @@ class Units:
         """Number of frames of an utterance, without reading them."""
         return self._open().get_slice(cut_id).get_shape()[0]
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
 
     def _open(self) -> Any:
         # A forked worker must not share the parent's handle.
         if self._file is None or self._file_owner != os.getpid():
-            self._file = safe_open(self._path, framework="numpy")
+            with naming(self._path):
+                self._file = safe_open(self._path, framework="numpy")
             self._file_owner = os.getpid()
         return self._file
 
@@ -99,11 +88,10 @@ def make_units(
         workers: threads that read audio ahead.
 
     Raises:
-        ValueError: ``source`` is not what ``config.layer`` names, or there are fewer frames than clusters.
+        ValueError: there are fewer frames than clusters.
         AudioError: audio changed or vanished since the scan, or is not finite.
     """
     out = Path(out)
-    _check_source(source, config)
     cuts = {split: list(load_manifest(manifest_dir, split)) for split in SPLITS}
     settings = {
         **dataclasses.asdict(config),
@@ -111,19 +99,18 @@ def make_units(
         "seed": seed,
         "utterances_sha256": fingerprint([*cuts["train"], *cuts["valid"]]),
     }
-    if _made_with(out, settings):
+    names = ["codebook.safetensors", *(f"{split}.safetensors" for split in SPLITS)]
+    done = read_json(out / "summary.json")
+    if done is not None and done["settings"] == settings and all((out / name).is_file() for name in names):
         return
     (out / "summary.json").unlink(missing_ok=True)
 
     chosen = choose_utterances(cuts["train"], config.fit_frames, seed)
     data, fitted = _features_together(chosen, source, workers, progress)
-    codebook = fit_codebook([data], config.clusters, seed=seed, init_attempts=config.init_attempts)
+    codebook = fit_codebook(data, config.clusters, seed=seed, init_attempts=config.init_attempts)
     inertia, fit_frames = codebook.inertia(data), len(data)
-    codebook = Codebook(
-        codebook.centroids,
-        {"source": source.name, "layer": config.layer, "clusters": config.clusters, "seed": seed, "inertia": inertia},
-    )
-    codebook.save(out / "codebook.safetensors")
+    made_of = {"source": source.name, "layer": config.layer, "clusters": config.clusters}
+    codebook.save(out / "codebook.safetensors", **made_of, seed=seed, inertia=inertia)
 
     units = {cut_id: codebook.assign(features) for cut_id, features in fitted.items()}
     del data, fitted
@@ -147,7 +134,7 @@ def make_units(
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def choose_utterances(cuts: Sequence[Cut], frames: int, seed: int) -> list[Cut]:
+def choose_utterances(cuts: Sequence[Cut], frames: int, seed: int | np.random.Generator) -> list[Cut]:
     """Random utterances, in the order of ``cuts``, with ``frames`` frames or (the last is taken whole) a few more."""
     if not cuts:
         raise ValueError("the manifest holds no training utterance to make units from")
@@ -158,19 +145,6 @@ def choose_utterances(cuts: Sequence[Cut], frames: int, seed: int) -> list[Cut]:
         chosen.append(index)
         total += num_frames(utterance_samples(cuts[index]))
     return [cuts[index] for index in sorted(chosen)]
-
-
-def _check_source(source: FeatureSource, config: UnitsConfig) -> None:
-    expected = "mfcc" if config.layer == 0 else f"layer{config.layer}"
-    if source.name != expected:
-        raise ValueError(f"source is {source.name!r}, but units.layer={config.layer} asks for {expected!r}")
-
-
-def _made_with(out: Path, settings: dict[str, Any]) -> bool:
-    names = ["codebook.safetensors", *(f"{split}.safetensors" for split in SPLITS), "summary.json"]
-    if not all((out / name).is_file() for name in names):
-        return False
-    return json.loads((out / "summary.json").read_text(encoding="utf-8"))["settings"] == settings
 
 
 def _features_together(
@@ -232,10 +206,9 @@ def _usage(units: np.ndarray, clusters: int) -> dict[str, float]:
     share of the frames, which is the accuracy of always naming it.
     """
     shares = np.bincount(units, minlength=clusters) / len(units)
-    used = shares[shares > 0]
-    entropy = float(-(used * np.log2(used)).sum())
+    entropy = float(scipy.stats.entropy(shares, base=2))
     return {
-        "units_used": len(used),
+        "units_used": int((shares > 0).sum()),
         "entropy_bits": entropy,
         "perplexity": 2.0**entropy,
         "commonest_share": float(shares.max()),

@@ -6,7 +6,7 @@ import soundfile
 import torch
 
 from hubert_fast.pretrain import evaluate as evaluation
-from hubert_fast.pretrain.config import EvaluationConfig, UnitsConfig
+from hubert_fast.pretrain.config import EvaluationConfig, IterationConfig, PretrainConfig, UnitsConfig
 from hubert_fast.pretrain.features import MfccFeatures
 from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
 from hubert_fast.pretrain.manifest import load_manifest
@@ -40,19 +40,11 @@ def write_corpus(folder):
     write_json_lines(folder / "alignments.jsonl", lines)
 
 
-class FakeModel:
-    def to(self, device):
-        return self
-
-    def eval(self):
-        return self
-
-
 class FakeUnits(dict):
     num_classes = 2
 
 
-def fake_layers(model, waveforms, device):
+def fake_layers(waveforms):
     """Layer 1 knows nothing, layer 2 is MFCC, the phones in all but name."""
     rng = np.random.default_rng(len(waveforms[0]))
     noise = [rng.normal(size=(num_frames(len(waveform)), 5)).astype(np.float32) for waveform in waveforms]
@@ -78,16 +70,15 @@ def iteration(tmp_path, manifest, monkeypatch):
     (directory / "train" / "model.safetensors").write_bytes(b"weights")
     cuts = load_manifest(manifest, "valid")
     units = FakeUnits({cut.id: np.arange(num_frames(cut.num_samples), dtype=np.int32) % 2 for cut in cuts})
-    monkeypatch.setattr(evaluation, "load_model", lambda weights: FakeModel())
-    monkeypatch.setattr(evaluation, "all_layers", fake_layers)
-    monkeypatch.setattr(evaluation.Units, "load", lambda path: units)
+    monkeypatch.setattr(evaluation, "ModelLayers", lambda weights, **options: fake_layers)
+    monkeypatch.setattr(evaluation, "Units", lambda path: units)
     return directory
 
 
 def run(iteration, *, autocast=False, normalize_audio=False, **settings):
-    config = EvaluationConfig(**{"clusters": 8} | settings)
-    options = {"seed": 0, "autocast": autocast, "normalize_audio": normalize_audio, "progress": False}
-    return evaluation.evaluate(iteration, iteration.parent / "manifest", config, **options)
+    config = PretrainConfig(autocast=autocast, evaluation=EvaluationConfig(**{"clusters": 8} | settings))
+    own = IterationConfig(normalize_audio=normalize_audio)
+    return evaluation.evaluate(iteration, iteration.parent / "manifest", config, own, progress=False)
 
 
 def by_name(result):
@@ -120,7 +111,7 @@ def test_only_held_out_frames_are_scored_and_only_training_frames_fitted(iterati
 def test_a_second_call_returns_the_first_result_without_work(iteration, monkeypatch):
     first = run(iteration)
     assert json.loads((iteration / "evaluation.json").read_text()) == first
-    monkeypatch.setattr(evaluation, "load_model", lambda weights: pytest.fail("worked again"))
+    monkeypatch.setattr(evaluation, "ModelLayers", lambda *_, **__: pytest.fail("worked again"))
     assert run(iteration) == first
 
 
@@ -154,7 +145,7 @@ def test_frames_are_limited_by_memory_but_never_below_what_the_clusters_need(ite
 def test_without_alignments_it_says_so_and_still_reports_the_training(iteration, tmp_path, monkeypatch):
     (tmp_path / "audio" / "alignments.jsonl").unlink()
     scan_folder(tmp_path, min_seconds=0.4)
-    monkeypatch.setattr(evaluation, "load_model", lambda weights: pytest.fail("there is nothing to score"))
+    monkeypatch.setattr(evaluation, "ModelLayers", lambda *_, **__: pytest.fail("there is nothing to score"))
     result = run(iteration)
     assert result["representations"] == [] and "no phone alignments" in result["note"]
     assert result["training"]["valid_masked_accuracy"] == 0.2
@@ -162,7 +153,7 @@ def test_without_alignments_it_says_so_and_still_reports_the_training(iteration,
 
 def test_units_of_another_length_are_refused_by_name(iteration, monkeypatch):
     stale = FakeUnits({name: np.zeros(3, np.int32) for name in HELD_OUT})
-    monkeypatch.setattr(evaluation.Units, "load", lambda path: stale)
+    monkeypatch.setattr(evaluation, "Units", lambda path: stale)
     with pytest.raises(ValueError, match=r"units of utterance '[de]\.wav' have 3 frames, its audio has \d+"):
         run(iteration)
 

@@ -3,11 +3,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hubert_fast.pretrain import features as module
 from hubert_fast.pretrain.audio import normalized
-from hubert_fast.pretrain.features import HubertFeatures, MfccFeatures, all_layers, load_model
+from hubert_fast.pretrain.features import HubertFeatures, MfccFeatures, ModelLayers, load_model
 from hubert_fast.pretrain.frames import num_frames
 from hubert_fast.pretrain.mfcc import mfcc39
 from tests.pretrain.fabricated_run import save_tiny_weights
@@ -47,7 +47,8 @@ def test_weights_without_their_configuration_are_refused(tmp_path):
 @pytest.mark.parametrize("batch_seconds", [0.1, 60.0])
 def test_features_are_the_layer_of_the_model_without_batch_and_padding(weights, monkeypatch, batch_seconds):
     monkeypatch.setattr(module, "_BATCH_SECONDS", batch_seconds)
-    model = load_model(weights, padding_invariant=False)
+    model = CONFIG.build(7).eval()
+    model.load_state_dict(load_file(weights))
     source = HubertFeatures(weights, 2)
     features = source(waveforms())
     assert source.name == "layer2" and source.dim == 32
@@ -58,10 +59,9 @@ def test_features_are_the_layer_of_the_model_without_batch_and_padding(weights, 
         np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_all_layers_are_those_of_each_source_and_leave_the_mode_of_the_model(weights):
-    model = load_model(weights).train()
-    layers = all_layers(model, waveforms(), "cpu")
-    assert model.training and len(layers) == 3
+def test_all_layers_are_those_of_each_source(weights):
+    layers = ModelLayers(weights)(waveforms())
+    assert len(layers) == 3
     for number, layer in enumerate(layers, start=1):
         for got, expected in zip(layer, HubertFeatures(weights, number)(waveforms()), strict=True):
             np.testing.assert_array_equal(got, expected)
@@ -81,12 +81,6 @@ def test_normalize_audio_scales_each_utterance(weights):
     scaled = HubertFeatures(weights, 1)([normalized(waveform) for waveform in waveforms()])
     for got, expected in zip(given, scaled, strict=True):
         np.testing.assert_array_equal(got, expected)
-
-
-@pytest.mark.parametrize("layer", [0, 4])
-def test_a_layer_the_model_lacks_is_named(weights, layer):
-    with pytest.raises(ValueError, match=f"layer={layer}: .* layers 1 to 3"):
-        HubertFeatures(weights, layer)
 
 
 def test_settings_tell_one_source_from_another(weights, tmp_path):
@@ -113,15 +107,3 @@ def test_mfcc_features_are_those_of_each_waveform():
 def test_nothing_in_gives_nothing_out(weights):
     assert HubertFeatures(weights, 1)([]) == []
     assert MfccFeatures()([]) == []
-
-
-def test_a_model_that_is_padding_invariant_by_its_configuration_gives_the_same_features(weights, tmp_path):
-    config = dataclasses.replace(CONFIG, padding_invariant=True)
-    model = load_model(weights)
-    path = tmp_path / "model.safetensors"
-    save_tiny_weights(path, config=config, state_dict=model.state_dict())
-    others = [all_layers(load_model(path, padding_invariant=each), waveforms(), "cpu") for each in (True, False)]
-    for index, expected in enumerate(all_layers(model, waveforms(), "cpu")):
-        for got in (HubertFeatures(path, index + 1)(waveforms()), *(layers[index] for layers in others)):
-            for one, other in zip(got, expected, strict=True):
-                np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

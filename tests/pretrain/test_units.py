@@ -3,6 +3,7 @@ import pickle
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from hubert_fast.pretrain import units as module
 from hubert_fast.pretrain.audio import AudioError, load_audio, utterance_samples
@@ -40,19 +41,24 @@ def make(folder, config=SMALL, source=None, name="units", **changes):
     return folder / name
 
 
+def read_codebook(out):
+    with safe_open(out / "codebook.safetensors", framework="numpy") as file:
+        return Codebook(file.get_tensor("centroids")), file.metadata()
+
+
 def test_every_utterance_gets_the_nearest_centroid_of_each_of_its_frames(folder):
     out = make(folder)
-    codebook = Codebook.load(out / "codebook.safetensors")
+    codebook, metadata = read_codebook(out)
     for split in ("train", "valid"):
-        units = Units.load(out / f"{split}.safetensors")
+        units = Units(out / f"{split}.safetensors")
         cuts = list(load_manifest(folder / "manifest", split))
-        assert sorted(units.ids) == sorted(cut.id for cut in cuts) and len(units) == len(cuts) > 0
+        assert sorted(units.ids) == sorted(cut.id for cut in cuts) and cuts
         assert units.num_classes == 6
         for cut in cuts:
             assert units[cut.id].dtype == np.int32
             assert len(units[cut.id]) == units.frames(cut.id) == num_frames(utterance_samples(cut))
             np.testing.assert_array_equal(units[cut.id], codebook.assign(mfcc39(load_audio(cut))))
-    assert codebook.metadata["source"] == "mfcc" and codebook.metadata["layer"] == "0"
+    assert metadata["source"] == "mfcc" and metadata["layer"] == "0"
 
 
 def test_each_utterance_is_read_once_and_k_means_sees_no_more_than_it_asked_for(folder):
@@ -69,15 +75,15 @@ def test_small_groups_of_utterances_change_nothing(folder, monkeypatch):
     grouped = make(folder, name="grouped", workers=1)
     for name in ("train", "valid"):
         assert (expected / f"{name}.safetensors").read_bytes() == (grouped / f"{name}.safetensors").read_bytes()
-    one, other = (Codebook.load(out / "codebook.safetensors") for out in (expected, grouped))
+    (one, of_one), (other, of_other) = (read_codebook(out) for out in (expected, grouped))
     np.testing.assert_array_equal(one.centroids, other.centroids)
-    assert one.metadata == other.metadata
+    assert of_one == of_other
 
 
 def test_summary_describes_the_units(folder):
     out = make(folder)
     summary = json.loads((out / "summary.json").read_text())
-    units = Units.load(out / "train.safetensors")
+    units = Units(out / "train.safetensors")
     values = np.concatenate([units[cut_id] for cut_id in units.ids])
     assert summary["clusters"] == 6 and summary["source"] == "mfcc" and summary["dim"] == 39
     assert summary["frames"]["train"] == len(values) and summary["frames"]["valid"] > 0
@@ -113,11 +119,6 @@ def test_the_utterances_k_means_sees_are_random_but_reproducible(folder):
         choose_utterances([], 40, 0)
 
 
-def test_a_source_that_the_configuration_does_not_name_is_refused(folder):
-    with pytest.raises(ValueError, match="source is 'mfcc', but units.layer=6 asks for 'layer6'"):
-        make(folder, UnitsConfig(layer=6))
-
-
 def test_features_that_do_not_fit_the_audio_name_the_utterance(folder):
     class Short(MfccFeatures):
         def __call__(self, waveforms):
@@ -136,9 +137,9 @@ def test_audio_that_vanished_stops_it_and_leaves_no_complete_units(folder):
 
 def test_units_of_an_unknown_utterance_and_missing_files_are_named(tmp_path):
     write_units(tmp_path / "units.safetensors", {"a": np.arange(3, dtype=np.int32)}, num_classes=4)
-    units = pickle.loads(pickle.dumps(Units.load(tmp_path / "units.safetensors")))
+    units = pickle.loads(pickle.dumps(Units(tmp_path / "units.safetensors")))
     assert units["a"].tolist() == [0, 1, 2] and units.num_classes == 4
     with pytest.raises(KeyError, match="'b'"):
         units["b"]
     with pytest.raises(FileNotFoundError, match="nowhere.safetensors"):
-        Units.load(tmp_path / "nowhere.safetensors")
+        Units(tmp_path / "nowhere.safetensors")
