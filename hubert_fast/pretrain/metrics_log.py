@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,35 +91,29 @@ def _scalar(value: Tensor | float | None, like: Tensor) -> Tensor:
     return torch.as_tensor(value, device=like.device).detach().to(like.dtype)
 
 
-class MetricsLog:
-    """Appends to metrics.jsonl and to TensorBoard, continuing after ``step``; use as a context manager, on rank 0 only.
+@contextmanager
+def metrics_log(directory: Path, *, step: int = 0) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """A function that appends a line ``{"step": step, **values}`` to metrics.jsonl, and the values to TensorBoard, of the steps
+    after ``step``; on rank 0 only.
 
     A run that was killed has written lines for steps after its last checkpoint. They are dropped first, because those
     steps are about to be taken again.
     """
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, directory: Path, *, step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    path = metrics_path(directory)
+    kept = [line for line in read_metrics(directory) if line["step"] <= step]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    curves = SummaryWriter(str(Path(directory) / "tensorboard"), purge_step=step + 1)
+    with path.open("a", encoding="utf-8") as file, curves:
 
-        self._path = metrics_path(directory)
-        kept = [line for line in read_metrics(directory) if line["step"] <= step]
-        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(Path(directory) / "tensorboard"), purge_step=step + 1)
+        def write(step: int, values: Mapping[str, float]) -> None:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.flush()
+            for name, value in values.items():
+                curves.add_scalar(name, value, step)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a line ``{"step": step, **values}``."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        yield write
 
 
 def metrics_path(directory: Path) -> Path:

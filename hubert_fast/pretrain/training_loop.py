@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from hubert_fast.pretrain.config import IterationConfig, ModelConfig, PretrainCo
 from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.finite import FiniteGuard
 from hubert_fast.pretrain.interrupts import StopRequest, TrainingInterrupted
-from hubert_fast.pretrain.metrics_log import Clock, Meter, MetricsLog
+from hubert_fast.pretrain.metrics_log import Clock, Meter, metrics_log
 from hubert_fast.pretrain.random_state import (
     preserved_random_state,
     random_state,
@@ -35,6 +35,9 @@ from hubert_fast.pretrain.schedule import linear_warmup_decay
 
 if TYPE_CHECKING:
     from hubert_fast.pretrain.batches import Batch, GlobalBatches
+
+
+Log = Callable[[int, Mapping[str, float]], None]
 
 
 class Trainer:
@@ -186,17 +189,17 @@ class Trainer:
     def _gradients_stay_here(self) -> AbstractContextManager[Any]:
         return self.parallel.no_sync() if self.process.world_size > 1 else nullcontext()
 
-    def _log(self, log: MetricsLog | None) -> None:
+    def _log(self, log: Log | None) -> None:
         self.guard.check()
         values = self.meter.read(self.process)
         values |= {"lr": self.learning_rate, "x_realtime": self.clock.audio_seconds_per_second()}
         values |= {"audio_seconds": self.clock.audio_seconds, "seconds": self.clock.seconds()}
         if log is not None:
-            log.write(self.step, values)
+            log(self.step, values)
         self.clock.restart_window()
 
     @torch.no_grad()
-    def _validate(self, log: MetricsLog | None) -> None:
+    def _validate(self, log: Log | None) -> None:
         """Loss and accuracy on the held-out utterances, with the same crops and masks every time."""
         meter = Meter(self.process.device)
         self.objective.eval()
@@ -208,7 +211,7 @@ class Trainer:
         self.objective.train()
         means = meter.read(self.process)
         if log is not None:
-            log.write(
+            log(
                 self.step,
                 {f"valid_{name}": means[name] for name in ("loss", "masked_loss", "masked_accuracy") if name in means},
             )
@@ -246,8 +249,8 @@ class Trainer:
             tqdm.write(interrupted.message, file=sys.stderr)
         raise interrupted
 
-    def _metrics_log(self) -> AbstractContextManager[MetricsLog | None]:
-        return MetricsLog(self.out, step=self.step) if self.process.is_main else nullcontext()
+    def _metrics_log(self) -> AbstractContextManager[Log | None]:
+        return metrics_log(self.out, step=self.step) if self.process.is_main else nullcontext()
 
     def _progress_bar(self) -> tqdm:
         hidden = not (self.progress and self.process.is_main)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hubert_fast.pretrain.distributed import Process
-from hubert_fast.pretrain.metrics_log import Clock, Meter, MetricsLog, metrics_path, read_metrics
+from hubert_fast.pretrain.metrics_log import Clock, Meter, metrics_log, metrics_path, read_metrics
 
 
 def output(loss, count, correct, penalty):
@@ -26,13 +26,13 @@ def test_the_meter_averages_over_masked_frames_and_starts_anew():
 
 
 def test_a_resumed_log_drops_the_lines_after_its_step_and_a_line_cut_short(tmp_path):
-    with MetricsLog(tmp_path) as log:
+    with metrics_log(tmp_path) as log:
         for step in (1, 2, 3):
-            log.write(step, {"loss": float(step)})
+            log(step, {"loss": float(step)})
     with metrics_path(tmp_path).open("a") as file:
         file.write('{"step": 4, "lo')
-    with MetricsLog(tmp_path, step=2) as log:
-        log.write(3, {"loss": 30.0})
+    with metrics_log(tmp_path, step=2) as log:
+        log(3, {"loss": 30.0})
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert all(json.loads(line) for line in metrics_path(tmp_path).read_text().splitlines())
     assert list((tmp_path / "tensorboard").iterdir())
