@@ -68,7 +68,7 @@ class ModelLayers:
         self, waveforms: list[np.ndarray], *, first: int = 1, last: int | None = None
     ) -> list[list[np.ndarray]]:
         """Layers ``first`` to ``last`` (None: of the model): ``result[layer - first][utterance]`` is float32 ``[frames,
-        dim]``; nothing for no waveforms."""
+        dim]``."""
         if self._normalize:
             waveforms = [normalized(waveform) for waveform in waveforms]
         result: list[list[np.ndarray]] = []
@@ -103,7 +103,7 @@ class HubertFeatures:
         self.settings: dict[str, Any] = {"source": self.name, "weights_sha256": file_sha256(weights), **numbers}
 
     def __call__(self, waveforms: list[np.ndarray]) -> list[np.ndarray]:
-        return self._layers(waveforms, first=self._layer, last=self._layer)[0] if waveforms else []
+        return self._layers(waveforms, first=self._layer, last=self._layer)[0]
 
 
 FeatureSource = MfccFeatures | HubertFeatures

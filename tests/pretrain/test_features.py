@@ -9,7 +9,6 @@ from hubert_fast.pretrain import features as module
 from hubert_fast.pretrain.audio import normalized
 from hubert_fast.pretrain.features import HubertFeatures, MfccFeatures, ModelLayers, load_model
 from hubert_fast.pretrain.frames import num_frames
-from hubert_fast.pretrain.mfcc import mfcc39
 from tests.pretrain.fabricated_run import save_tiny_weights
 from tests.pretrain.train_tiny import MODEL
 
@@ -97,13 +96,3 @@ def test_settings_tell_one_source_from_another(weights, tmp_path):
     ]
     assert len({str(source.settings) for source in sources}) == len(sources)
     assert HubertFeatures(weights, 1).settings == sources[1].settings
-
-
-def test_mfcc_features_are_those_of_each_waveform():
-    for got, waveform in zip(MfccFeatures()(waveforms()), waveforms(), strict=True):
-        np.testing.assert_array_equal(got, mfcc39(waveform))
-
-
-def test_nothing_in_gives_nothing_out(weights):
-    assert HubertFeatures(weights, 1)([]) == []
-    assert MfccFeatures()([]) == []

@@ -35,16 +35,6 @@ def test_equal_to_kaldi_in_torchaudio_with_deltas_at_10_ms():
     np.testing.assert_allclose(mfcc39(waveform.numpy()), expected.numpy(), rtol=1e-4, atol=2e-3)
 
 
-def test_a_frame_depends_on_the_audio_around_it_only():
-    waveform = noise(16_000)
-    changed = waveform.copy()
-    changed[8_000:] = 0
-    difference = np.abs(mfcc39(waveform) - mfcc39(changed)).max(axis=1)
-    # Frame t ends at sample 320 t + 400; its delta-deltas look 4 Kaldi frames (640 samples) ahead.
-    untouched = (8_000 - 400 - 640) // 320
-    assert not difference[: untouched + 1].any() and difference[untouched + 3 :].all()
-
-
 def test_silence_is_finite_and_the_same_everywhere():
     features = mfcc39(np.zeros(4000, dtype=np.float32))
     assert np.isfinite(features).all()
