@@ -49,11 +49,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, strong: Seque
     return element("div", element("table", element("thead", head), element("tbody", *body)), class_="wide")
 
 
-def folded(summary: str, *content: str) -> Markup:
-    """Content that a click unfolds."""
-    return element("details", element("summary", summary), *content)
-
-
 def png(path: Path, description: str) -> Markup:
     """The picture itself as part of the page, so that the page can be mailed."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")

@@ -19,7 +19,7 @@ from hubert_fast.pretrain.features import FeatureSource, HubertFeatures, MfccFea
 from hubert_fast.pretrain.manifest import find_audio, scan
 from hubert_fast.pretrain.report import write_report
 from hubert_fast.pretrain.resume_checks import require_resumable
-from hubert_fast.pretrain.run_record import record_audio, record_start, recorded_audio
+from hubert_fast.pretrain.run_record import record, recorded
 from hubert_fast.pretrain.tensor_files import naming
 from hubert_fast.pretrain.trainer import train, weights_path
 from hubert_fast.pretrain.units import make_units
@@ -180,9 +180,7 @@ def open_run(
         if not stands:
             find_audio(folder)  # or an error that says why there is none
         write_config(config_path(directory), config)
-        record_audio(directory, folder)
-        if command is not None:
-            record_start(directory, command)
+        record(directory, audio=folder, command=command)
         return folder
 
     folder = process.on_main(prepare)
@@ -203,16 +201,16 @@ def _stands(directory: Path, resume: bool) -> bool:
 
 
 def _audio_of_resumed(directory: Path, given: Path | None) -> Path:
-    recorded = recorded_audio(directory)
-    if recorded is None and given is None:
+    own = recorded(directory).get("audio")
+    if own is None and given is None:
         raise ValueError(
             f"out={str(directory)!r} does not say which audio it is about: `hubert-fast scan --resume --audio FOLDER` does"
         )
-    if recorded is None or given is None:
-        return (recorded or given).resolve()
-    if given.resolve() != recorded:
+    if own is None or given is None:
+        return Path(own or given).resolve()
+    if given.resolve() != Path(own):
         raise ValueError(
-            f"audio={str(given.resolve())!r}, but out={str(directory)!r} holds a run on {str(recorded)!r}; resume it "
+            f"audio={str(given.resolve())!r}, but out={str(directory)!r} holds a run on {own!r}; resume it "
             "without another audio folder, or choose another out"
         )
-    return recorded
+    return Path(own)

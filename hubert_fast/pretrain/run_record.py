@@ -16,34 +16,22 @@ from hubert_fast.pretrain.proc import proc_field
 from hubert_fast.pretrain.run_summary import read_json
 
 
-def record_start(run: Path, command: Sequence[str]) -> None:
-    """Append this start, ``{"command", "date", "machine"}``, to ``run/run.json``. Call it from one process (rank 0)."""
-    start = {"command": shlex.join(command), "date": now(), "machine": describe_machine()}
-    _update(run, starts=[*recorded_starts(run), start])
+def record(run: Path, *, audio: Path | None = None, command: Sequence[str] | None = None) -> None:
+    """Keep, where given, the absolute path of the folder of speech that the run is about, and append a start,
+    ``{"command", "date", "machine"}``. Call it from one process (rank 0).
+    """
+    values = recorded(run)
+    if audio is not None:
+        values["audio"] = str(audio.resolve())
+    if command is not None:
+        start = {"command": shlex.join(command), "date": now(), "machine": describe_machine()}
+        values["starts"] = [*values.get("starts", []), start]
+    atomic.write_text(run / "run.json", json.dumps(values, indent=2) + "\n")
 
 
-def record_audio(run: Path, audio: Path) -> None:
-    """Keep the absolute path of the folder of speech that the run is about."""
-    _update(run, audio=str(Path(audio).resolve()))
-
-
-def recorded_audio(run: Path) -> Path | None:
-    """The folder of `record_audio`, None where none was recorded."""
-    audio = _record(run).get("audio")
-    return None if audio is None else Path(audio)
-
-
-def recorded_starts(run: Path) -> list[dict[str, Any]]:
-    """The starts recorded so far, oldest first."""
-    return _record(run).get("starts", [])
-
-
-def _record(run: Path) -> dict[str, Any]:
-    return read_json(Path(run) / "run.json") or {}
-
-
-def _update(run: Path, **values: Any) -> None:
-    atomic.write_text(Path(run) / "run.json", json.dumps({**_record(run), **values}, indent=2) + "\n")
+def recorded(run: Path) -> dict[str, Any]:
+    """``{"audio", "starts"}``, the starts oldest first, as far as they were recorded."""
+    return read_json(run / "run.json") or {}
 
 
 def now() -> str:

@@ -12,7 +12,7 @@ from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.manifest import load_manifest
 from hubert_fast.pretrain.pipeline import RunExistsError, open_run
 from hubert_fast.pretrain.resume_checks import ConfigMismatchError
-from hubert_fast.pretrain.run_record import recorded_starts
+from hubert_fast.pretrain.run_record import recorded
 from tests.pretrain.small_run import small_config, small_folder
 from tests.pretrain.test_config_checks import changed
 
@@ -42,7 +42,7 @@ def test_the_whole_job_leaves_everything_and_is_not_repeated(folder, tmp_path):
     run = opened(tmp_path / "run", audio=folder, command=["hubert-fast", "pretrain"])
     assert run.everything(resume=False).read_text().count("iteration2/train/model.safetensors") >= 1
     assert read_config(run.directory / "config.toml", small_config()) == small_config()
-    assert len(recorded_starts(run.directory)) == 1
+    assert len(recorded(run.directory)["starts"]) == 1
     results = "iteration*/**/*.safetensors"
     before = states(run.directory, results) | states(run.directory, "manifest/*")
     assert len(before) == 12

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from benchmarks.torchaudio_peer import import_models
-from hubert_fast.pretrain import plots, report_sections
+from hubert_fast.pretrain import plots, report
 from hubert_fast.pretrain.html_page import element, facts, page, table
 from hubert_fast.pretrain.report import write_report
 from hubert_fast.pretrain.report_text import loading_code
-from hubert_fast.pretrain.run_record import describe_machine, record_start, recorded_starts
+from hubert_fast.pretrain.run_record import describe_machine, record, recorded
 from hubert_fast.pretrain.run_summary import iterations, training_metrics
 from tests.pretrain.fabricated_run import fabricate_run, save_tiny_weights, write_json, write_json_lines
 
@@ -66,7 +66,7 @@ def finished_run(run: Path, **options) -> Path:
 
 def test_the_report_of_a_whole_run_tells_all_of_it(tmp_path):
     run = finished_run(tmp_path / "my-run", skipped=[{"path": "a.wav", "reason": "zero-length"}])
-    record_start(run, ["hubert-fast", "pretrain", "--audio", "my speech"])
+    record(run, command=["hubert-fast", "pretrain", "--audio", "my speech"])
     text, sources = read(write_report(run))
     assert "not finished" not in text
     for expected in (
@@ -98,7 +98,7 @@ def test_file_names_cannot_become_markup(tmp_path):
     nasty = "<script>alert('x')</script> & \"co\".wav"
     run = fabricate_run(tmp_path / "a <b> & c", skipped=[{"path": nasty, "reason": "bad <i>header</i>"}])
     (run / "config.toml").write_text('name = "</pre><script>"\n', encoding="utf-8")
-    record_start(run, ["hubert-fast", "--audio", "<img src=x>"])
+    record(run, command=["hubert-fast", "--audio", "<img src=x>"])
     report = write_report(run)
     assert "<script>" not in report.read_text(encoding="utf-8")
     text, sources = read(report)
@@ -159,9 +159,9 @@ def test_a_run_that_is_no_directory_is_refused(tmp_path):
 
 
 def test_starts_are_recorded_one_after_the_other(tmp_path):
-    record_start(tmp_path, ["hubert-fast", "pretrain"])
-    record_start(tmp_path, ["hubert-fast", "pretrain", "--resume"])
-    commands = [start["command"] for start in recorded_starts(tmp_path)]
+    record(tmp_path, command=["hubert-fast", "pretrain"])
+    record(tmp_path, command=["hubert-fast", "pretrain", "--resume"])
+    commands = [start["command"] for start in recorded(tmp_path)["starts"]]
     assert commands == ["hubert-fast pretrain", "hubert-fast pretrain --resume"]
     text = read(write_report(tmp_path))[0]
     assert "resumed" in text and all(command in text for command in commands) and "Machine of" not in text
@@ -222,5 +222,5 @@ def test_pages_escape_text_and_durations_read_well():
     assert element("td", "<&>") == "<td>&lt;&amp;&gt;</td>"
     assert element("p", element("b", "x")) == "<p><b>x</b></p>"
     assert "&lt;" in facts({"<": "1"}) and "&lt;" in table(["<"], [["a"]]) and "&lt;" in page("<", "")
-    durations = [report_sections.duration(seconds) for seconds in (None, 1, 119, 120, 7199, 7200, 3.6e6)]
+    durations = [report.duration(seconds) for seconds in (None, 1, 119, 120, 7199, 7200, 3.6e6)]
     assert durations == ["–", "1.0 s", "119.0 s", "2.0 min", "120.0 min", "2.0 h", "1,000.0 h"]
