@@ -72,24 +72,18 @@ _TINY_MODEL = ModelConfig(
     encoder_layer_drop=0.0,
     final_dim=128,
 )
-_TINY_OPTIMIZER = OptimizerConfig(steps=600, learning_rate=2e-3, warmup_fraction=0.1, clip_norm=1.0)
-_TINY_OBJECTIVE = ObjectiveConfig(unmasked_weight=1.0)
+_TINY_FIRST = IterationConfig(
+    units=UnitsConfig(clusters=50, init_attempts=3),
+    model=_TINY_MODEL,
+    optimizer=OptimizerConfig(steps=600, learning_rate=2e-3, warmup_fraction=0.1, clip_norm=1.0),
+    objective=ObjectiveConfig(unmasked_weight=1.0),
+)
 
 _TINY = PretrainConfig(
     data=DataConfig(batch_seconds=20.0, max_seconds=8.0, min_seconds=1.0, valid_fraction=0.1, workers=1),
     logging=LoggingConfig(log_every=20, valid_every=200, save_every=200),
-    first=IterationConfig(
-        units=UnitsConfig(clusters=50, init_attempts=3),
-        model=_TINY_MODEL,
-        optimizer=_TINY_OPTIMIZER,
-        objective=_TINY_OBJECTIVE,
-    ),
-    second=IterationConfig(
-        units=UnitsConfig(clusters=100, layer=3, init_attempts=3),
-        model=_TINY_MODEL,
-        optimizer=_TINY_OPTIMIZER,
-        objective=_TINY_OBJECTIVE,
-    ),
+    first=_TINY_FIRST,
+    second=replace(_TINY_FIRST, units=UnitsConfig(clusters=100, layer=3, init_attempts=3)),
     evaluation=EvaluationConfig(clusters=100, fit_frames=20_000, init_attempts=2),
 )
 
