@@ -1,8 +1,6 @@
-import dataclasses
-
 import pytest
 
-from hubert_fast.pretrain.config import ModelConfig, PretrainConfig
+from hubert_fast.pretrain.config import PretrainConfig
 from hubert_fast.pretrain.config_file import differences, read_config, write_config
 from hubert_fast.pretrain.presets import PRESETS
 
@@ -55,8 +53,3 @@ def test_a_mistake_in_a_file_is_named_with_the_file(tmp_path, text, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere.toml"):
         read_config(tmp_path / "nowhere.toml", PretrainConfig())
-
-
-def test_a_model_config_survives_json():
-    model = dataclasses.replace(ModelConfig(), feature_grad_mult=None, mask_length=7)
-    assert ModelConfig.from_json(model.to_json()) == model

@@ -134,16 +134,6 @@ def test_an_accuracy_that_the_objective_does_not_compute_is_not_logged(tmp_path)
     assert outcome["last_loss"] > 0 and outcome["last_masked_accuracy"] is outcome["valid_masked_accuracy"] is None
 
 
-def test_the_logged_loss_is_the_mean_over_masked_frames_of_the_window(tmp_path):
-    trainer = trainer_at(tmp_path, optimizer=OptimizerConfig(steps=2, learning_rate=0.0))
-    expected = []
-    for update in itertools.islice(Batches(), 2):
-        output = trainer.objective(*(getattr(update[0], name) for name in ("waveforms", "labels")), mask=update[0].mask)
-        expected.append(float(output.loss.detach() / output.masked_count))
-    trainer.fit()
-    assert [line["loss"] for line in read_metrics(tmp_path) if "loss" in line] == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("stop_after", range(1, 10))
 def test_a_resumed_run_ends_with_the_same_weights_and_metrics_bit_for_bit(tmp_path, stop_after):
     whole = trainer_at(tmp_path / "whole", dropout=0.5, autocast=True)
