@@ -43,11 +43,10 @@ class MfccFeatures:
 
 
 class ModelLayers:
-    """The outputs of a trained model's transformer layers, counted from 1 as `Wav2Vec2Model.extract_features` does, without
-    masking.
+    """The outputs of a trained model's transformer layers, without masking.
 
-    Utterances are run in batches of like length. The numbers do not depend on the batch (``padding_invariant`` is on),
-    but for the rounding of ``autocast`` (bfloat16).
+    Layers are counted from 1, as `Wav2Vec2Model.extract_features` does. Utterances are run in batches of like length. The
+    numbers do not depend on the batch (``padding_invariant`` is on), but for the rounding of ``autocast`` (bfloat16).
 
     Args:
         normalize_audio: the model was trained on utterances of zero mean and unit variance.
@@ -67,8 +66,7 @@ class ModelLayers:
     def __call__(
         self, waveforms: list[np.ndarray], *, first: int = 1, last: int | None = None
     ) -> list[list[np.ndarray]]:
-        """Layers ``first`` to ``last`` (None: of the model): ``result[layer - first][utterance]`` is float32 ``[frames,
-        dim]``."""
+        """Layers ``first`` to ``last`` (None: of the model), ``result[layer - first][utterance]``: float32 ``[frames, dim]``."""
         if self._normalize:
             waveforms = [normalized(waveform) for waveform in waveforms]
         result: list[list[np.ndarray]] = []

@@ -93,11 +93,10 @@ def _scalar(value: Tensor | float | None, like: Tensor) -> Tensor:
 
 @contextmanager
 def metrics_log(directory: Path, *, step: int = 0) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
-    """A function that appends a line ``{"step": step, **values}`` to metrics.jsonl, and the values to TensorBoard, of the steps
-    after ``step``; on rank 0 only.
+    """A function that appends ``{"step": step, **values}`` to metrics.jsonl, and the values to TensorBoard.
 
-    A run that was killed has written lines for steps after its last checkpoint. They are dropped first, because those
-    steps are about to be taken again.
+    It goes on after ``step``; call it on rank 0 only. A run that was killed has written lines for steps after its last
+    checkpoint. They are dropped first, because those steps are about to be taken again.
     """
     from torch.utils.tensorboard import SummaryWriter
 

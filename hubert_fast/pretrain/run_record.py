@@ -17,8 +17,9 @@ from hubert_fast.pretrain.run_summary import read_json
 
 
 def record(run: Path, *, audio: Path | None = None, command: Sequence[str] | None = None) -> None:
-    """Keep, where given, the absolute path of the folder of speech that the run is about, and append a start,
-    ``{"command", "date", "machine"}``. Call it from one process (rank 0).
+    """Write ``run/run.json`` anew: with another start, and with the absolute path of the run's folder of speech, where given.
+
+    A start is ``{"command", "date", "machine"}``. Call it from one process (rank 0).
     """
     values = recorded(run)
     if audio is not None:

@@ -33,8 +33,9 @@ _GROUP_SECONDS = 240.0
 
 
 class Units:
-    """The units of a split, in ``units/<split>.safetensors``, read when they are asked for: workers share the pages of one
-    mapped file.
+    """The units of a split, ``units/<split>.safetensors``.
+
+    They are read from disk when they are asked for: workers share the pages of one mapped file.
     """
 
     def __init__(self, path: Path) -> None:
