@@ -1,9 +1,18 @@
 """kernels/dropout.py again in PyTorch: the same bits from the same seed, so that references can use a kernel's mask."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Optional
+from unittest import mock
+
 import torch
 from torch import Tensor
 
-from hubert_fast.kernels.dropout import threshold
+from hubert_fast.kernels import dropout
+from hubert_fast.ops import bias_dropout_residual, bias_gelu_dropout, mask_fill, residual_layer_norm
+from tests.kernels.device import DEVICE
 
 _32 = 0xFFFFFFFF
 
@@ -12,7 +21,7 @@ def keep(seed: int, rows: Tensor, columns: Tensor, p: float) -> Tensor:
     """Bool in the broadcast shape of ``rows`` and ``columns`` (int64, each in [0, 2^32)); True is kept."""
     bits = ((_bits(seed, rows) ^ _bits(seed ^ 0x5851F42D4C957F2D, columns)) * 0x9E3779B1) & _32
     bits = ((bits ^ (bits >> 15)) * 0x85EBCA77) & _32
-    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits) >= threshold(p)
+    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits) >= dropout.threshold(p)
 
 
 def _bits(seed: int, counter: Tensor) -> Tensor:
@@ -21,3 +30,20 @@ def _bits(seed: int, counter: Tensor) -> Tensor:
     bits = ((bits ^ (bits >> 16)) * 0x7FEB352D) & _32
     bits = (((bits ^ (bits >> 15)) + (high & _32)) & _32) * 0x846CA68B & _32
     return bits ^ (bits >> 16)
+
+
+def kept_values(seed: Optional[Tensor], rows: int, channels: int, p: float) -> Optional[Tensor]:
+    """What a kernel's dropout of [rows, channels] keeps, bool; None where ``p`` is 0."""
+    if p == 0.0:
+        return None
+    return keep(int(seed), torch.arange(rows)[:, None], torch.arange(channels), p).to(DEVICE)
+
+
+@contextmanager
+def in_references() -> Iterator[None]:
+    """Inside, the references of passes over rows drop what the kernels drop."""
+    with ExitStack() as patches:
+        for module in (bias_dropout_residual, bias_gelu_dropout, mask_fill, residual_layer_norm):
+            patches.enter_context(mock.patch.object(module, "kept_values", kept_values))
+            patches.enter_context(mock.patch.object(module, "keep_scale", dropout.scale))
+        yield

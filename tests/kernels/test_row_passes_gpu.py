@@ -9,7 +9,7 @@ from hubert_fast.ops.bias_dropout_residual import bias_dropout_residual
 from hubert_fast.ops.bias_gelu_dropout import bias_gelu_dropout
 from hubert_fast.ops.mask_fill import mask_fill
 from hubert_fast.ops.residual_layer_norm import residual_layer_norm
-from tests.kernels.precision import kept
+from tests.kernels import dropout_twin
 from tests.ops.comparison import error
 
 pytestmark = [
@@ -68,7 +68,7 @@ def test_masks_are_those_of_the_seed(channels):
     with backend.using("triton", "bias_gelu_dropout"):
         out = bias_gelu_dropout(ones, bias.abs(), dropout_p=0.1, seed=torch.tensor(-7, device="cuda"))
     out.sum().backward()
-    mask = kept(-7, ROWS, channels, 0.1)
+    mask = dropout_twin.kept_values(torch.tensor(-7), ROWS, channels, 0.1)
     assert torch.equal(out != 0, mask) and torch.equal(ones.grad != 0, mask)
 
 

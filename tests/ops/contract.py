@@ -27,6 +27,9 @@ _MODULES = (
 )  # fmt: skip
 OPERATORS = {module._operator.name: module._operator for module in _MODULES}
 
+# What products give: in 16 bits under autocast, which leaves parameters and the stream in float32.
+ROWS = {"x", "update", "frames"}
+
 
 class Case(NamedTuple):
     """Arguments of an operator, its floating tensors in float64."""
@@ -35,8 +38,8 @@ class Case(NamedTuple):
     name: str
     arguments: Any
 
-    def cast(self, dtype: torch.dtype, device: torch.device) -> Any:
-        """The arguments in ``dtype``, where tensors that may have a gradient ask for one."""
+    def cast(self, dtype: torch.dtype, device: torch.device, rows: Optional[torch.dtype] = None) -> Any:
+        """The arguments in ``dtype``, `ROWS` in ``rows``; tensors that may have a gradient ask for one."""
         names = OPERATORS[self.operator].layout.gradients
 
         def cast(name: str, value: Any) -> Any:
@@ -46,7 +49,8 @@ class Case(NamedTuple):
                 return dtype
             if not isinstance(value, Tensor):
                 return value
-            value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            to = (rows or dtype) if name in ROWS else dtype
+            value = value.to(device, to) if value.is_floating_point() else value.to(device)
             return value.clone().requires_grad_() if name in names else value
 
         return self.arguments._make(cast(*each) for each in self.arguments._asdict().items())
@@ -80,10 +84,10 @@ def _present(result: Optional[Tensor]) -> Optional[Tensor]:
 
 
 def gradients(results: list[Tensor], of: list[Tensor]) -> list[Optional[Tensor]]:
-    """Gradients of a random projection of all ``results`` that can be differentiated."""
+    """Gradients of a random projection, the same in every dtype, of all ``results`` that can be differentiated."""
     generator = torch.Generator().manual_seed(7)
     differentiable = [each for each in results if each.requires_grad]
-    directions = [torch.randn(each.shape, generator=generator, dtype=torch.float64).to(each) for each in differentiable]
+    directions = [torch.randn(each.shape, generator=generator).bfloat16().to(each) for each in differentiable]
     for result, direction in zip(differentiable, directions):
         direction.masked_fill_(result.detach().isinf(), 0.0)
     return list(torch.autograd.grad(differentiable, of, directions, allow_unused=True))

@@ -16,10 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from hubert_fast import backend
 from tests.kernels.device import DEVICE
 from tests.ops.comparison import error
-from tests.ops.contract import OPERATORS, backends, gradients, leaves, present, run, with_gradients
+from tests.ops.contract import OPERATORS, ROWS, backends, gradients, leaves, present, run, with_gradients
 
 try:
     from hubert_fast.kernels.launch import INTERPRETED
+    from tests.kernels import dropout_twin
 except ImportError:  # Triton
     INTERPRETED = False
 
@@ -56,16 +57,34 @@ class _Watching(TorchDispatchMode):
 
 @every
 def test_gradients_and_results_are_those_of_the_formula(case, name, dtype):
-    if "dropout" in case.name and name == "triton":
-        pytest.skip("its masks are its own: tests/kernels compare them")
-    ours = run(case.operator, name, case.cast(dtype, DEVICE))
-    rounded = case.cast(dtype, DEVICE)
-    wide = type(rounded)(*_widened(rounded))
-    truth = run(case.operator, "reference", wide)
+    arguments = case.cast(dtype, DEVICE)
+    truth = _truth(case, name, arguments)
     tolerance = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 0.04}[dtype]
-    for given, exact in zip(ours, truth, strict=True):
+    for given, exact in zip(run(case.operator, name, arguments), truth, strict=True):
         if given is not None:  # an absent result
             assert error(given, torch.zeros_like(given) if exact is None else exact) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("case", "name"), [each for each in ALL if ROWS.intersection(each[0].arguments._fields)], ids=_id
+)
+def test_16_bit_rows_meet_float32_parameters(case, name):
+    """Results have the dtypes that are announced. Kernels round nothing that is float32 but the filters of a convolution."""
+    arguments, operator = case.cast(torch.float32, DEVICE, rows=torch.bfloat16), OPERATORS[case.operator]
+    results = present(operator.run(name, arguments))
+    assert [each.dtype for each in results] == [each.dtype for each in present(operator.fake(arguments, True))]
+    truth = [each for each in _truth(case, name, arguments) if each is not None]
+    for given, exact in zip(with_gradients(case.operator, results, arguments), truth, strict=True):
+        exactly = given.dtype == torch.float32 and name == "triton" and case.operator != "positional_conv"
+        assert error(given, exact) < (2e-5 if exactly else 0.005)
+
+
+def _truth(case, name, arguments):
+    """What float64 of the reference gives, with the masks of backend ``name``."""
+    if name == "triton" and case.operator == "masked_attention" and arguments.dropout_p:
+        pytest.skip("its masks are its own: tests/kernels compare them")
+    with dropout_twin.in_references() if name == "triton" else nullcontext():
+        return run(case.operator, "reference", type(arguments)(*_widened(arguments)))
 
 
 def _widened(arguments):

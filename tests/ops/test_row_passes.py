@@ -1,0 +1,210 @@
+"""Passes over rows of channels, on PyTorch's passes, as the formula says, and where it is told from both on Triton's kernels."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hubert_fast import backend
+from hubert_fast.ops.bias_dropout_residual import bias_dropout_residual
+from hubert_fast.ops.bias_gelu_dropout import bias_gelu_dropout
+from hubert_fast.ops.mask_fill import mask_fill
+from hubert_fast.ops.residual_layer_norm import residual_layer_norm
+from hubert_fast.torch_backend import dropout_mask
+from tests.ops.comparison import assert_as_precise, assert_twins, device_of, error, on_every_backend
+
+
+def passes(rows, channels, *, p=0.0, seed=0, biased=True, indexed=False, device="cpu"):
+    """For each pass its name, a function of its floating tensors that gives one, and ``draw(seed)`` of those in float64.
+
+    ``biased`` with the bias that is optional, ``indexed`` with an index or padding.
+    """
+    flags = torch.rand(2, rows, generator=torch.Generator().manual_seed(seed)).to(device)
+    positions = rows + 7 if indexed else rows
+    index = torch.randperm(positions, generator=torch.Generator().manual_seed(seed))[:rows].to(device)
+    index, padding = (index, flags[1] < 0.3) if indexed else (None, None)
+    seed = torch.tensor(seed, device=device)
+    dropout = {"dropout_p": p, "seed": seed}
+
+    def embedded(x, embedding, bias=None):
+        return mask_fill(x, bias, embedding, flags[0] < 0.5, padding=padding, **dropout)
+
+    def normed(residual, weight, bias):
+        return residual_layer_norm(residual, weight, bias, index=index, output_dropout_p=p, seed=seed)
+
+    def summed_and_normed(residual, weight, bias, update, update_bias=None):
+        both = residual_layer_norm(
+            residual, weight, bias, update=update, update_bias=update_bias, index=index, update_dropout_p=p,
+            output_dropout_p=p if indexed else 0.0, seed=seed, with_sum=biased,
+        )  # fmt: skip
+        return torch.cat(both, 1) if biased else both
+
+    x, residual, vector = (rows, channels), (positions, channels), (channels,)
+    bias = [vector] * biased
+    found = [
+        ("bias_gelu_dropout", lambda x, bias=None: bias_gelu_dropout(x, bias, **dropout), [x, *bias]),
+        (
+            "bias_dropout_residual",
+            lambda x, residual, bias=None: bias_dropout_residual(x, bias, residual, index=index, **dropout),
+            [x, residual, *bias],
+        ),
+        ("mask_fill", embedded, [x, vector, *bias]),
+        ("residual_layer_norm", normed, [residual, vector, vector]),
+        ("residual_layer_norm", summed_and_normed, [residual, vector, vector, x, *bias]),
+    ]
+    for name, function, shapes in found:
+
+        def draw(seed, shapes=shapes):
+            generator = torch.Generator().manual_seed(seed)
+            return [2 * torch.randn(each, dtype=torch.float64, generator=generator).to(device) for each in shapes]
+
+        yield name, function, draw
+
+
+@given(
+    rows=st.integers(0, 40), channels=st.integers(2, 40), biased=st.booleans(), indexed=st.booleans(),
+    chunk=st.integers(1, 400), p=st.sampled_from([0.0, 0.1, 0.5, 0.99]), seed=st.integers(-1000, 1000),
+)  # fmt: skip
+def test_backends_agree_for_any_shape_with_and_without_dropout(rows, channels, biased, indexed, chunk, p, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dropout_mask, "_CHUNK_ELEMENTS", chunk)
+        for name, function, draw in passes(rows, channels, p=p, seed=seed, biased=biased, indexed=indexed):
+            assert_twins(name, function, draw(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_as_precise_as_pytorch(p, dtype):
+    for biased in (True, False):
+        for name, function, draw in passes(200, 96, p=p, biased=biased):
+            assert_as_precise(name, function, draw, dtype)
+
+
+def test_without_dropout_they_are_the_formulas():
+    x, residual, bias, weight = (torch.randn(shape, dtype=torch.float64) for shape in ((4, 5), (6, 5), 5, 5))
+    index, mask, padding = (
+        torch.tensor([5, 0, 3, 2]),
+        torch.tensor([1, 0, 1, 0]).bool(),
+        torch.tensor([1, 1, 0, 0]).bool(),
+    )
+    summed = residual[index] + x + bias
+    normed = F.layer_norm(summed, (5,), weight, bias, 0.1)
+    given_ = (
+        bias_gelu_dropout(x, bias),
+        bias_dropout_residual(x, bias, residual, index=index),
+        mask_fill(x, bias, weight, mask, padding=padding),
+        *residual_layer_norm(residual, weight, bias, update=x, update_bias=bias, index=index, eps=0.1, with_sum=True),
+    )
+    filled = torch.stack([weight, torch.zeros(5), weight, x[3] + bias])
+    assert all(error(*pair) < 1e-12 for pair in zip(given_, (F.gelu(x + bias), summed, filled, normed, summed)))
+
+
+@on_every_backend
+def test_values_that_are_not_finite_do_not_pass_a_mask_or_padding(name):
+    x, embedding, bias = (torch.randn(shape, device=device_of(name)) for shape in ((3, 5), 5, 5))
+    x[:2] = float("nan")
+    leaves = [each.requires_grad_() for each in (x, bias, embedding)]
+    mask, padding = torch.tensor([[True, False, False], [False, True, False]], device=x.device)
+    with backend.using(name, "mask_fill"):
+        out = mask_fill(*leaves, mask, padding=padding)
+    weight = torch.ones_like(out)
+    weight[1] = float("nan")  # what comes back into a row of padding goes nowhere
+    out.backward(weight)
+    assert out.isfinite().all() and all(each.grad.isfinite().all() for each in leaves)
+
+
+@on_every_backend
+@pytest.mark.parametrize("used", ["normed", "sum"])
+def test_either_result_may_go_unused(name, used):
+    shapes = (30, 20), 20, 20, (30, 20)
+    leaves = [torch.randn(shape, device=device_of(name), requires_grad=True) for shape in shapes]
+    residual, weight, bias, update = leaves
+    with backend.using(name, "residual_layer_norm"):
+        normed, summed = residual_layer_norm(residual, weight, bias, update=update, with_sum=True)
+    plain = F.layer_norm(residual + update, (20,), weight, bias) if used == "normed" else residual + update
+    expected = torch.autograd.grad(plain.square().sum(), (residual, update))
+    given_ = torch.autograd.grad((normed if used == "normed" else summed).square().sum(), (residual, update))
+    assert all(error(*pair) < 1e-5 for pair in zip(given_, expected))
+
+
+def test_a_layer_norm_without_an_update_has_autocasts_dtype():
+    residual, vector = torch.randn(30, 20), torch.randn(20)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = (
+            residual_layer_norm(residual, vector, vector),
+            *residual_layer_norm(residual, vector, vector, with_sum=True),
+        )
+    assert [each.dtype for each in results] == 3 * [torch.bfloat16]
+    assert residual_layer_norm(residual, vector, vector).dtype == torch.float32
+
+
+def test_the_two_masks_of_a_seed_differ():
+    zeros, weight = torch.zeros(200, 100), torch.ones(100)
+    normed, summed = residual_layer_norm(
+        zeros, weight, weight * 100, update=zeros + 1, update_dropout_p=0.5, output_dropout_p=0.5, with_sum=True
+    )
+    masks = torch.stack([(summed != 0).flatten(), (normed != 0).flatten()]).double()
+    assert (masks.mean(1) - 0.5).abs().max() < 0.02
+    assert abs(torch.corrcoef(masks)[0, 1]) < 0.04
+
+
+def test_the_seed_alone_decides_what_is_dropped_and_without_one_each_call_drops_others():
+    x, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((100, 100), 100))
+    first, again = (bias_gelu_dropout(x, bias, dropout_p=0.3, seed=torch.tensor(7)) for _ in range(2))
+    drawn = [bias_gelu_dropout(x, bias, dropout_p=0.3) for _ in range(2)]
+    assert torch.equal(first, again) and not torch.equal(*drawn)
+    for out in (first, *drawn):
+        dropped = out == 0
+        assert abs(dropped.double().mean() - 0.3) < 0.025
+        assert error(out, (F.gelu(x + bias) / 0.7).masked_fill(dropped, 0.0)) < 1e-4  # p is a multiple of 2^-16
+
+
+_X, _BIAS = torch.zeros(3, 4), torch.zeros(4)
+_GOOD = {
+    bias_gelu_dropout: {"x": _X, "bias": _BIAS, "dropout_p": 0.1},
+    bias_dropout_residual: {"x": _X, "bias": _BIAS, "residual": _X},
+    mask_fill: {"x": _X, "bias": _BIAS, "embedding": _BIAS, "mask": torch.zeros(3, dtype=torch.bool)},
+    residual_layer_norm: {"residual": _X, "weight": _BIAS, "bias": _BIAS},
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "change", "message"),
+    [
+        (bias_gelu_dropout, {"x": torch.zeros(3)}, "x must be floating point of shape"),
+        (bias_gelu_dropout, {"x": _X.long()}, "x must be floating point of shape"),
+        (bias_gelu_dropout, {"bias": torch.zeros(5)}, r"bias must be floating point of shape \[4\]"),
+        (bias_gelu_dropout, {"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\); got 1.0"),
+        (bias_gelu_dropout, {"seed": torch.zeros(1, dtype=torch.int64)}, "seed must be a scalar int64"),
+        (bias_gelu_dropout, {"seed": torch.tensor(1.0)}, "seed must be a scalar int64"),
+        (bias_dropout_residual, {"x": torch.zeros(3)}, "x must be floating point of shape"),
+        (bias_dropout_residual, {"bias": torch.zeros(5)}, r"bias must be floating point of shape \[4\]"),
+        (bias_dropout_residual, {"residual": torch.zeros(2, 4)}, r"residual must have shape \[3, 4\]; got \(2, 4\)"),
+        (bias_dropout_residual, {"residual": torch.zeros(3, 5)}, r"residual must have shape \[3, 4\]; got \(3, 5\)"),
+        (
+            bias_dropout_residual,
+            {"index": torch.zeros(2, dtype=torch.int64)},
+            "with an index of 3; got .* with an index of 2",
+        ),
+        (bias_dropout_residual, {"index": torch.zeros(3)}, "index must be int64"),
+        (bias_dropout_residual, {"dropout_p": -0.1}, r"dropout_p must be in \[0, 1\); got -0.1"),
+        (mask_fill, {"x": torch.zeros(3)}, "x must be floating point of shape"),
+        (mask_fill, {"bias": torch.zeros(5)}, r"bias must be floating point of shape \[4\]"),
+        (mask_fill, {"embedding": torch.zeros(1, 4)}, r"embedding must be floating point of shape \[4\]"),
+        (mask_fill, {"mask": torch.zeros(3)}, r"mask must be bool of shape \[3\]"),
+        (mask_fill, {"padding": torch.zeros(4, dtype=torch.bool)}, r"padding must be bool of shape \[3\]"),
+        (mask_fill, {"dropout_p": 2.0}, r"dropout_p must be in \[0, 1\); got 2.0"),
+        (residual_layer_norm, {"residual": torch.zeros(3)}, "residual must be floating point of shape"),
+        (residual_layer_norm, {"weight": torch.zeros(5)}, r"weight must be floating point of shape \[4\]"),
+        (residual_layer_norm, {"bias": _BIAS.long()}, r"bias must be floating point of shape \[4\]"),
+        (residual_layer_norm, {"update": torch.zeros(2, 4)}, r"residual must have shape \[2, 4\]; got \(3, 4\)"),
+        (residual_layer_norm, {"update_bias": _BIAS}, "update_bias was given without an update"),
+        (residual_layer_norm, {"index": torch.zeros(3)}, "index must be int64"),
+        (residual_layer_norm, {"output_dropout_p": 1.0}, r"output_dropout_p must be in \[0, 1\); got 1.0"),
+        (residual_layer_norm, {"update_dropout_p": -1.0}, r"update_dropout_p must be in \[0, 1\); got -1.0"),
+    ],
+)
+def test_bad_arguments_are_named(function, change, message):
+    with pytest.raises(ValueError, match=message):
+        function(**_GOOD[function] | change)
