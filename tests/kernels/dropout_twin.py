@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Optional
 from unittest import mock
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from hubert_fast.kernels import dropout
 from hubert_fast.ops import bias_dropout_residual, bias_gelu_dropout, mask_fill, residual_layer_norm
+from hubert_fast.reference import masked_attention
 from tests.kernels.device import DEVICE
 
 _32 = 0xFFFFFFFF
@@ -39,10 +41,28 @@ def kept_values(seed: Optional[Tensor], rows: int, channels: int, p: float) -> O
     return keep(int(seed), torch.arange(rows)[:, None], torch.arange(channels), p).to(DEVICE)
 
 
+def _masked_attention(
+    qkv: Tensor, offsets: Tensor, key_lengths: Optional[Tensor], *, dropout_p: float, seed: Optional[Tensor]
+) -> Tensor:
+    """The reference with the kernels' mask: a row of it is a packed row and a head, a column a key."""
+    heads, outputs = torch.arange(qkv.shape[2]), []
+    for i, (start, stop) in enumerate(pairwise(offsets.tolist())):
+        query, key, value = qkv[start:stop].permute(1, 2, 0, 3)
+        keys = int(key_lengths[i]) if key_lengths is not None and key_lengths[i] > 0 else stop - start
+        weights = (query @ key[:, :keys].transpose(1, 2) / query.shape[-1] ** 0.5).softmax(-1)
+        if dropout_p:
+            rows = torch.arange(start, stop) * len(heads) + heads[:, None]
+            kept = keep(int(seed), rows[..., None], torch.arange(keys), dropout_p).to(qkv.device)
+            weights = weights * kept * dropout.scale(dropout_p)
+        outputs.append((weights @ value[:, :keys]).transpose(0, 1))
+    return torch.cat([*outputs, torch.zeros_like(qkv[int(offsets[-1]) :, 0])])
+
+
 @contextmanager
 def in_references() -> Iterator[None]:
-    """Inside, the references of passes over rows drop what the kernels drop."""
+    """Inside, references drop what the kernels drop."""
     with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(masked_attention, "masked_attention", _masked_attention))
         for module in (bias_dropout_residual, bias_gelu_dropout, mask_fill, residual_layer_norm):
             patches.enter_context(mock.patch.object(module, "kept_values", kept_values))
             patches.enter_context(mock.patch.object(module, "keep_scale", dropout.scale))

@@ -81,8 +81,6 @@ def test_16_bit_rows_meet_float32_parameters(case, name):
 
 def _truth(case, name, arguments):
     """What float64 of the reference gives, with the masks of backend ``name``."""
-    if name == "triton" and case.operator == "masked_attention" and arguments.dropout_p:
-        pytest.skip("its masks are its own: tests/kernels compare them")
     with dropout_twin.in_references() if name == "triton" else nullcontext():
         return run(case.operator, "reference", type(arguments)(*_widened(arguments)))
 
@@ -168,25 +166,31 @@ def test_autocast_reaches_into_no_implementation(case, name):
 
 
 @each
-def test_strided_inputs_and_expanded_gradients_are_taken_as_they_are(case, name):
+def test_inputs_and_gradients_are_taken_as_they_lie(case, name):
     def spread(value):
+        """The same values in other memory."""
         if isinstance(value, list):
             return [spread(inner) for inner in value]
-        if isinstance(value, torch.Tensor) and value.requires_grad and value.ndim:
-            return value.detach().repeat_interleave(2, -1)[..., ::2].requires_grad_()
-        return value
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.ndim:
+            return value
+        moved = value.detach().movedim(0, -1).repeat_interleave(2, -1)[..., ::2].movedim(-1, 0)
+        return moved.requires_grad_(value.requires_grad)
 
-    results = []
-    for change in (lambda value: value, spread):
+    def results(change, direction):
         arguments = case.cast(torch.float32, DEVICE)
         arguments = type(arguments)(*map(change, arguments))
         outputs = [value for value in present(OPERATORS[case.operator].run(name, arguments)) if value.requires_grad]
-        directions = [torch.ones((), dtype=value.dtype, device=value.device).expand_as(value) for value in outputs]
         of = leaves(case.operator, arguments)
-        results.append([*outputs, *torch.autograd.grad(outputs, of, directions, allow_unused=True)])
-    for given, expected in zip(*results, strict=True):
-        assert (given is None) == (expected is None)
-        assert given is None or error(given.nan_to_num(), expected.nan_to_num()) < 1e-6
+        return [*outputs, *torch.autograd.grad(outputs, of, [*map(direction, outputs)], allow_unused=True)]
+
+    expanded = results(spread, lambda value: value.new_ones(()).expand_as(value))
+    moved = results(spread, lambda value: spread(value.detach().nan_to_num(neginf=0.0)))
+    given = [*expanded, *moved]
+    expected = [*results(lambda value: value, torch.ones_like)]
+    expected += results(lambda value: value, lambda value: value.detach().nan_to_num(neginf=0.0))
+    for ours, theirs in zip(given, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or error(ours.nan_to_num(), theirs.nan_to_num()) < 1e-6
 
 
 @each
