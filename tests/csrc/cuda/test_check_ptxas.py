@@ -43,11 +43,6 @@ def test_exit_code_says_what_was_found(tmp_path, log, code):
     assert check_ptxas.main([str(path)]) == code
 
 
-def test_missing_instructions_are_named():
-    sass = {"_Z3fooi": "HGMMA.64x128", "_Z3bari": "FFMA"}
-    assert list(check_ptxas.missing(sass, ["foo=HGMMA", "ba=HGMMA"])) == ["bar has no HGMMA"]
-
-
 @pytest.mark.skipif(extension.cuda() is None, reason=str(extension.why_not("cuda")))
 def test_no_kernel_of_the_installed_extension_uses_local_memory():
     """As ptxas told the build, which setup.py keeps in the source tree."""
