@@ -3,7 +3,7 @@
     python -m tests.kernels.step_keys          (without TRITON_INTERPRET)
 
 A small batch of HuBERT Base, and in bfloat16 of Large, two layers of each, is trained on a CPU with every operator on its
-kernels; the launches are noted instead of made, and nothing is compiled, only keys are made.
+kernels; the launches are noted instead of made, and nothing is compiled: Triton's launcher is only asked for their keys.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Optional
 from unittest import mock
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 
 import hubert_fast
 from benchmarks.architecture import ARCHITECTURES
@@ -23,49 +21,12 @@ from hubert_fast import tf32
 from hubert_fast.kernels.launch import Launch, recording
 from hubert_fast.models import encoder, plain
 from hubert_fast.ops import triton_backend
-from tools.aot.compiling import DTYPES, Job, compiled, launches_of
+from tools.aot.compiling import DTYPES, Job, key_of, launches_of
 from tools.aot.launches import OPERATORS
 
 _ARCH = 90
 _CLASSES = 500
 _FRAMES, _SAMPLES = 16, 16 * 320 + 80  # Triton specialises on multiples of 16: some steps have them, some have not
-
-
-class _Gpu:
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", _ARCH, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device: 0)
-
-
-class _Keys:
-    """In place of Triton's compiler: notes the key that machine code has in the cache."""
-
-    def __init__(self) -> None:
-        self.found: list[tuple[str, str]] = []
-
-    def __call__(self, source, target, options, **others):
-        backend = triton.compiler.make_backend(target)
-        self.found.append((source.hash(), backend.parse_options(dict(options)).hash()))
-        raise InterruptedError("only the key was wanted")
-
-    def of_aot(self, size: str, dtype: str) -> set[tuple[str, str]]:
-        """Under which tools/aot compiles."""
-        self.found.clear()
-        for operator in OPERATORS:
-            job = Job(operator, size, dtype, _ARCH)
-            for launch in launches_of(job):
-                compiled(job, launch)
-        return set(self.found)
-
-    def of_launcher(self, launch: Launch) -> tuple[str, str]:
-        """Which Triton's launcher looks up."""
-        self.found.clear()
-        triton.runtime.driver.set_active(_Gpu)
-        try:
-            launch.kernel[(1,)](**launch.arguments, **launch.blocks.sizes, **launch.blocks.options)
-        except InterruptedError:
-            pass
-        return self.found[0]
 
 
 def steps(size: str, dtype: torch.dtype) -> Iterator[list[Launch]]:
@@ -86,22 +47,20 @@ def steps(size: str, dtype: torch.dtype) -> Iterator[list[Launch]]:
 
 
 def main() -> None:
-    keys = _Keys()
-
     def stream_dtype(x: torch.Tensor) -> Optional[torch.dtype]:  # as on a GPU
         return torch.float32 if torch.is_autocast_enabled("cpu") else None
 
     with (
-        mock.patch.object(triton.compiler, "compile", keys),
         mock.patch.object(triton_backend, "objection", lambda *_: None),  # that there is no GPU
         mock.patch.object(plain, "stream_dtype", stream_dtype),
         mock.patch.object(encoder, "stream_dtype", stream_dtype),
     ):
         for size, dtype in (("base", "bfloat16"), ("base", "float32"), ("base", "tf32"), ("large", "bfloat16")):
-            known = keys.of_aot(size, dtype)
+            jobs = [Job(operator, size, dtype, _ARCH) for operator in OPERATORS]
+            known = {key_of(launch) for job in jobs for launch in launches_of(job)}
             with tf32.allowed(dtype == "tf32"):
                 launches = list(itertools.chain(*steps(size, DTYPES[dtype])))
-            missing = [each for each in launches if keys.of_launcher(each) not in known]
+            missing = [each for each in launches if key_of(each) not in known]
             for name in sorted({each.kernel.fn.__module__ + "." + each.kernel.__name__ for each in missing}):
                 print(f"{size}, {dtype}: {name} is not compiled ahead")
             print(f"{size}, {dtype}: {len(launches)} launches looked up, {len(missing)} not compiled ahead")
