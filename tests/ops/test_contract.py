@@ -167,30 +167,35 @@ def test_autocast_reaches_into_no_implementation(case, name):
 
 @each
 def test_inputs_and_gradients_are_taken_as_they_lie(case, name):
-    def spread(value):
-        """The same values in other memory."""
-        if isinstance(value, list):
-            return [spread(inner) for inner in value]
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not value.ndim:
-            return value
-        moved = value.detach().movedim(0, -1).repeat_interleave(2, -1)[..., ::2].movedim(-1, 0)
-        return moved.requires_grad_(value.requires_grad)
+    def moved(tensor):
+        return tensor.movedim(0, -1).repeat_interleave(2, -1)[..., ::2].movedim(-1, 0) if tensor.ndim else tensor
 
-    def results(change, direction):
+    def part_of_wider_rows(tensor):
+        return torch.cat([tensor, tensor], -1)[..., : tensor.shape[-1]] if tensor.ndim else tensor
+
+    def results(lay, direction):
+        def changed(value):
+            if isinstance(value, list):
+                return [changed(inner) for inner in value]
+            is_tensor = isinstance(value, torch.Tensor)
+            return lay(value.detach()).requires_grad_(value.requires_grad) if is_tensor else value
+
         arguments = case.cast(torch.float32, DEVICE)
-        arguments = type(arguments)(*map(change, arguments))
+        kept = {name: each for name, each in arguments._asdict().items() if name in ("offsets", "key_lengths")}  # dense
+        arguments = type(arguments)(*map(changed, arguments))._replace(**kept)
         outputs = [value for value in present(OPERATORS[case.operator].run(name, arguments)) if value.requires_grad]
+        directions = [direction(value.detach().nan_to_num(neginf=0.0)) for value in outputs]
         of = leaves(case.operator, arguments)
-        return [*outputs, *torch.autograd.grad(outputs, of, [*map(direction, outputs)], allow_unused=True)]
+        return [*outputs, *torch.autograd.grad(outputs, of, directions, allow_unused=True)]
 
-    expanded = results(spread, lambda value: value.new_ones(()).expand_as(value))
-    moved = results(spread, lambda value: spread(value.detach().nan_to_num(neginf=0.0)))
-    given = [*expanded, *moved]
-    expected = [*results(lambda value: value, torch.ones_like)]
-    expected += results(lambda value: value, lambda value: value.detach().nan_to_num(neginf=0.0))
-    for ours, theirs in zip(given, expected, strict=True):
-        assert (ours is None) == (theirs is None)
-        assert ours is None or error(ours.nan_to_num(), theirs.nan_to_num()) < 1e-6
+    def assert_equal(ours, theirs):
+        for given, expected in zip(ours, theirs, strict=True):
+            assert (given is None) == (expected is None)
+            assert given is None or error(given.nan_to_num(), expected.nan_to_num()) < 1e-6
+
+    dense = results(torch.clone, torch.ones_like)
+    assert_equal(results(moved, lambda output: output.new_ones(()).expand_as(output)), dense)
+    assert_equal(results(part_of_wider_rows, moved), results(torch.clone, torch.clone))
 
 
 @each
