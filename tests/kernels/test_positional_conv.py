@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hubert_fast import backend, tf32
+from hubert_fast import tf32
 from hubert_fast.kernels import positional_conv as kernels
 from hubert_fast.kernels import weight_norm
 from hubert_fast.ops.positional_conv import positional_conv
@@ -20,15 +20,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def on_device(tensors, dtype=torch.float32):
     return [each.to(DEVICE, dtype) for each in tensors]
-
-
-def assert_close_to_truth(function, leaves, allowance=0.0):
-    """No more than 1.5 times PyTorch's error plus ``allowance``: where a result has few numbers, a small error is luck."""
-    ours, pytorchs = (run(OPERATOR, name, function, leaves) for name in ("triton", "reference"))
-    truth = run(OPERATOR, "reference", function, [each.double() for each in leaves])
-    assert [each.dtype for each in ours] == [each.dtype for each in pytorchs]
-    errors = [(error(a, wanted), error(b, wanted)) for a, b, wanted in zip(ours, pytorchs, truth, strict=True)]
-    assert all(a <= 1.5 * b + allowance for a, b in errors), errors
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,9 +47,14 @@ def tiles_of_a_gpu(monkeypatch):
 )  # fmt: skip
 @example(lengths=[7, 5], dead=1, groups=1, group_channels=40, taps=3, normalised=True, dtype=torch.bfloat16, seed=0)
 def test_as_precise_as_pytorch_for_any_shape(lengths, dead, groups, group_channels, taps, normalised, dtype, seed):
-    arguments = inputs(sum(lengths) + dead, groups, group_channels, taps, normalised=normalised, seed=seed)
-    allowance = max(1e-6, torch.finfo(dtype).eps / 2)
-    assert_close_to_truth(embed(lengths, groups), on_device(arguments, dtype), allowance)
+    shape = sum(lengths) + dead, groups, group_channels, taps
+
+    def draw(number):
+        return on_device(inputs(*shape, normalised=normalised, seed=seed + number), torch.float64)
+
+    # Where a result has few numbers, a small error is luck.
+    roundings = 10.0 if dtype == torch.float32 else 1.0
+    assert_as_precise(OPERATOR, embed(lengths, groups), draw, dtype, name="triton", seeds=2, roundings=roundings)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -78,13 +74,6 @@ def test_tiles_of_a_gpu_are_as_precise_as_pytorch(width, tiles_of_a_gpu):
         return on_device(inputs(137, 1, width, 6, seed=seed), torch.float64)
 
     assert_as_precise(OPERATOR, embed(lengths, 1), draw, torch.bfloat16, name="triton", seeds=1)
-
-
-def test_wider_parameters_keep_their_precision():
-    """bfloat16 rows and float32 parameters, as under autocast: the gradients of the parameters are rounded nowhere."""
-    lengths = [20, 13]
-    x, *parameters = on_device(inputs(33), torch.float32)
-    assert_close_to_truth(embed(lengths), [x.bfloat16(), *parameters])
 
 
 @given(
@@ -109,39 +98,6 @@ def test_runs_cover_each_row_once_and_stay_within_a_sequence(lengths, dead, fold
 def test_groups_of_the_published_models_fill_a_tile():
     assert [kernels._tile_columns(90, width, 128, 2) for width in (48, 64, 80)] == [(256, 5), (256, 4), (256, 3)]
     assert kernels._tile_columns(90, 48, 1, 2) == (64, 1)  # folding a kernel of one tap only adds work
-
-
-def test_sequences_do_not_see_each_other_and_dead_rows_count_for_nothing():
-    lengths = [9, 14]
-    x, *parameters = on_device(inputs(30))
-    with backend.using("triton", OPERATOR):
-        leaf = x.clone().requires_grad_()
-        out = embed(lengths)(leaf, *parameters)
-        (grad,) = torch.autograd.grad(out.square().sum(), leaf)
-        x[9:] = float("nan")
-        again = embed(lengths)(x, *parameters)
-    assert torch.equal(again[:9], out[:9])
-    assert not again[23:].any() and not out[23:].any() and not grad[23:].any()
-
-
-@pytest.mark.parametrize(("lengths", "rows"), [([0], 0), ([0, 0], 0), ([0], 5), ([], 3)])
-def test_nothing_in_gives_zeros_out(lengths, rows):
-    leaves = [each.requires_grad_() for each in on_device(inputs(rows))]
-    with backend.using("triton", OPERATOR):
-        out = positional_conv(*leaves[:3], offsets_of(lengths), groups=2, max_frames=0, gain=leaves[3])
-        grads = torch.autograd.grad(out.sum(), leaves)
-    assert out.shape == (rows, 8) and not out.any() and not any(each.any() for each in grads)
-
-
-def test_results_repeat_to_the_bit_and_a_gradient_is_the_same_alone():
-    leaves = [each.requires_grad_() for each in on_device(inputs(20))]
-    with backend.using("triton", OPERATOR):
-        first, second = (torch.autograd.grad(embed([12, 8])(*leaves).square().sum(), leaves) for _ in range(2))
-        assert all(torch.equal(*pair) for pair in zip(first, second))
-        for kept in ([0], [1, 2, 3]):
-            chosen = [each.detach().requires_grad_(i in kept) for i, each in enumerate(leaves)]
-            grads = torch.autograd.grad(embed([12, 8])(*chosen).square().sum(), [chosen[i] for i in kept])
-            assert all(torch.equal(grad, first[i]) for i, grad in zip(kept, grads))
 
 
 def test_a_gain_of_zero_still_has_a_gradient():
