@@ -106,33 +106,23 @@ def test_the_registered_operator_is_as_torch_wants_it(case, name):
     torch.library.opcheck(getattr(torch.ops.hubert_fast, case.operator).default, (*arguments, True, name))
 
 
+@pytest.mark.parametrize("forward_too", [True, False])
 @each
-def test_a_dispatch_mode_sees_one_operator_and_changes_nothing(case, name):
-    arguments = case.cast(torch.float32, DEVICE)
-    with _Watching() as watching:
-        seen = run(case.operator, name, arguments)
-    names = {f"hubert_fast.{case.operator}.default", f"hubert_fast.{case.operator}_backward.default"}
-    assert names <= set(watching.seen)
+def test_a_dispatch_mode_sees_one_operator_and_changes_nothing(case, name, forward_too):
+    arguments, watching = case.cast(torch.float32, DEVICE), _Watching()
+    with watching if forward_too else nullcontext():
+        results = OPERATORS[case.operator].run(name, arguments)
+    with watching:
+        seen = with_gradients(case.operator, results, arguments)
+    names = [case.operator] * forward_too + [f"{case.operator}_backward"]
+    assert {f"hubert_fast.{each}.default" for each in names} <= set(watching.seen)
     assert equal(seen, run(case.operator, name, arguments))
 
 
 @each
-def test_it_compiles_into_one_graph(case, name):
+def test_it_compiles_into_one_graph_and_no_number_of_rows_into_it(case, name):
     operator = OPERATORS[case.operator]
     arguments = case.cast(torch.float32, DEVICE)
-
-    def results(*arguments):
-        return operator.run(name, type(case.arguments)(*arguments))
-
-    torch._dynamo.reset()  # one code object for every operator would be compiled anew too often
-    found = torch.compile(results, fullgraph=True, backend="aot_eager")(*arguments)
-    assert equal(with_gradients(case.operator, found, arguments), run(case.operator, name, arguments))
-
-
-@each
-def test_a_number_of_rows_is_compiled_into_no_graph(case, name):
-    arguments = case.cast(torch.float32, DEVICE)
-    operator = OPERATORS[case.operator]
 
     def results(*arguments):
         return operator.run(name, type(case.arguments)(*arguments))
@@ -141,8 +131,9 @@ def test_a_number_of_rows_is_compiled_into_no_graph(case, name):
     for value in arguments:
         if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows:
             torch._dynamo.mark_dynamic(value, 0)  # an error where it is made a number
-    torch._dynamo.reset()
-    torch.compile(results, fullgraph=True, backend="aot_eager")(*arguments)
+    torch._dynamo.reset()  # one code object for every operator would be compiled anew too often
+    found = torch.compile(results, fullgraph=True, backend="aot_eager")(*arguments)
+    assert equal(with_gradients(case.operator, found, arguments), run(case.operator, name, arguments))
 
 
 @each
@@ -251,14 +242,6 @@ def test_without_a_gradient_nothing_is_kept(case, name):
 
 
 @each
-def test_recomputing_activations_changes_nothing(case, name):
-    arguments = case.cast(torch.float32, DEVICE)
-    operator = OPERATORS[case.operator]
-    found = checkpoint(partial(operator.run, name), arguments, use_reentrant=False)
-    assert equal(with_gradients(case.operator, found, arguments), run(case.operator, name, arguments))
-
-
-@each
 def test_there_is_no_second_derivative(case, name):
     arguments = case.cast(torch.float32, DEVICE)
     results = OPERATORS[case.operator].run(name, arguments)
@@ -270,9 +253,9 @@ def test_there_is_no_second_derivative(case, name):
         sum(value.square().sum() for value in found if value is not None).backward()
 
 
-@pytest.mark.parametrize("watched", ["forward", "backward"])
+@pytest.mark.parametrize("watched", ["nothing", "forward", "backward"])
 @each
-def test_activations_may_be_recomputed_under_a_mode_that_the_forward_was_not_under(case, name, watched):
+def test_activations_may_be_recomputed_also_under_a_mode_that_the_forward_was_not_under(case, name, watched):
     arguments = case.cast(torch.float32, DEVICE)
     operator = OPERATORS[case.operator]
     with _Watching() if watched == "forward" else nullcontext():
@@ -291,16 +274,6 @@ def test_the_graph_of_a_backward_is_not_left_out_where_the_gradient_given_needs_
     found = torch.autograd.grad(total, leaves(case.operator, arguments), create_graph=True, allow_unused=True)
     constant = case.operator == "bias_dropout_residual" and arguments.bias is None
     assert constant != any(value.requires_grad for value in found if value is not None)
-
-
-@each
-def test_a_dispatch_mode_around_the_backward_alone_sees_it_too(case, name):
-    arguments = case.cast(torch.float32, DEVICE)
-    results = OPERATORS[case.operator].run(name, arguments)
-    with _Watching() as watching:
-        found = with_gradients(case.operator, results, arguments)
-    assert f"hubert_fast.{case.operator}_backward.default" in watching.seen
-    assert equal(found, run(case.operator, name, arguments))
 
 
 @pytest.mark.parametrize(
