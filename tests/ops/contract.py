@@ -124,10 +124,11 @@ def cases() -> Iterator[Case]:
         yield Case("masked_attention", name, make(randn(19, 3, 2, 8), offsets, None, 10, *given))
         yield Case("masked_attention", f"{name}, keys", make(randn(19, 3, 2, 8), offsets, keys, 12, *given))
     labels = torch.tensor([3, 0, 1, 1, 2, 0])
-    yield Case("cosine_logits", "plain", cosine_logits.Arguments(randn(6, 8), randn(4, 8), labels))
+    embeddings = randn(4, 8)[[0, 1, 2, 1]]  # two are equal
+    yield Case("cosine_logits", "plain", cosine_logits.Arguments(randn(6, 8), embeddings, labels))
     make = cosine_cross_entropy.Arguments
-    yield Case("cosine_cross_entropy", "plain", make(randn(6, 8), randn(4, 8), labels, None))
-    yield Case("cosine_cross_entropy", "index", make(randn(6, 8), randn(4, 8), labels, torch.tensor([4, 1, 5])))
+    yield Case("cosine_cross_entropy", "plain", make(randn(6, 8), embeddings, labels, None))
+    yield Case("cosine_cross_entropy", "index", make(randn(6, 8), embeddings, labels, torch.tensor([4, 1, 5])))
     make, tensors = positional_conv.Arguments, (randn(11, 8), randn(8, 4, 3), randn(8))
     offsets = torch.tensor([0, 4, 9])
     yield Case("positional_conv", "plain", make(*tensors, None, offsets, 2, 5))
