@@ -105,19 +105,10 @@ for each in launches:
 """
 
 
-def test_a_kernel_that_spills_or_wants_too_much_shared_memory_or_does_not_compile_is_found():
-    done = _python("-c", _SPILLING_RUNNER)
+def test_a_kernel_that_spills_or_wants_too_much_shared_memory_or_does_not_compile_is_found(tmp_path):
+    path = tmp_path / "spilling_kernels.py"  # Triton reads a kernel's source from its file
+    path.write_text(_SPILLING)
+    done = _python("-c", f"import runpy; runpy.run_path({str(path)!r})")
     assert re.search(r"^spilling \d+ bytes a thread spilled$", done.stdout, re.MULTILINE), done.stdout + done.stderr
     assert re.search(r"^greedy \d+ bytes of shared memory; sm_80 has 166912$", done.stdout, re.MULTILINE), done.stdout
     assert re.search(r"^broken does not compile: \w+: .*power of 2", done.stdout, re.MULTILINE), done.stdout
-
-
-# Triton reads a kernel's source from its file.
-_SPILLING_RUNNER = f"""
-import importlib.util, pathlib, tempfile
-with tempfile.TemporaryDirectory() as folder:
-    path = pathlib.Path(folder, "spilling_kernels.py")
-    path.write_text({_SPILLING!r})
-    spec = importlib.util.spec_from_file_location("spilling_kernels", path)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-"""
