@@ -5,7 +5,8 @@ The environment variables that steer the build are listed in tools/build_options
 
 from __future__ import annotations
 
-import functools
+import hashlib
+import json
 import os
 import shlex
 import shutil
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Optional
 
 from setuptools import Extension, find_packages, setup
-from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -25,15 +25,6 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import build_options  # noqa: E402  (in the source tree, not on the path of an isolated build)
 from build_options import BuildError, Nvcc  # noqa: E402
-
-
-class CheckedBuild(build):
-    """Looks for the compilers before anything else is done, so that what is missing is said first."""
-
-    def run(self) -> None:
-        if self.distribution.has_ext_modules():
-            _or_exit(_compilers)
-        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -56,11 +47,9 @@ def _or_exit(function: Callable, *arguments):
         raise SystemExit(f"hubert_fast cannot be built: {error}") from None
 
 
-@functools.cache
 def _compilers() -> tuple[list[str], Optional[Nvcc], str]:
     """(the C++ compiler's command, nvcc or None, why not)."""
     cxx = build_options.find_cxx(os.environ)
-    build_options.check_python_headers()
     if OPTIONS.cuda is False:
         return cxx, None, "HUBERT_FAST_CUDA was 0"
     try:
@@ -102,8 +91,8 @@ def _compile(library: str) -> Path:
     # What CMake reads from the environment when it first configures a folder, and the compiler behind the name.
     flags = {name: os.environ.get(name, "") for name in ("CXXFLAGS", "CUDAFLAGS", "LDFLAGS", "NVCC_APPEND_FLAGS")}
     flags["compiler version"] = subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout
-    key = build_options.settings_key({**settings, "compiler": cxx, "library": library, "version": sys.version, **flags})
-    folder = ROOT / "build" / f"cmake-{key}"
+    key = json.dumps([settings, cxx, library, sys.version, flags], sort_keys=True, default=str)
+    folder = ROOT / "build" / f"cmake-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     settings["HUBERT_FAST_CUDA_WHY_NOT"] = why_not
     settings["HUBERT_FAST_CUDA_JOBS"] = build_options.nvcc_jobs(OPTIONS.jobs, build_options.available_memory())
     settings["CMAKE_MAKE_PROGRAM"] = _tool("ninja")
@@ -179,6 +168,6 @@ setup(
     packages=[*find_packages(include=["hubert_fast*"]), *BESIDE],
     package_dir=BESIDE,
     ext_modules=[Extension("hubert_fast._C", sources=[])] if OPTIONS.extension else [],
-    cmdclass={"build": CheckedBuild, "build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild},
     setup_requires=_setup_requires(),
 )

@@ -11,15 +11,12 @@ Standard library only; nothing here prints or changes anything.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import re
 import shlex
 import shutil
 import subprocess
-import sysconfig
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -146,15 +143,6 @@ def find_cxx(environment: Mapping[str, str]) -> list[str]:
     return command
 
 
-def check_python_headers() -> None:
-    """Raises: BuildError where this Python came without its C headers."""
-    include = Path(sysconfig.get_path("include"))
-    if not (include / "Python.h").is_file():
-        raise BuildError(
-            f"there is no Python.h in {include}; install Python's headers (Debian's package python3-dev), or {WITHOUT_COMPILER}"
-        )
-
-
 def find_nvcc(environment: Mapping[str, str]) -> Optional[Nvcc]:
     """CUDA's compiler, or None where there is none.
 
@@ -242,8 +230,3 @@ def _compile(command: list[str], name: str, source: str, environment: Mapping[st
     lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
     complaints = [line for line in lines if "error" in line.lower()]
     return (complaints or lines or [f"exit status {done.returncode}"])[0]
-
-
-def settings_key(settings: Mapping[str, object]) -> str:
-    """A short name that differs wherever the settings differ."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -1,18 +1,10 @@
 """``tools/check_ptxas.py`` reads what ptxas says, and says no to local memory."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 from hubert_fast import extension
-
-ROOT = Path(__file__).parents[3]
-_specification = importlib.util.spec_from_file_location("check_ptxas", ROOT / "tools" / "check_ptxas.py")
-check_ptxas = importlib.util.module_from_spec(_specification)
-sys.modules["check_ptxas"] = check_ptxas  # dataclasses look their module up
-_specification.loader.exec_module(check_ptxas)
+from tests.build.repository import ROOT
+from tools import check_ptxas
 
 CLEAN = """ptxas info    : Compiling entry function '_Z4goodv' for 'sm_80'
 ptxas info    : Function properties for _Z4goodv
