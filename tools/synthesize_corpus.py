@@ -66,18 +66,10 @@ def _ogg_checksum(page: bytes) -> int:
     """Ogg's CRC-32 (RFC 3533): polynomial 0x04c11db7, not reflected, starts from 0, not inverted."""
     remainder = 0
     for byte in page:
-        remainder = (remainder << 8) & 0xFFFFFFFF ^ _CRC_TABLE[remainder >> 24 ^ byte]
+        remainder ^= byte << 24
+        for _ in range(8):
+            remainder = (remainder << 1) ^ (0x104C11DB7 if remainder & 0x80000000 else 0)
     return remainder
-
-
-def _crc_entry(byte: int) -> int:
-    remainder = byte << 24
-    for _ in range(8):
-        remainder = (remainder << 1) ^ (0x104C11DB7 if remainder & 0x80000000 else 0)
-    return remainder
-
-
-_CRC_TABLE = [_crc_entry(byte) for byte in range(256)]
 
 
 def utterances(voices: list[dict]) -> Iterator[tuple[dict, str, str, bool]]:
