@@ -1,4 +1,4 @@
-"""Passes over rows of channels, on PyTorch's passes, as the formula says, and where it is told from both on Triton's kernels."""
+"""The passes over rows of channels on every backend; tests/kernels/test_row_passes.py has what Triton's alone promise."""
 
 import pytest
 import torch
