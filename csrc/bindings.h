@@ -3,11 +3,20 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+
 namespace hubert_fast {
+
+// Memory that Python owns, given as a tensor (or whatever else has a method data_ptr), as its address, or as None for null.
+template <class T>
+struct Buffer {
+  T* address = nullptr;
+  operator T*() const { return address; }
+};
 
 // Goes up whenever a binding changes its name, arguments or meaning, together with INTERFACE in hubert_fast/extension.py:
 // the Python code refuses an extension that was built from other sources.
-inline constexpr int interface_version = 2;
+inline constexpr int interface_version = 3;
 
 // Adds the submodule `cpu` with the CPU kernels.
 void bind_cpu(pybind11::module_& module);
@@ -18,3 +27,15 @@ void bind_cuda(pybind11::module_& module);
 #endif
 
 }  // namespace hubert_fast
+
+template <class T>
+struct pybind11::detail::type_caster<hubert_fast::Buffer<T>> {
+  PYBIND11_TYPE_CASTER(hubert_fast::Buffer<T>, const_name("Buffer"));
+
+  bool load(handle given, bool) {
+    if (given.is_none()) return true;
+    const object number = PyLong_Check(given.ptr()) ? reinterpret_borrow<object>(given) : given.attr("data_ptr")();
+    value.address = reinterpret_cast<T*>(number.cast<std::uintptr_t>());
+    return true;
+  }
+};

@@ -1,4 +1,4 @@
-// The Python module hubert_fast._C: kernels that know nothing of torch. Pointers, sizes, strides and streams are integers.
+// The Python module hubert_fast._C: kernels that know nothing of torch, over buffers (bindings.h), sizes and strides.
 
 #include <algorithm>
 #include <string>

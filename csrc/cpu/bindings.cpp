@@ -1,4 +1,4 @@
-// `_C.cpu`: the CPU kernels, called with addresses as integers. The caller keeps the memory alive and has checked its size.
+// `_C.cpu`: the CPU kernels. The caller keeps their buffers alive and has checked the sizes.
 #include "../bindings.h"
 
 #include <pybind11/stl.h>
@@ -17,11 +17,6 @@ namespace py = pybind11;
 namespace hubert_fast {
 namespace {
 
-template <class T>
-T* at(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
@@ -32,72 +27,69 @@ Dtype dtype_of(const std::string& name) {
   throw std::invalid_argument("dtype must be 'float32' or 'bfloat16'; got '" + name + "'");
 }
 
-FirstLayer first_layer(
-    std::uintptr_t signal, std::uintptr_t filters, std::uintptr_t centre, std::uintptr_t shift, int taps, int stride) {
+void check_taps(int taps) {
   require(taps >= 1 && taps <= kMaxTaps,
           "taps must be in 1.." + std::to_string(kMaxTaps) + "; got " + std::to_string(taps));
+}
+
+FirstLayer first_layer(Buffer<const float> signal, Buffer<const float> filters, Buffer<const float> centre,
+                       Buffer<const float> shift, int taps, int stride) {
+  check_taps(taps);
   require(stride >= 1, "stride must be positive; got " + std::to_string(stride));
-  return {at<const float>(signal), at<const float>(filters), at<const float>(centre), at<const float>(shift),
-          taps, stride};
+  return {signal, filters, centre, shift, taps, stride};
 }
 
-LayerNorm layer_norm(std::uintptr_t weight, std::uintptr_t bias, float eps) {
-  return {at<const float>(weight), at<const float>(bias), eps};
-}
+LayerNorm layer_norm(Buffer<const float> weight, Buffer<const float> bias, float eps) { return {weight, bias, eps}; }
 
-Windows windows(std::uintptr_t data, int kernel, int stride, std::int64_t rows) {
+Windows windows(Buffer<void> data, int kernel, int stride, std::int64_t rows) {
   require(kernel >= 1 && stride >= 1 && rows >= 0, "windows need a positive kernel and stride and no negative rows");
-  return {at<void>(data), kernel, stride, rows};
+  return {data, kernel, stride, rows};
 }
 
-BlockGradient block_gradient(std::uintptr_t head, std::uintptr_t tail, int split, int stride) {
+BlockGradient block_gradient(Buffer<const void> head, Buffer<const void> tail, int split, int stride) {
   require(stride >= 1 && split >= 0 && split <= stride, "split must be in 0..stride, and stride positive");
-  return {at<const void>(head), at<const void>(tail), split, stride};
+  return {head, tail, split, stride};
 }
 
 constexpr Windows kNowhere{nullptr, 1, 1, 0};
 
 // `first` outlives the result, which points at it.
 Forward source(
-    const std::string& dtype, int channels, const std::optional<FirstLayer>& first, std::uintptr_t preactivations,
+    const std::string& dtype, int channels, const std::optional<FirstLayer>& first, Buffer<const void> preactivations,
     const std::optional<LayerNorm>& norm, std::int64_t start, std::int64_t stop, const std::optional<Windows>& windows) {
   require(channels >= 16 && channels % 16 == 0,
           "channels must be a positive multiple of 16; got " + std::to_string(channels));
-  require(first.has_value() != (preactivations != 0), "exactly one of first_layer and preactivations is needed");
+  require(first.has_value() != (preactivations != nullptr), "exactly one of first_layer and preactivations is needed");
   require(0 <= start && start <= stop, "frames must satisfy 0 <= start <= stop");
-  return {dtype_of(dtype), channels, first ? &*first : nullptr, at<const void>(preactivations),
+  return {dtype_of(dtype), channels, first ? &*first : nullptr, preactivations,
           norm.value_or(LayerNorm{nullptr, nullptr, 0.0f}), start, stop, windows.value_or(kNowhere)};
 }
 
 void call_forward(
-    const std::string& dtype, int channels, const std::optional<FirstLayer>& first, std::uintptr_t preactivations,
+    const std::string& dtype, int channels, const std::optional<FirstLayer>& first, Buffer<const void> preactivations,
     const std::optional<LayerNorm>& norm, std::int64_t start, std::int64_t stop, const Windows& windows, int threads) {
   require(threads >= 1, "threads must be positive; got " + std::to_string(threads));
   forward(source(dtype, channels, first, preactivations, norm, start, stop, windows), threads);
 }
 
 void call_backward(
-    const std::string& dtype, int channels, const std::optional<FirstLayer>& first, std::uintptr_t preactivations,
+    const std::string& dtype, int channels, const std::optional<FirstLayer>& first, Buffer<const void> preactivations,
     const std::optional<LayerNorm>& norm, std::int64_t start, std::int64_t stop, const std::optional<Windows>& windows,
-    std::int64_t windows_stop, const BlockGradient& gradient, std::uintptr_t preactivation_gradient, std::uintptr_t sums,
+    std::int64_t windows_stop, const BlockGradient& gradient, Buffer<void> preactivation_gradient, Buffer<double> sums,
     int threads) {
   require(threads >= 1, "threads must be positive; got " + std::to_string(threads));
   require(windows_stop >= stop, "windows_stop must be at least stop");
   require(sums || !(first || norm), "layer 0 and layers with a norm need sums");
   backward({source(dtype, channels, first, preactivations, norm, start, stop, windows), windows_stop, gradient,
-            at<void>(preactivation_gradient), at<double>(sums)},
+            preactivation_gradient, sums},
            threads);
 }
 
-void call_statistics(
-    std::uintptr_t signals, std::int64_t row_stride, int batch, int taps, int stride, std::uintptr_t frames,
-    std::uintptr_t means, std::uintptr_t covariances, int threads) {
+void call_statistics(Buffer<const float> signals, std::int64_t row_stride, int batch, int taps, int stride,
+                     Buffer<const std::int64_t> frames, Buffer<double> means, Buffer<double> covariances, int threads) {
   require(threads >= 1 && batch >= 1 && stride >= 1, "threads, batch and stride must be positive");
-  require(taps >= 1 && taps <= kMaxTaps,
-          "taps must be in 1.." + std::to_string(kMaxTaps) + "; got " + std::to_string(taps));
-  first_layer_statistics({at<const float>(signals), row_stride, batch, taps, stride, at<const std::int64_t>(frames),
-                          at<double>(means), at<double>(covariances)},
-                         threads);
+  check_taps(taps);
+  first_layer_statistics({signals, row_stride, batch, taps, stride, frames, means, covariances}, threads);
 }
 
 }  // namespace
@@ -119,12 +111,12 @@ void bind_cpu(py::module_& module) {
   cpu.def("use_instruction_set", &select, arg("name"));
   cpu.def("threading", &threading);
   cpu.def("forward", &call_forward, py::kw_only(), arg("dtype"), arg("channels"), arg("first_layer") = py::none(),
-          arg("preactivations") = 0, arg("norm") = py::none(), arg("start"), arg("stop"), arg("windows"), arg("threads"),
-          Unlocked());
+          arg("preactivations") = py::none(), arg("norm") = py::none(), arg("start"), arg("stop"), arg("windows"),
+          arg("threads"), Unlocked());
   cpu.def("backward", &call_backward, py::kw_only(), arg("dtype"), arg("channels"), arg("first_layer") = py::none(),
-          arg("preactivations") = 0, arg("norm") = py::none(), arg("start"), arg("stop"), arg("windows") = py::none(),
-          arg("windows_stop"), arg("gradient"), arg("preactivation_gradient") = 0, arg("sums") = 0, arg("threads"),
-          Unlocked());
+          arg("preactivations") = py::none(), arg("norm") = py::none(), arg("start"), arg("stop"),
+          arg("windows") = py::none(), arg("windows_stop"), arg("gradient"), arg("preactivation_gradient") = py::none(),
+          arg("sums") = py::none(), arg("threads"), Unlocked());
   cpu.def("first_layer_statistics", &call_statistics, py::kw_only(), arg("signals"), arg("row_stride"), arg("batch"),
           arg("taps"), arg("stride"), arg("frames"), arg("means"), arg("covariances"), arg("threads"), Unlocked());
 }

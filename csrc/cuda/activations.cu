@@ -320,16 +320,6 @@ constexpr int kFewRuns = 2;
 constexpr int kManyRuns = 4;
 bool few_runs(const Rows& rows) { return rows.channels <= kFewRuns * 32 * kWidth; }
 
-template <class Out>
-void sum_parts_into(const float* partial, std::int64_t outer, std::int64_t parts, std::int64_t columns, Out* out,
-                    cudaStream_t stream) {
-  const char* name = "sum_parts";
-  require(outer > 0 && parts > 0 && columns > 0, name, "sizes must be positive");
-  const std::int64_t column_blocks = ceil_div(columns, 32);
-  launch(name, sum_parts_kernel<Out>, outer * column_blocks, kThreads, stream, partial, parts, columns, column_blocks,
-         out);
-}
-
 }  // namespace
 
 void activation_forward(const Rows& rows, const Norm& norm, const void* z, void* out, std::int64_t out_rows,
@@ -406,14 +396,18 @@ void column_sums(const void* x, std::int64_t total_rows, int channels, float* pa
   });
 }
 
-void sum_parts(const float* partial, std::int64_t outer, std::int64_t parts, std::int64_t columns, float* out,
-               cudaStream_t stream) {
-  sum_parts_into(partial, outer, parts, columns, out, stream);
-}
-
-void sum_parts(const float* partial, std::int64_t outer, std::int64_t parts, std::int64_t columns, double* out,
-               cudaStream_t stream) {
-  sum_parts_into(partial, outer, parts, columns, out, stream);
+void sum_parts(const float* partial, std::int64_t outer, std::int64_t parts, std::int64_t columns, void* out,
+               bool out_is_double, cudaStream_t stream) {
+  const char* name = "sum_parts";
+  require(outer > 0 && parts > 0 && columns > 0, name, "sizes must be positive");
+  const std::int64_t column_blocks = ceil_div(columns, 32), blocks = outer * column_blocks;
+  if (out_is_double) {
+    launch(name, sum_parts_kernel<double>, blocks, kThreads, stream, partial, parts, columns, column_blocks,
+           static_cast<double*>(out));
+  } else {
+    launch(name, sum_parts_kernel<float>, blocks, kThreads, stream, partial, parts, columns, column_blocks,
+           static_cast<float*>(out));
+  }
 }
 
 }  // namespace hubert_fast::cuda

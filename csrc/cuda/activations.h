@@ -50,10 +50,8 @@ void clear_dead_rows(const Rows& rows, void* z, void* activation, Dtype dtype, c
 void column_sums(const void* x, std::int64_t total_rows, int channels, float* partial, std::int64_t part_rows,
                  Dtype dtype, cudaStream_t stream);
 
-// out[o, c] = sum_p partial[o, p, c] in a fixed order and in double; out is float or double.
-void sum_parts(const float* partial, std::int64_t outer, std::int64_t parts, std::int64_t columns, float* out,
-               cudaStream_t stream);
-void sum_parts(const float* partial, std::int64_t outer, std::int64_t parts, std::int64_t columns, double* out,
-               cudaStream_t stream);
+// out[o, c] = sum_p partial[o, p, c] in a fixed order and in double; out is float, or double where out_is_double.
+void sum_parts(const float* partial, std::int64_t outer, std::int64_t parts, std::int64_t columns, void* out,
+               bool out_is_double, cudaStream_t stream);
 
 }  // namespace hubert_fast::cuda

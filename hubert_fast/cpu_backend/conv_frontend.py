@@ -110,14 +110,14 @@ class _Frontend:
         means = torch.empty(batch, taps, dtype=torch.float64)
         covariances = torch.empty(batch, taps, taps, dtype=torch.float64)
         self.c.first_layer_statistics(
-            signals=self.waveforms.data_ptr(),
+            signals=self.waveforms,
             row_stride=samples,
             batch=batch,
             taps=taps,
             stride=stride,
-            frames=frames.data_ptr(),
-            means=means.data_ptr(),
-            covariances=covariances.data_ptr(),
+            frames=frames,
+            means=means,
+            covariances=covariances,
             threads=self.threads,
         )
         return means, covariances
@@ -132,26 +132,24 @@ class _Frontend:
         if layer == 0:
             group = 0 if self.layer_norm else row
             arguments["first_layer"] = self.c.FirstLayer(
-                signal=self.waveforms[row].data_ptr(),
-                filters=self.scaled[group].data_ptr(),
-                centre=self.centre[group].data_ptr(),
-                shift=self.shift.data_ptr(),
+                signal=self.waveforms[row],
+                filters=self.scaled[group],
+                centre=self.centre[group],
+                shift=self.shift,
                 taps=self.kernels[0],
                 stride=self.strides[0],
             )
         else:
-            arguments["preactivations"] = self.preactivations[layer - 1][row].data_ptr()
+            arguments["preactivations"] = self.preactivations[layer - 1][row]
         if self.layer_norm:
             arguments["norm"] = self.c.LayerNorm(
-                weight=self.norm_weights[layer].data_ptr(), bias=self.norm_biases[layer].data_ptr(), eps=NORM_EPS
+                weight=self.norm_weights[layer], bias=self.norm_biases[layer], eps=NORM_EPS
             )
         return arguments
 
     def windows(self, layer: int, operand: Tensor) -> Any:
         """``operand`` [rows, kernel * in_channels] as the place where the layer below leaves its activations."""
-        return self.c.Windows(
-            data=operand.data_ptr(), kernel=self.kernels[layer], stride=self.strides[layer], rows=len(operand)
-        )
+        return self.c.Windows(data=operand, kernel=self.kernels[layer], stride=self.strides[layer], rows=len(operand))
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype)
@@ -191,7 +189,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
     frames = frontend.frames[last]
     features = frontend.empty(batch, frames, frontend.channels[last])
     for row in range(batch):
-        plain = frontend.c.Windows(data=features[row].data_ptr(), kernel=1, stride=1, rows=frames)
+        plain = frontend.c.Windows(data=features[row], kernel=1, stride=1, rows=frames)
         frontend.c.forward(**frontend.pass_over(last, row), start=0, stop=frames, windows=plain)
     return (features,), preactivations if save else []
 
@@ -264,7 +262,7 @@ class _Backward:
         frames = f.frames[last]
         upstream = self._gradient_buffer(last)
         for row in range(len(grad)):
-            plain = f.c.BlockGradient(head=0, tail=grad[row].data_ptr(), split=0, stride=1)
+            plain = f.c.BlockGradient(head=None, tail=grad[row], split=0, stride=1)
             self._pass(last, row, 0, frames, frames, plain, upstream, windows=None)
         for layer in reversed(f.layers()):
             upstream = self._layer(layer, upstream)
@@ -299,9 +297,7 @@ class _Backward:
         for row in range(len(upstream)):
             for start, stop in _chunks(blocks, _BACKWARD_ROWS):
                 head, tail = data_gradient(upstream[row], start, stop)
-                gradient = f.c.BlockGradient(
-                    head=head.data_ptr(), tail=tail.data_ptr(), split=data_gradient.split, stride=stride
-                )
+                gradient = f.c.BlockGradient(head=head, tail=tail, split=data_gradient.split, stride=stride)
                 last = max(min(stop, frames), start)
                 windows = operand[: last - start]
                 first, end = start * stride, min(stop * stride, f.frames[layer - 1])
@@ -337,8 +333,8 @@ class _Backward:
             windows=windows,
             windows_stop=windows_stop,
             gradient=gradient,
-            preactivation_gradient=below[row, self._front_rows(layer) + start].data_ptr() if layer else 0,
-            sums=sums.data_ptr() if layer == 0 or f.layer_norm or f.biases else 0,
+            preactivation_gradient=below[row, self._front_rows(layer) + start] if layer else None,
+            sums=sums if layer == 0 or f.layer_norm or f.biases else None,
         )
 
     def gradients(self) -> Gradients:

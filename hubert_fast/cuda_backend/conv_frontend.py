@@ -154,7 +154,7 @@ class _Frontend:
         if valid_samples is not None and not self.layer_norm:
             self.valid_samples = valid_samples.to(device=self.device, dtype=torch.int64).contiguous()
         self.first = kernels.FirstLayer(
-            signal=self.waveforms.data_ptr(),
+            signal=self.waveforms,
             signal_stride=self.waveforms.stride(0),
             batch=self.batch,
             frames=self.frames[0],
@@ -181,28 +181,17 @@ class _Frontend:
     def layout(self, layer: int) -> Any:
         return self.lib.Rows(batch=self.batch, rows=self.rows[layer], frames=self.frames[layer], channels=self.channels)
 
-    def norm(self, layer: int) -> dict[str, Any]:
+    def norm(self, layer: int) -> Any:
         """The norm before a later layer's GELU, as the kernels take it."""
-        if not self.layer_norm:
-            return {"norm_weight": 0, "norm_bias": 0, "epsilon": NORM_EPS}
-        return {
-            "norm_weight": self.norm_weights[layer].data_ptr(),
-            "norm_bias": self.norm_biases[layer].data_ptr(),
-            "epsilon": NORM_EPS,
-        }
+        weight, bias = (self.norm_weights[layer], self.norm_biases[layer]) if self.layer_norm else (None, None)
+        return self.lib.Norm(weight=weight, bias=bias, epsilon=NORM_EPS)
 
     def sum_parts(self, partial: Tensor, out_dtype: torch.dtype) -> Tensor:
         """Sums over dimension 1 of ``partial`` [outer, parts, ...]."""
         out = self.empty(partial.shape[0], *partial.shape[2:], dtype=out_dtype)
-        self.lib.sum_parts(
-            partial=partial.data_ptr(),
-            outer=partial.shape[0],
-            parts=partial.shape[1],
-            columns=out[0].numel(),
-            out=out.data_ptr(),
-            out_is_double=out_dtype == torch.float64,
-            stream=self.stream,
-        )
+        sizes = {"outer": partial.shape[0], "parts": partial.shape[1], "columns": out[0].numel()}
+        double = out_dtype == torch.float64
+        self.lib.sum_parts(**sizes, partial=partial, out=out, out_is_double=double, stream=self.stream)
         return out
 
     def part_rows(self, rows: int) -> int:
@@ -219,11 +208,11 @@ class _Frontend:
             filters = self.empty(1, taps + 1, self.channels, dtype=self.wide)
             self.lib.first_layer_layer_norm(
                 self.first,
-                weight=self.first_weight.data_ptr(),
-                bias=_pointer(self.biases[0] if self.biases else None),
-                norm_weight=self.norm_weights[0].data_ptr(),
-                statistics=statistics.data_ptr(),
-                filters=filters.data_ptr(),
+                weight=self.first_weight,
+                bias=self.biases[0] if self.biases else None,
+                norm_weight=self.norm_weights[0],
+                statistics=statistics,
+                filters=filters,
                 stream=self.stream,
             )
             return statistics, filters
@@ -231,49 +220,34 @@ class _Frontend:
         partial = self.empty(self.batch, parts, taps + taps * (taps + 1) // 2, dtype=torch.float64)
         statistics = self.empty(self.batch, taps + taps * taps + 1, dtype=torch.float64)
         filters = self.empty(self.batch, taps + 1, self.channels, dtype=self.wide)
-        valid_samples = _pointer(self.valid_samples)
-        self.lib.first_layer_moments(
-            self.first, valid_samples=valid_samples, partial=partial.data_ptr(), stream=self.stream
-        )
+        shared = {"valid_samples": self.valid_samples, "partial": partial, "stream": self.stream}
+        self.lib.first_layer_moments(self.first, **shared)
         self.lib.first_layer_group_norm(
             self.first,
-            valid_samples=valid_samples,
-            partial=partial.data_ptr(),
-            weight=self.first_weight.data_ptr(),
-            norm_weight=self.norm_weights[0].data_ptr(),
-            norm_bias=self.norm_biases[0].data_ptr(),
+            weight=self.first_weight,
+            norm_weight=self.norm_weights[0],
+            norm_bias=self.norm_biases[0],
             epsilon=NORM_EPS,
-            statistics=statistics.data_ptr(),
-            filters=filters.data_ptr(),
-            stream=self.stream,
+            statistics=statistics,
+            filters=filters,
+            **shared,
         )
         return statistics, filters
 
     def first_forward(self, statistics: Tensor, filters: Tensor, out: Tensor, rows: int) -> None:
-        self.lib.first_layer_forward(
-            self.first,
-            statistics=statistics.data_ptr(),
-            filters=filters.data_ptr(),
-            norm_bias=self.norm_biases[0].data_ptr() if self.layer_norm else 0,
-            epsilon=NORM_EPS,
-            activations=out.data_ptr(),
-            rows=rows,
-            dtype=self.number,
-            stream=self.stream,
-        )
+        settings = {"activations": out, "rows": rows, "dtype": self.number, "stream": self.stream}
+        settings |= {"statistics": statistics, "filters": filters}
+        if self.layer_norm:
+            norm = {"norm_bias": self.norm_biases[0], "epsilon": NORM_EPS}
+            self.lib.first_layer_layer_norm_forward(self.first, **norm, **settings)
+        else:
+            self.lib.first_layer_group_norm_forward(self.first, **settings)
 
     # Later layers
 
-    def product(self, input: int, input_stride: int, weight: Tensor, rows: int) -> Any:
-        columns, depth = weight.shape
-        return self.lib.Product(
-            input=input,
-            input_stride=input_stride,
-            weight=weight.data_ptr(),
-            rows=rows,
-            columns=columns,
-            depth=depth,
-        )
+    def product(self, input: Tensor, input_stride: int, weight: Tensor, rows: int) -> Any:
+        sizes = {"rows": rows, "columns": weight.shape[0], "depth": weight.shape[1]}
+        return self.lib.Product(input=input, input_stride=input_stride, weight=weight, **sizes)
 
     def windows(self, buffer: Tensor, layer: int, taps: slice) -> Tensor:
         """Taps of the windows of all rows of ``layer`` over the buffer of the layer below: [rows, taps * channels]."""
@@ -316,22 +290,18 @@ class _Frontend:
         else:
             parts = [(0, 0, torch.cat([weight[2], weight[0]], dim=1)), (1, 1, weight[1])]
         for first_row, first_upstream, matrix in parts:  # first row of `out`, and of the upstream buffer
-            columns, depth = matrix.shape
             if not self.fused:
+                columns = len(matrix)
                 target = out.as_strided((rows, columns), (2 * channels, 1), out.storage_offset() + first_row * channels)
                 self._multiply(upstream[first_upstream:], matrix, target)
                 continue
-            operands = self.product(upstream[first_upstream:].data_ptr(), channels, matrix, rows)
-            settings = {"out_stride": 2 * channels, "dtype": self.number, "stream": self.stream}
+            operands = self.product(upstream[first_upstream:], channels, matrix, rows)
+            settings = {"out": out[first_row:], "out_stride": 2 * channels, "dtype": self.number, "stream": self.stream}
             if epilogue is None:
-                self.lib.product(operands, bias=0, out=out[first_row:].data_ptr(), **settings)
+                self.lib.product(operands, bias=None, **settings)
             else:
-                self.lib.product_gelu_gradient(
-                    operands,
-                    out=out[first_row:].data_ptr(),
-                    **{name: each[first_row:].data_ptr() for name, each in epilogue.items()},
-                    **settings,
-                )
+                below = {name: each[first_row:] for name, each in epilogue.items()}
+                self.lib.product_gelu_gradient(operands, **below, **settings)
 
     def _multiply(self, upstream: Tensor, matrix: Tensor, target: Tensor) -> None:
         """``target`` = rows of one or two consecutive rows of ``upstream`` times ``matrix`` transposed."""
@@ -350,10 +320,10 @@ class _Frontend:
             part_rows = self._weight_part_rows(rows, taps * channels)
             partial = self.empty(1, -(-rows // part_rows), channels, taps * channels, dtype=self.wide)
             self.lib.weight_gradient(
-                gradient=upstream.data_ptr(),
-                input=below.data_ptr(),
+                gradient=upstream,
+                input=below,
                 input_stride=2 * channels,
-                partial=partial.data_ptr(),
+                partial=partial,
                 rows=rows,
                 part_rows=part_rows,
                 channels=channels,
@@ -393,25 +363,14 @@ class _Frontend:
     def column_sums(self, x: Tensor) -> Tensor:
         part_rows = self.part_rows(len(x))
         partial = self.empty(1, -(-len(x) // part_rows), self.channels, dtype=self.wide)
-        self.lib.column_sums(
-            x=x.data_ptr(),
-            total_rows=len(x),
-            channels=self.channels,
-            partial=partial.data_ptr(),
-            part_rows=part_rows,
-            dtype=self.number,
-            stream=self.stream,
-        )
+        settings = {"part_rows": part_rows, "dtype": self.number, "stream": self.stream}
+        self.lib.column_sums(x=x, total_rows=len(x), channels=self.channels, partial=partial, **settings)
         return self.sum_parts(partial, self.wide)[0]
 
 
 def _aligned(tensor: Tensor) -> Tensor:
     """The kernels load 16 bytes at a time; a view into a flattened parameter may begin anywhere."""
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
-def _pointer(tensor: Optional[Tensor]) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def forward(
@@ -437,37 +396,22 @@ def _forward(frontend: _Frontend, save: bool) -> tuple[Tensor, list[Tensor]]:
         fuse_gelu = frontend.fused and not frontend.layer_norm and layer < last
         z = frontend.empty(frontend.batch * frontend.rows[layer], channels) if save or not fuse_gelu else None
         above = frontend.buffer(layer) if layer < last else features
+        settings = {"dtype": frontend.number, "stream": frontend.stream}
         if frontend.fused:
-            weight = frontend.window_weight(layer)
-            operands = frontend.product(below.data_ptr(), 2 * channels, weight, frontend.batch * frontend.rows[layer])
-            settings = {
-                "bias": _pointer(frontend.biases[layer] if frontend.biases else None),
-                "dtype": frontend.number,
-                "stream": frontend.stream,
-            }
+            bias = frontend.biases[layer] if frontend.biases else None
+            weight, rows = frontend.window_weight(layer), frontend.batch * frontend.rows[layer]
+            operands = frontend.product(below, 2 * channels, weight, rows)
         if fuse_gelu:
-            lib.product_gelu(operands, z=_pointer(z), activation=above.data_ptr(), **settings)
-            lib.clear_dead_rows(
-                frontend.layout(layer),
-                z=_pointer(z),
-                activation=above.data_ptr(),
-                dtype=frontend.number,
-                stream=frontend.stream,
-            )
+            lib.product_gelu(operands, bias=bias, z=z, activation=above, **settings)
+            lib.clear_dead_rows(frontend.layout(layer), z=z, activation=above, **settings)
         else:
             if frontend.fused:
-                lib.product(operands, out=z.data_ptr(), out_stride=channels, **settings)
+                lib.product(operands, bias=bias, out=z, out_stride=channels, **settings)
             else:
                 frontend.convolve(layer, below, z)
-            lib.activation_forward(
-                frontend.layout(layer),
-                **frontend.norm(layer),
-                z=z.data_ptr(),
-                out=above.data_ptr(),
-                out_rows=frontend.rows[layer] if layer < last else frontend.frames[last],
-                dtype=frontend.number,
-                stream=frontend.stream,
-            )
+            out_rows = frontend.rows[layer] if layer < last else frontend.frames[last]
+            norm = frontend.norm(layer)
+            lib.activation_forward(frontend.layout(layer), norm, z=z, out=above, out_rows=out_rows, **settings)
         if save:
             saved.append(z)
         below = above
@@ -541,27 +485,22 @@ class _Backward:
     ) -> None:
         """Through GELU (and the norm before it) of a later layer, from ``grad`` to ``out``; GELU itself to ``activation``."""
         frontend = self.frontend
-        pointers = {
-            "grad": grad.data_ptr(),
+        settings = {
+            "grad": grad,
             "grad_rows": grad_rows,
-            "z": self.preactivations[layer - 1].data_ptr(),
-            "out": out.data_ptr(),
-            "activation": _pointer(activation),
+            "z": self.preactivations[layer - 1],
+            "out": out,
+            "activation": activation,
             "dtype": frontend.number,
             "stream": frontend.stream,
         }
+        layout = frontend.layout(layer)
         if not frontend.layer_norm:
-            frontend.lib.gelu_backward(frontend.layout(layer), **pointers)
+            frontend.lib.gelu_backward(layout, **settings)
             return
         part_rows = frontend.part_rows(len(out))
         partial = frontend.empty(1, -(-len(out) // part_rows), 3, frontend.channels, dtype=frontend.wide)
-        frontend.lib.layer_norm_backward(
-            frontend.layout(layer),
-            **frontend.norm(layer),
-            partial=partial.data_ptr(),
-            part_rows=part_rows,
-            **pointers,
-        )
+        frontend.lib.layer_norm_backward(layout, frontend.norm(layer), partial=partial, part_rows=part_rows, **settings)
         sums = frontend.sum_parts(partial, frontend.wide)[0]
         # Tensors of their own: outputs of a custom operator may not share memory.
         self.norm_weight_grads[layer], self.norm_bias_grads[layer] = sums[0].clone(), sums[1].clone()
@@ -575,14 +514,14 @@ class _Backward:
         weight_grad = frontend.empty(channels, taps, dtype=frontend.wide)
         norm_grads = [frontend.empty(channels, dtype=frontend.wide) for _ in range(2)]
         bias_grad = torch.zeros(channels, dtype=frontend.wide, device=frontend.device) if frontend.biases else None
-        shared = {"statistics": self.statistics.data_ptr(), "stream": frontend.stream}
-        passed = {"filters": self.filters.data_ptr(), "gradients": gradients.data_ptr(), "rows": rows}
+        shared = {"statistics": self.statistics, "stream": frontend.stream}
+        passed = {"filters": self.filters, "gradients": gradients, "rows": rows, "dtype": frontend.number}
         finished = {
-            "weight": frontend.first_weight.data_ptr(),
-            "norm_weight": frontend.norm_weights[0].data_ptr(),
-            "weight_grad": weight_grad.data_ptr(),
-            "norm_weight_grad": norm_grads[0].data_ptr(),
-            "norm_bias_grad": norm_grads[1].data_ptr(),
+            "weight": frontend.first_weight,
+            "norm_weight": frontend.norm_weights[0],
+            "weight_grad": weight_grad,
+            "norm_weight_grad": norm_grads[0],
+            "norm_bias_grad": norm_grads[1],
         }
         if frontend.layer_norm:
             parts = frontend.batch * -(-frontend.frames[0] // lib.LAYER_NORM_BACKWARD_FRAMES)
@@ -590,36 +529,29 @@ class _Backward:
             frame_partial = frontend.empty(1, parts, 2 * taps + 2 + taps * (taps + 1) // 2, dtype=frontend.wide)
             lib.first_layer_layer_norm_backward(
                 frontend.first,
-                norm_weight=frontend.norm_weights[0].data_ptr(),
-                norm_bias=frontend.norm_biases[0].data_ptr(),
+                norm_weight=frontend.norm_weights[0],
+                norm_bias=frontend.norm_biases[0],
                 epsilon=NORM_EPS,
-                partial=partial.data_ptr(),
-                frame_partial=frame_partial.data_ptr(),
-                dtype=frontend.number,
+                partial=partial,
+                frame_partial=frame_partial,
                 **passed,
                 **shared,
             )
-            sums = frontend.sum_parts(partial, torch.float64)
-            frame_sums = frontend.sum_parts(frame_partial, torch.float64)
             lib.first_layer_layer_norm_finish(
                 frontend.first,
-                sums=sums.data_ptr(),
-                frame_sums=frame_sums.data_ptr(),
-                bias=_pointer(frontend.biases[0] if frontend.biases else None),
-                bias_grad=_pointer(bias_grad),
+                sums=frontend.sum_parts(partial, torch.float64),
+                frame_sums=frontend.sum_parts(frame_partial, torch.float64),
+                bias=frontend.biases[0] if frontend.biases else None,
+                bias_grad=bias_grad,
                 **finished,
                 **shared,
             )
         else:
             parts = -(-frontend.frames[0] // lib.GROUP_NORM_BACKWARD_FRAMES)
             partial = frontend.empty(frontend.batch, parts, taps + 1, channels, dtype=frontend.wide)
-            lib.first_layer_group_norm_backward(
-                frontend.first, partial=partial.data_ptr(), dtype=frontend.number, **passed, **shared
-            )
+            lib.first_layer_group_norm_backward(frontend.first, partial=partial, **passed, **shared)
             sums = frontend.sum_parts(partial, torch.float64)
-            lib.first_layer_group_norm_finish(
-                frontend.first, sums=sums.data_ptr(), epsilon=NORM_EPS, **finished, **shared
-            )
+            lib.first_layer_group_norm_finish(frontend.first, sums=sums, epsilon=NORM_EPS, **finished, **shared)
         self.weight_grads[0] = weight_grad.unsqueeze(1)
         self.norm_weight_grads[0], self.norm_bias_grads[0] = norm_grads[0], norm_grads[1]
         if bias_grad is not None:

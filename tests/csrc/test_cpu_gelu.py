@@ -19,9 +19,9 @@ def gelu(request):
 
     def apply(x):
         one, zero, out = torch.ones(1, 16), torch.zeros(16), torch.empty(len(x), 16)
-        constants = {"filters": one.data_ptr(), "centre": zero.data_ptr(), "shift": zero.data_ptr()}
-        layer = kernels.FirstLayer(signal=x.data_ptr(), **constants, taps=1, stride=1)
-        windows = kernels.Windows(data=out.data_ptr(), kernel=1, stride=1, rows=len(x))
+        constants = {"filters": one, "centre": zero, "shift": zero}
+        layer = kernels.FirstLayer(signal=x, **constants, taps=1, stride=1)
+        windows = kernels.Windows(data=out, kernel=1, stride=1, rows=len(x))
         settings = dict(dtype="float32", channels=16, start=0, stop=len(x), threads=1)
         kernels.forward(first_layer=layer, windows=windows, **settings)
         return out[:, 3].clone()

@@ -242,7 +242,7 @@ def _operands(products, rows, columns, depth, dtype, seed=0):
     memory = torch.randn((rows - 1) * stride + depth, device="cuda", generator=generator).to(dtype)
     weight = (torch.randn(columns, depth, device="cuda", generator=generator) / depth**0.5).to(dtype)
     operands = products.Product(
-        input=memory.data_ptr(), input_stride=stride, weight=weight.data_ptr(), rows=rows, columns=columns, depth=depth
+        input=memory, input_stride=stride, weight=weight, rows=rows, columns=columns, depth=depth
     )
     window = memory.as_strided((rows, depth), (stride, 1))
     return operands, (memory, weight), window.double() @ weight.double().T
@@ -256,30 +256,30 @@ def test_products_are_right(products, rows, columns, depth, dtype):
     bound = 2 * torch.finfo(dtype).eps
     bias = torch.randn(columns, device="cuda")
     out = torch.full((rows, 2 * columns), 7.0, device="cuda", dtype=dtype)
-    products.product(operands, bias=bias.data_ptr(), out=out.data_ptr(), out_stride=2 * columns, **settings)
+    products.product(operands, bias=bias, out=out, out_stride=2 * columns, **settings)
     assert error(out[:, :columns], truth + bias.double()) <= bound
     assert (out[:, columns:] == 7.0).all()
-    products.product(operands, bias=0, out=out.data_ptr(), out_stride=2 * columns, **settings)
+    products.product(operands, bias=None, out=out, out_stride=2 * columns, **settings)
     assert error(out[:, :columns], truth) <= bound
 
     z, activation = (torch.full((rows, columns), float("nan"), device="cuda", dtype=dtype) for _ in range(2))
-    products.product_gelu(operands, bias=bias.data_ptr(), z=z.data_ptr(), activation=activation.data_ptr(), **settings)
+    products.product_gelu(operands, bias=bias, z=z, activation=activation, **settings)
     assert error(z, truth + bias.double()) <= bound
     assert error(activation, F.gelu(truth + bias.double())) <= bound
     again = torch.empty_like(activation)
-    products.product_gelu(operands, bias=bias.data_ptr(), z=0, activation=again.data_ptr(), **settings)
+    products.product_gelu(operands, bias=bias, z=None, activation=again, **settings)
     assert torch.equal(again, activation)
 
     wide_z = torch.randn(rows, 2 * columns, device="cuda").to(dtype)
     gradient, activation = (torch.full((rows, 2 * columns), 7.0, device="cuda", dtype=dtype) for _ in range(2))
-    addresses = {"z": wide_z.data_ptr(), "out": gradient.data_ptr(), "out_stride": 2 * columns}
-    products.product_gelu_gradient(operands, **addresses, activation=activation.data_ptr(), **settings)
+    addresses = {"z": wide_z, "out": gradient, "out_stride": 2 * columns}
+    products.product_gelu_gradient(operands, **addresses, activation=activation, **settings)
     below = wide_z[:, :columns].double()
     assert error(gradient[:, :columns], torch.ops.aten.gelu_backward(truth, below)) <= bound
     assert error(activation[:, :columns], F.gelu(below)) <= bound
     assert (gradient[:, columns:] == 7.0).all() and (activation[:, columns:] == 7.0).all()
     kept = gradient.clone()
-    products.product_gelu_gradient(operands, **addresses, activation=0, **settings)
+    products.product_gelu_gradient(operands, **addresses, activation=None, **settings)
     assert torch.equal(gradient, kept)
 
 
@@ -302,7 +302,7 @@ def test_weight_gradients_are_right(products, rows, part_rows, channels, depth, 
     parts = -(-rows // part_rows)
     partial = torch.full((parts, channels, depth), float("nan"), device="cuda")
     products.weight_gradient(
-        gradient=gradient.data_ptr(), input=memory.data_ptr(), input_stride=stride, partial=partial.data_ptr(),
+        gradient=gradient, input=memory, input_stride=stride, partial=partial,
         rows=rows, part_rows=part_rows, channels=channels, depth=depth, dtype=NUMBERS[dtype],
         stream=torch.cuda.current_stream().cuda_stream,
     )  # fmt: skip
@@ -326,8 +326,7 @@ def test_the_kernels_for_sm_80_serve_where_overlapping_maps_are_not_to_be_used(p
 def test_sizes_are_checked_before_a_launch():
     cuda = extension.cuda()
     rows = cuda.Rows(batch=1, rows=10, frames=10, channels=64)
+    norm = cuda.Norm(weight=None, bias=None, epsilon=1e-5)
     stream = torch.cuda.Stream().cuda_stream
     with pytest.raises(ValueError, match="out_rows must be at least frames"):
-        cuda.activation_forward(
-            rows, norm_weight=0, norm_bias=0, epsilon=1e-5, z=0, out=0, out_rows=9, dtype=0, stream=stream
-        )
+        cuda.activation_forward(rows, norm, z=None, out=None, out_rows=9, dtype=0, stream=stream)

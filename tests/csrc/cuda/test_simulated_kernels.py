@@ -1,6 +1,5 @@
 """The CUDA kernels, thread by thread on the CPU: right, free of races and stray accesses, and 64-bit in their offsets."""
 
-import ctypes
 import mmap
 import os
 import subprocess
@@ -155,12 +154,12 @@ def test_a_sequence_has_the_same_features_in_every_place_of_a_batch(simulated):
 def test_products_are_chosen_by_the_device_and_its_driver(simulated, set_compute_capability, capability, takes):
     cuda, memory = simulated.cuda, torch.zeros(64, dtype=torch.bfloat16)
     sizes = {"input_stride": 8, "rows": 1, "columns": 8, "depth": 8}
-    operands = cuda.Product(input=memory.data_ptr(), weight=memory.data_ptr(), **sizes)
+    operands = cuda.Product(input=memory, weight=memory, **sizes)
     set_compute_capability(*capability)
     with simulation.driver(simulated, takes_overlapping_maps=takes):
         assert not cuda.tensor_core_products_available(0)
         for dtype in (1, 2):
-            call = {"bias": 0, "out": memory.data_ptr(), "out_stride": 8, "dtype": dtype, "stream": 0}
+            call = {"bias": None, "out": memory, "out_stride": 8, "dtype": dtype, "stream": 0}
             assert cuda.tensor_core_products_available(dtype) == (capability >= (8, 0))
             if capability < (8, 0):
                 with pytest.raises(RuntimeError, match="product: this build has no kernel for this GPU"):
@@ -179,7 +178,7 @@ def test_weight_gradients_have_whole_parts_and_the_rows_that_are_left(simulated,
     gradient, memory = torch.randn(rows, channels).bfloat16(), torch.randn((rows - 1) * stride + depth).bfloat16()
     partial = torch.full((-(-rows // part_rows), channels, depth), float("nan"))
     simulated.cuda.weight_gradient(
-        gradient=gradient.data_ptr(), input=memory.data_ptr(), input_stride=stride, partial=partial.data_ptr(),
+        gradient=gradient, input=memory, input_stride=stride, partial=partial,
         rows=rows, part_rows=part_rows, channels=channels, depth=depth, dtype=1, stream=0,
     )  # fmt: skip
     windows = memory.as_strided((rows, depth), (stride, 1)).double()
@@ -245,15 +244,11 @@ def test_sanitizers_find_nothing(tmp_path):
     assert "runtime error" not in result.stderr
 
 
-class Sparse:
+def _sparse(elements, dtype):
     """More memory than there is, of which only the touched pages exist: for kernels that run at its end alone."""
-
-    def __init__(self, elements, dtype):
-        # MAP_NORESERVE, which mmap does not name before Python 3.13.
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
-        self._memory = mmap.mmap(-1, elements * dtype.itemsize, flags=flags)
-        self.tensor = torch.frombuffer(self._memory, dtype=dtype)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+    # MAP_NORESERVE, which mmap does not name before Python 3.13.
+    memory = mmap.mmap(-1, elements * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 BATCH, ROWS, CHANNELS = 3, 1 << 20, 1024  # 3 * 2^30 activations
@@ -265,7 +260,7 @@ def _only_last_blocks(simulated, per_block, total):
 
 
 def _last_rows(sparse, count, rows=ROWS):
-    return sparse.tensor.view(BATCH, rows, CHANNELS)[-1, -count:]
+    return sparse.view(BATCH, rows, CHANNELS)[-1, -count:]
 
 
 @pytest.fixture
@@ -281,11 +276,12 @@ def _gelu_gradient(z, upstream):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_passes_reach_past_two_to_the_31(simulated, at_the_end, dtype):
     total = BATCH * ROWS
-    z, grad, out, activation = (Sparse(total * CHANNELS, dtype) for _ in range(4))
+    z, grad, out, activation = (_sparse(total * CHANNELS, dtype) for _ in range(4))
     generator = torch.Generator().manual_seed(0)
     for each in (z, grad):
         _last_rows(each, 64)[:] = torch.randn(64, CHANNELS, generator=generator)
     rows = at_the_end.Rows(batch=BATCH, rows=ROWS, frames=FRAMES, channels=CHANNELS)
+    none = at_the_end.Norm(weight=None, bias=None, epsilon=1e-5)
     number = {torch.float32: 0, torch.bfloat16: 1}[dtype]
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
     settings = {"dtype": number, "stream": 0}
@@ -293,41 +289,35 @@ def test_passes_reach_past_two_to_the_31(simulated, at_the_end, dtype):
     live = slice(0, 63)  # the last row is dead
 
     _only_last_blocks(simulated, 64, total)
-    at_the_end.activation_forward(
-        rows, norm_weight=0, norm_bias=0, epsilon=1e-5, z=z.address, out=out.address, out_rows=ROWS, **settings
-    )
+    at_the_end.activation_forward(rows, none, z=z, out=out, out_rows=ROWS, **settings)
     assert error(_last_rows(out, 64)[live], F.gelu(expected_z[live].double())) <= tolerance
     assert (_last_rows(out, 1) == 0).all()
 
-    at_the_end.gelu_backward(
-        rows, grad=grad.address, grad_rows=ROWS, z=z.address, out=out.address, activation=activation.address, **settings
-    )
+    at_the_end.gelu_backward(rows, grad=grad, grad_rows=ROWS, z=z, out=out, activation=activation, **settings)
     assert error(_last_rows(out, 64)[live], _gelu_gradient(expected_z, expected_grad)[live]) <= tolerance
     assert error(_last_rows(activation, 64)[live], F.gelu(expected_z[live].double())) <= tolerance
 
     gain, bias = torch.rand(CHANNELS, generator=generator) + 0.5, torch.randn(CHANNELS, generator=generator)
-    norm = {"norm_weight": gain.data_ptr(), "norm_bias": bias.data_ptr(), "epsilon": 1e-5}
+    norm = at_the_end.Norm(weight=gain, bias=bias, epsilon=1e-5)
     leaf = expected_z.double().requires_grad_()
     normalised = F.layer_norm(leaf, (CHANNELS,), gain.double(), bias.double(), 1e-5)
     (truth,) = torch.autograd.grad(F.gelu(normalised)[live], leaf, expected_grad.double()[live])
-    at_the_end.activation_forward(rows, **norm, z=z.address, out=out.address, out_rows=ROWS, **settings)
+    at_the_end.activation_forward(rows, norm, z=z, out=out, out_rows=ROWS, **settings)
     assert error(_last_rows(out, 64)[live], F.gelu(normalised)[live]) <= tolerance
-    partial = Sparse(total // 64 * 3 * CHANNELS, torch.float32)
+    partial = _sparse(total // 64 * 3 * CHANNELS, torch.float32)
     at_the_end.layer_norm_backward(
-        rows, **norm, grad=grad.address, grad_rows=ROWS, z=z.address, out=out.address, activation=activation.address,
-        partial=partial.address, part_rows=64, **settings,
+        rows, norm, grad=grad, grad_rows=ROWS, z=z, out=out, activation=activation,
+        partial=partial, part_rows=64, **settings,
     )  # fmt: skip
     assert error(_last_rows(out, 64)[live], truth[live]) <= tolerance
-    assert error(partial.tensor[-CHANNELS:], truth.sum(0)) <= 1e-5
+    assert error(partial[-CHANNELS:], truth.sum(0)) <= 1e-5
 
-    at_the_end.column_sums(
-        x=z.address, total_rows=total, channels=CHANNELS, partial=partial.address, part_rows=64, **settings
-    )
-    sums = partial.tensor[: total // 64 * CHANNELS][-CHANNELS:]
+    at_the_end.column_sums(x=z, total_rows=total, channels=CHANNELS, partial=partial, part_rows=64, **settings)
+    sums = partial[: total // 64 * CHANNELS][-CHANNELS:]
     assert error(sums, expected_z.double().sum(0)) <= 1e-5
 
     _only_last_blocks(simulated, 64, BATCH)
-    at_the_end.clear_dead_rows(rows, z=0, activation=z.address, **settings)
+    at_the_end.clear_dead_rows(rows, z=None, activation=z, **settings)
     assert (_last_rows(z, 1) == 0).all() and torch.equal(_last_rows(z, 64)[live], expected_z[live])
 
 
@@ -338,27 +328,27 @@ def test_layer_0_reaches_past_two_to_the_31(simulated, at_the_end):
     signal = torch.zeros(BATCH, samples)
     signal[-1, -5000:] = torch.randn(5000, generator=generator)
     sizes = {"batch": BATCH, "frames": FRAMES, "kernel": taps, "stride": stride, "channels": CHANNELS}
-    layer = at_the_end.FirstLayer(signal=signal.data_ptr(), signal_stride=samples, **sizes)
+    layer = at_the_end.FirstLayer(signal=signal, signal_stride=samples, **sizes)
     statistics = torch.zeros(BATCH, taps + taps * taps + 1, dtype=torch.float64)
     statistics[:, -1] = 0.25
     filters = torch.randn(BATCH, taps + 1, CHANNELS, generator=generator)
-    shared = {"statistics": statistics.data_ptr(), "filters": filters.data_ptr(), "rows": ROWS, "dtype": 0, "stream": 0}
+    shared = {"statistics": statistics, "filters": filters, "rows": ROWS, "dtype": 0, "stream": 0}
     windows = (signal[-1] - 0.25).unfold(0, taps, stride).double()[-200:]
     z = windows @ filters[-1, :taps].double() + filters[-1, taps].double()
-    activations = Sparse(BATCH * ROWS * CHANNELS, torch.float32)
+    activations = _sparse(BATCH * ROWS * CHANNELS, torch.float32)
     _only_last_blocks(simulated, 256, BATCH * ROWS)
-    at_the_end.first_layer_forward(layer, norm_bias=0, epsilon=1e-5, activations=activations.address, **shared)
+    at_the_end.first_layer_group_norm_forward(layer, activations=activations, **shared)
     assert error(_last_rows(activations, 201)[:-1], F.gelu(z)) <= 1e-6
     assert (_last_rows(activations, 1) == 0).all()
 
     upstream = torch.zeros(512, CHANNELS)
     upstream[-201:-1] = torch.randn(200, CHANNELS, generator=generator)
     _last_rows(activations, 512)[:] = upstream
-    partial = Sparse(BATCH * ROWS // 512 * (taps + 1) * CHANNELS, torch.float32)
+    partial = _sparse(BATCH * ROWS // 512 * (taps + 1) * CHANNELS, torch.float32)
     _only_last_blocks(simulated, 512, BATCH * ROWS)
-    at_the_end.first_layer_group_norm_backward(layer, gradients=activations.address, partial=partial.address, **shared)
+    at_the_end.first_layer_group_norm_backward(layer, gradients=activations, partial=partial, **shared)
     gradient = _gelu_gradient(z, upstream[-201:-1])
-    sums = partial.tensor.view(-1, taps + 1, CHANNELS)[-1]
+    sums = partial.view(-1, taps + 1, CHANNELS)[-1]
     assert error(sums[:taps], windows.T @ gradient) <= 2e-6
     assert error(sums[taps], gradient.sum(0)) <= 2e-6
     assert error(_last_rows(activations, 201)[:-1], F.gelu(z)) <= 1e-6
@@ -366,12 +356,12 @@ def test_layer_0_reaches_past_two_to_the_31(simulated, at_the_end):
 
 def test_sums_of_parts_reach_past_two_to_the_31(simulated, at_the_end):
     outer, parts, columns = 3, 16, 1 << 26
-    partial, out = Sparse(outer * parts * columns, torch.float32), Sparse(outer * columns, torch.float32)
-    partial.tensor.view(outer, parts, columns)[-1, :, -32:] = 1.5
+    partial, out = _sparse(outer * parts * columns, torch.float32), _sparse(outer * columns, torch.float32)
+    partial.view(outer, parts, columns)[-1, :, -32:] = 1.5
     _only_last_blocks(simulated, 32, outer * columns)
     sizes = {"outer": outer, "parts": parts, "columns": columns}
-    at_the_end.sum_parts(**sizes, partial=partial.address, out=out.address, out_is_double=False, stream=0)
-    assert (out.tensor[-32:] == 24.0).all()
+    at_the_end.sum_parts(**sizes, partial=partial, out=out, out_is_double=False, stream=0)
+    assert (out[-32:] == 24.0).all()
 
 
 @pytest.mark.parametrize(
@@ -386,15 +376,15 @@ def test_sums_of_parts_reach_past_two_to_the_31(simulated, at_the_end):
     ],
 )
 def test_sizes_are_checked_on_the_host(simulated, message, change):
-    sizes = dict(signal=0, signal_stride=1000, batch=2, frames=100, kernel=10, stride=5, channels=64)
+    sizes = dict(signal=None, signal_stride=1000, batch=2, frames=100, kernel=10, stride=5, channels=64)
     layer = simulated.cuda.FirstLayer(**{**sizes, **change})
     with pytest.raises(ValueError, match=message):
-        simulated.cuda.first_layer_moments(layer, valid_samples=0, partial=0, stream=0)
+        simulated.cuda.first_layer_moments(layer, valid_samples=None, partial=None, stream=0)
 
 
 def test_products_check_their_sizes_on_the_host(simulated):
     cuda = simulated.cuda
-    sizes = dict(input=0, input_stride=128, weight=0, rows=10, columns=64, depth=192)
+    sizes = dict(input=None, input_stride=128, weight=None, rows=10, columns=64, depth=192)
     for message, dtype, change in (
         ("rows must be positive and at most", 1, dict(rows=(1 << 31) - 255)),
         ("columns must be a positive multiple of 8", 1, dict(columns=60)),
@@ -404,4 +394,4 @@ def test_products_check_their_sizes_on_the_host(simulated):
         (r"dtype must be 0 \(float32\), 1 \(bfloat16\) or 2 \(float16\); got -1", -1, {}),
     ):
         with pytest.raises(ValueError, match=message):
-            cuda.product(cuda.Product(**{**sizes, **change}), bias=0, out=0, out_stride=64, dtype=dtype, stream=0)
+            cuda.product(cuda.Product(**{**sizes, **change}), bias=None, out=None, out_stride=64, dtype=dtype, stream=0)
