@@ -206,7 +206,7 @@ inline void backward_row(
     store(row + c, (load(scaled + c) - mean - load(row + c) * projection) * rstd);
 }
 
-// Adds a block's rows of dz, and for layer 0 dz times each tap, to the partial sums.
+// Adds a block's rows of dz, and for layer 0 dz times each tap, to the partial sums. kTaps 0: as many as `taps` says, or none.
 template <int kTaps>
 inline void add_products(
     const float* rows, const float (*windows)[kMaxTaps], int taps, int count, int channels, float* sums) {
@@ -221,14 +221,6 @@ inline void add_products(
     }
     store(sums + c, total);
     for (int k = 0; k < used; ++k) store(sums + (1 + k) * channels + c, products[k]);
-  }
-}
-
-inline void add_rows(const float* rows, int count, int channels, float* sums) {
-  for (int c = 0; c < channels; c += kLanes) {
-    Floats total = load(sums + c);
-    for (int i = 0; i < count; ++i) total += load(rows + std::int64_t(i) * channels + c);
-    store(sums + c, total);
   }
 }
 
@@ -254,10 +246,8 @@ void backward_rows(const Backward& work, std::int64_t start, std::int64_t stop, 
     }
     if (taps == 10) {
       add_products<10>(rows, windows, taps, count, channels, partial_sums);
-    } else if (taps) {
-      add_products<0>(rows, windows, taps, count, channels, partial_sums);
     } else if (partial_sums) {
-      add_rows(rows, count, channels, partial_sums);
+      add_products<0>(rows, windows, taps, count, channels, partial_sums);
     }
     if (work.preactivation_gradient) {
       T* out = static_cast<T*>(work.preactivation_gradient) + (first - source.start) * channels;

@@ -56,6 +56,7 @@ class _Frontend:
         self.first_bias = biases[0].to(self.wide) if biases and self.layer_norm else None
         self.chunk_rows = _CPU_CHUNK_ROWS if waveforms.device.type == "cpu" else _DEVICE_CHUNK_ROWS
         self.frames = arguments.frames
+        self.preactivations: list[Tensor] = []  # of layers 1.., each [batch, frames, channels]
         self.statistics: list[first_layer.Statistics] = []  # of each row, as a batch of one
         if not self.layer_norm:
             self.statistics = [self._statistics(row, valid_samples) for row in range(len(waveforms))]
@@ -78,20 +79,14 @@ class _Frontend:
         variance.
         """
         windows = self.windows(row, 0, self.frames[0]).double()
-        if valid_samples is None:
-            weight = 1.0 / len(windows)
-            window_mean = windows.mean(0)
-            centred = windows - window_mean
-            covariance = centred.T @ centred * weight
-        else:
-            last = torch.div(
-                valid_samples[row].to(windows.device) - self.kernels[0], self.strides[0], rounding_mode="floor"
-            )
-            valid = (torch.arange(len(windows), device=windows.device) <= last).double()
-            count = valid.sum().clamp(min=1)
-            window_mean = valid @ windows / count
-            centred = (windows - window_mean) * valid[:, None]
-            covariance = centred.T @ centred / count
+        valid = windows.new_ones(len(windows))
+        if valid_samples is not None:
+            frame = torch.arange(len(windows), device=windows.device)
+            valid.masked_fill_(frame * self.strides[0] + self.kernels[0] > valid_samples[row].to(windows.device), 0.0)
+        count = valid.sum().clamp(min=1)
+        window_mean = valid @ windows / count
+        centred = (windows - window_mean) * valid[:, None]
+        covariance = centred.T @ centred / count
         return first_layer.statistics(self.first_weight, window_mean[None], covariance[None])
 
     def first_preactivation(self, row: int, start: int, stop: int) -> Tensor:
@@ -104,20 +99,22 @@ class _Frontend:
         filters = first_layer.scaled_filters(self.first_weight, self.norm_weights[0], statistics.rstd)[0]
         return F.linear(centred, filters.to(self.wide), self.norm_biases[0])
 
-    def activation(self, layer: int, preactivations: Sequence[Tensor], row: int, start: int, stop: int) -> Tensor:
-        """Rows ``start <= t < stop`` of a layer's output, in the compute dtype: [rows, channels]."""
+    def preactivation(self, layer: int, row: int, start: int, stop: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What GELU is applied to, for rows ``start <= t < stop``, and, under layer norm, (input, mean, rstd) of the norm."""
         if layer == 0:
             x = self.first_preactivation(row, start, stop)
         else:
-            x = preactivations[layer - 1][row, start:stop]
-        if self.layer_norm:
-            x = self.normalise(layer, x)[0]
-        return F.gelu(x).to(self.dtype)
-
-    def normalise(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.native_layer_norm(
+            x = self.preactivations[layer - 1][row, start:stop]
+        if not self.layer_norm:
+            return x, ()
+        normalised, mean, rstd = torch.native_layer_norm(
             x.to(self.wide), x.shape[-1:], self.norm_weights[layer], self.norm_biases[layer], NORM_EPS
         )
+        return normalised, (x, mean, rstd)
+
+    def activation(self, layer: int, row: int, start: int, stop: int) -> Tensor:
+        """Rows ``start <= t < stop`` of a layer's output, in the compute dtype: [rows, channels]."""
+        return F.gelu(self.preactivation(layer, row, start, stop)[0]).to(self.dtype)
 
     def taps(self, layer: int, x: Tensor, rows: int) -> list[tuple[slice, Tensor]]:
         """The windows of ``rows`` frames of ``layer`` over its input rows ``x``, in parts that BLAS takes as they lie.
@@ -154,14 +151,14 @@ class _Frontend:
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
     frontend, waveforms, dtype = _Frontend(arguments), arguments.waveforms, arguments.dtype
     batch = len(waveforms)
-    preactivations: list[Tensor] = []
+    preactivations = frontend.preactivations
     for layer in frontend.layers():
         out = waveforms.new_empty(batch, frontend.frames[layer], frontend.channels[layer], dtype=dtype)
         stride, kernel = frontend.strides[layer], frontend.kernels[layer]
         for row in range(batch):
             for start, stop in frontend.chunks(frontend.frames[layer]):
                 first, end = start * stride, (stop - 1) * stride + kernel
-                below = frontend.activation(layer - 1, preactivations, row, first, end)
+                below = frontend.activation(layer - 1, row, first, end)
                 frontend.convolve(layer, below, out[row, start:stop])
         if layer >= 2 and not save:
             preactivations[layer - 2] = out.new_empty(0)  # the layer below has been used up
@@ -170,7 +167,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
     features = waveforms.new_empty(batch, frontend.frames[last], frontend.channels[last], dtype=dtype)
     for row in range(batch):
         for start, stop in frontend.chunks(frontend.frames[last]):
-            features[row, start:stop] = frontend.activation(last, preactivations, row, start, stop)
+            features[row, start:stop] = frontend.activation(last, row, start, stop)
     return (features,), preactivations if save else []
 
 
@@ -202,9 +199,8 @@ class Gradients(NamedTuple):
 class _Backward:
     """Walks the layers from the last to the first, chunk by chunk, summing every parameter's gradient."""
 
-    def __init__(self, frontend: _Frontend, preactivations: Sequence[Tensor], parameters: Sequence[Sequence[Tensor]]):
+    def __init__(self, frontend: _Frontend, parameters: Sequence[Sequence[Tensor]]) -> None:
         self.frontend = frontend
-        self.preactivations = preactivations
         self.sums = Gradients(
             *(
                 [parameter.new_zeros(parameter.shape, dtype=frontend.wide) for parameter in group]
@@ -220,7 +216,7 @@ class _Backward:
         upstream = grad.new_empty(grad.shape, dtype=frontend.dtype)
         for row in range(len(grad)):
             for start, stop in frontend.chunks(frontend.frames[last]):
-                normalised, norm_state = self._preactivation(last, row, start, stop)
+                normalised, norm_state = frontend.preactivation(last, row, start, stop)
                 through = self._through_activation(last, grad[row, start:stop], normalised, norm_state)
                 if last == 0:
                     self._sum_first_layer(row, start, stop, through)
@@ -250,7 +246,7 @@ class _Backward:
                 first, end = start * stride, min(stop * stride, rows_below)
                 last_frame = min(stop, frames)
                 window_end = max((last_frame - 1) * stride + kernel, end)
-                normalised, norm_state = self._preactivation(layer - 1, row, first, window_end)
+                normalised, norm_state = frontend.preactivation(layer - 1, row, first, window_end)
                 if last_frame > start:
                     self._sum_weight(layer, upstream[row, start:last_frame], F.gelu(normalised).to(frontend.dtype))
                 grad = self._input_gradient(layer, upstream[row], start, stop)[: end - first]
@@ -296,18 +292,6 @@ class _Backward:
             elif len(rows):
                 rows[:, : taps.shape[1]].addmm_(product, taps)
         return grad.view(-1, width)
-
-    def _preactivation(self, layer: int, row: int, start: int, stop: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """What GELU was applied to and, under layer norm, (input, mean, rstd) of the norm."""
-        frontend = self.frontend
-        if layer == 0:
-            x = frontend.first_preactivation(row, start, stop)
-        else:
-            x = self.preactivations[layer - 1][row, start:stop]
-        if not frontend.layer_norm:
-            return x, ()
-        normalised, mean, rstd = frontend.normalise(layer, x)
-        return normalised, (x, mean, rstd)
 
     def _through_activation(
         self, layer: int, grad: Tensor, normalised: Tensor, norm_state: tuple[Tensor, ...]
@@ -359,4 +343,6 @@ def backward(
 
     Under group norm the bias of layer 0 has no effect on the output and its gradient is exactly 0.
     """
-    return _Backward(_Frontend(arguments), saved, arguments.parameters).run(*gradients).like(arguments.parameters)
+    frontend = _Frontend(arguments)
+    frontend.preactivations = saved
+    return _Backward(frontend, arguments.parameters).run(*gradients).like(arguments.parameters)
