@@ -9,13 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hubert_fast import backend as backends
 from hubert_fast import extension, tf32
 from hubert_fast.cuda_backend import conv_frontend as backend
-from hubert_fast.ops.conv_frontend import Arguments, conv_frontend
-from hubert_fast.reference import conv_frontend as reference
 from tests.ops.comparison import error
-from tests.ops.frontend_problem import HUBERT, Problem
+from tests.ops.frontend_problem import HUBERT, Problem, assert_as_precise
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,57 +30,28 @@ def _full_float32():
         yield
 
 
-def on_gpu(problem, dtype):
-    """The problem on the GPU with its numbers rounded to ``dtype``, held in float64: both sides see the same."""
-    problem.dtype = dtype
-    problem.waveforms, problem.direction = (
-        each.to(dtype).double().cuda() for each in (problem.waveforms, problem.direction)
-    )
-    problem.groups = [[each.to(dtype).double().cuda() for each in group] for group in problem.groups]
-    problem.valid = None if problem.valid is None else problem.valid.cuda()
-    return problem
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 0.06, torch.float16: 0.01}
 
 
-def ours(problem, dtype):
-    groups = [[each.to(dtype) for each in group] for group in problem.groups]
-    waveforms, direction = problem.waveforms.to(dtype), problem.direction.to(dtype)
-    arguments = Arguments(waveforms, *groups, problem.strides, problem.norm, problem.valid, dtype)
-    assert backend.objection(arguments) is None
-    return both_ways(arguments, direction)
+def _problem(dtype, norm="group_norm", *, shapes=HUBERT, channels=512, **settings):
+    return Problem(shapes, norm=norm, channels=channels, dtype=dtype, device="cuda", **settings)
 
 
 @torch.no_grad()
-def both_ways(arguments, direction):
+def _both_ways(arguments, direction):
     """The features and every gradient."""
     (features,), saved = backend.forward(arguments, save=True)
     gradients = backend.backward(arguments, saved, (direction,), [True] * 4)
     return [features, *(each for group in gradients for each in group)]
 
 
-def pytorchs(problem, dtype):
-    """The reference in ``dtype``."""
-    groups = [[each.to(dtype).requires_grad_() for each in group] for group in problem.groups]
-    features = reference.conv_frontend(
-        problem.waveforms.to(dtype), *groups, strides=problem.strides, norm=problem.norm, valid_samples=problem.valid
-    )
-    leaves = [each for group in groups for each in group]
-    grads = torch.autograd.grad(features, leaves, problem.direction.to(dtype), allow_unused=True)
-    return [features.detach(), *(torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads))]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
 def test_as_precise_as_pytorch(norm, dtype):
-    squares = []
-    for seed in range(4):
-        problem = on_gpu(
-            Problem(HUBERT, norm=norm, bias=norm == "layer_norm", samples=16000, channels=512, seed=seed), dtype
-        )
-        truth = problem.reference()
-        pairs = zip(ours(problem, dtype), pytorchs(problem, dtype), truth, strict=True)
-        squares.append([(error(mine, exact) ** 2, error(theirs, exact) ** 2) for mine, theirs, exact in pairs])
-    mine, theirs = torch.tensor(squares, dtype=torch.float64).mean(0).sqrt().unbind(1)
-    assert (mine <= (1.5 * theirs).clamp(min=torch.finfo(dtype).eps / 4)).all(), (mine, theirs)
+    settings = {"bias": norm == "layer_norm", "samples": 16000}
+    assert_as_precise(
+        lambda problem: problem.run("cuda"), (_problem(dtype, norm, seed=i, **settings) for i in range(4))
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -100,29 +68,27 @@ def test_as_precise_as_pytorch(norm, dtype):
     ],
 )
 def test_odd_sizes_agree_with_the_reference(shapes, batch, samples, channels, norm, dtype):
-    problem = on_gpu(Problem(shapes, norm=norm, batch=batch, samples=samples, channels=channels), dtype)
-    errors = [error(*pair) for pair in zip(ours(problem, dtype), problem.reference(), strict=True)]
-    assert max(errors) <= {torch.float32: 2e-5, torch.bfloat16: 0.06, torch.float16: 0.01}[dtype], errors
+    problem = _problem(dtype, norm, shapes=shapes, batch=batch, samples=samples, channels=channels)
+    errors = [error(*pair) for pair in zip(problem.run("cuda"), problem.reference(), strict=True)]
+    assert max(errors) <= TOLERANCE[dtype], errors
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_valid_samples_agree_with_the_reference(dtype):
     valid = torch.tensor([20000, 7777, 10])
-    problem = on_gpu(
-        Problem(HUBERT, norm="group_norm", batch=3, samples=20000, channels=512, valid=valid, bias=False), dtype
-    )
+    problem = _problem(dtype, batch=3, samples=20000, valid=valid, bias=False)
     problem.direction = problem.direction / 8  # some gradients are large: float16 ends at 65,504
-    errors = [error(*pair) for pair in zip(ours(problem, dtype), problem.reference(), strict=True)]
-    assert max(errors) <= {torch.float32: 2e-5, torch.bfloat16: 0.06, torch.float16: 0.01}[dtype], errors
+    errors = [error(*pair) for pair in zip(problem.run("cuda"), problem.reference(), strict=True)]
+    assert max(errors) <= TOLERANCE[dtype], errors
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
 def test_results_repeat_to_the_bit(norm, dtype):
-    problem = on_gpu(Problem(HUBERT, norm=norm, batch=3, samples=80000, channels=512), dtype)
-    first = ours(problem, dtype)
+    problem = _problem(dtype, norm, batch=3, samples=80000)
+    first = problem.run("cuda")
     for _ in range(5):
-        assert all(torch.equal(*pair) for pair in zip(first, ours(problem, dtype), strict=True))
+        assert all(torch.equal(*pair) for pair in zip(first, problem.run("cuda"), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -130,22 +96,17 @@ def test_results_repeat_to_the_bit(norm, dtype):
 def test_a_sequence_has_the_same_features_in_every_place_of_a_batch(norm, dtype):
     if not extension.cuda().tensor_core_products_available(NUMBERS[dtype]):
         pytest.skip("torch.mm may take another algorithm for another batch")
-    problem = on_gpu(Problem(HUBERT, norm=norm, batch=4, samples=30001, channels=512), dtype)
-    features = ours(problem, dtype)[0]
-    whole = problem.waveforms, problem.direction
+    problem = _problem(dtype, norm, batch=4, samples=30001)
+    features = problem.features("cuda")
     for row in range(4):
-        problem.waveforms, problem.direction = (each[row : row + 1] for each in whole)
-        assert torch.equal(ours(problem, dtype)[0][0], features[row])
+        alone = problem.changed(waveforms=problem.waveforms[row : row + 1])
+        assert torch.equal(alone.features("cuda")[0], features[row])
 
 
 @pytest.mark.parametrize(("scale", "offset"), [(1.0, 1.0), (1e-4, 0.0), (1e-4, 1e-2), (30.0, 500.0)])
 def test_neither_an_offset_nor_a_small_signal_loses_the_variance(scale, offset):
-    problem = Problem(HUBERT, norm="group_norm", bias=False, samples=16000, channels=512)
-    problem.waveforms = scale * problem.waveforms + offset
-    problem = on_gpu(problem, torch.float32)
-    results = ours(problem, torch.float32), pytorchs(problem, torch.float32), problem.reference()
-    for mine, theirs, exact in zip(*results, strict=True):
-        assert error(mine, exact) <= max(1.5 * error(theirs, exact), 5e-6)
+    problem = _problem(torch.float32, bias=False, samples=16000, scale=scale, offset=offset)
+    assert_as_precise(lambda problem: problem.run("cuda"), [problem], floor=5e-6)
 
 
 def test_more_than_two_to_the_31_activations():
@@ -153,16 +114,14 @@ def test_more_than_two_to_the_31_activations():
     batch, samples = 88, 240_000  # 88 * 47,999 * 512 values in layer 0
     if torch.cuda.mem_get_info()[0] < 40 << 30:
         pytest.skip("needs 40 GB of free memory")
-    problem = Problem(HUBERT, norm="group_norm", bias=False, batch=1, samples=samples, channels=512)
-    problem = on_gpu(problem, dtype)
-    groups = [[each.to(dtype) for each in group] for group in problem.groups]
-    settings = problem.strides, problem.norm, None, dtype
+    problem = _problem(dtype, bias=False, batch=1, samples=samples)
+    arguments, end = problem.arguments(), problem.direction.to(dtype)
     generator = torch.Generator("cuda").manual_seed(0)
     waveforms = torch.randn(batch, samples, device="cuda", generator=generator)
-    direction = torch.zeros(batch, *problem.direction.shape[1:], dtype=dtype, device="cuda")
-    direction[-1] = problem.direction[0].to(dtype)  # only the end of every buffer has a gradient
-    features, *gradients = both_ways(Arguments(waveforms, *groups, *settings), direction)
-    alone, *expected = both_ways(Arguments(waveforms[-1:], *groups, *settings), direction[-1:])
+    direction = torch.zeros(batch, *end.shape[1:], dtype=dtype, device="cuda")
+    direction[-1] = end[0]  # only the end of every buffer has a gradient
+    features, *gradients = _both_ways(arguments._replace(waveforms=waveforms), direction)
+    alone, *expected = _both_ways(arguments._replace(waveforms=waveforms[-1:]), end)
     for given, exact in zip([features[-1:], *gradients], [alone, *expected]):
         assert error(given, exact) <= 1e-2
 
@@ -170,13 +129,11 @@ def test_more_than_two_to_the_31_activations():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
 def test_forward_and_backward_are_captured_in_a_graph(norm, dtype):
-    problem = on_gpu(Problem(HUBERT, norm=norm, samples=16000, channels=512), dtype)
-    groups = [[each.to(dtype) for each in group] for group in problem.groups]
-    waveforms, direction = problem.waveforms.to(dtype), problem.direction.to(dtype)
-    arguments = Arguments(waveforms, *groups, problem.strides, problem.norm, None, dtype)
+    problem = _problem(dtype, norm, samples=16000)
+    arguments, direction = problem.arguments(), problem.direction.to(dtype)
 
     def step():
-        return both_ways(arguments, direction)
+        return _both_ways(arguments, direction)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -191,22 +148,19 @@ def test_forward_and_backward_are_captured_in_a_graph(norm, dtype):
         torch.cuda.synchronize()
         assert all(torch.equal(*pair) for pair in zip(captured, eager, strict=True))
     # New audio in the same memory: nothing of the capture's data was baked in.
-    waveforms.mul_(0.5).add_(0.125)
+    arguments.waveforms.mul_(0.5).add_(0.125)
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(*pair) for pair in zip(captured, step(), strict=True))
 
 
-def test_the_operator_takes_this_backend_and_autocast():
-    problem = on_gpu(Problem(HUBERT, norm="group_norm", bias=False, samples=16000, channels=512), torch.float32)
-    groups = [[each.float().requires_grad_() for each in group] for group in problem.groups]
-    with backends.using("cuda", "conv_frontend"), torch.autocast("cuda", torch.bfloat16):
-        features = conv_frontend(problem.waveforms.float(), *groups, strides=problem.strides, norm=problem.norm)
+def test_autocast_gives_its_dtype_and_float32_gradients():
+    problem = _problem(torch.float32, bias=False, samples=16000)
+    with torch.autocast("cuda", torch.bfloat16):
+        features, *gradients = problem.run("cuda")
     assert features.dtype == torch.bfloat16
     assert error(features, problem.reference()[0]) <= 0.03
-    features.backward(problem.direction.bfloat16())
-    leaves = [each for group in groups for each in group]
-    assert all(each.grad.dtype == torch.float32 and each.grad.isfinite().all() for each in leaves)
+    assert all(each.dtype == torch.float32 and each.isfinite().all() for each in gradients)
 
 
 # The tensor-core products one by one, where a wrong stride is easier to see than in the whole.

@@ -4,6 +4,7 @@ import mmap
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hubert_fast import extension
 from hubert_fast.cuda_backend import conv_frontend as backend
 from tests.csrc.cuda import simulation
 from tests.ops.comparison import error
-from tests.ops.frontend_problem import HUBERT, Problem
+from tests.ops.frontend_problem import HUBERT, Problem, assert_as_precise
 
 pytestmark = pytest.mark.skipif(simulation.why_not() is not None, reason=str(simulation.why_not()))
 
@@ -129,23 +130,19 @@ def test_wide_layers_agree_with_the_reference(simulated, layers, samples, channe
 
 @pytest.mark.parametrize(("scale", "offset"), [(1.0, 1.0), (0.1, 1.0), (1e-4, 0.0), (1e-4, 1e-2), (30.0, 500.0)])
 def test_neither_an_offset_nor_a_small_signal_loses_the_variance(simulated, scale, offset):
-    problem = Problem([(10, 5), (3, 2)], norm="group_norm", bias=False, samples=3000, channels=64, dtype=torch.float32)
-    problem.waveforms = (scale * problem.waveforms + offset).float().double()
-    problem.groups = [[each.float().double() for each in group] for group in problem.groups]
-    results = simulation.run(simulated, problem, tensor_cores=False)
-    single = Problem([(10, 5), (3, 2)], norm="group_norm", bias=False, samples=3000, channels=64)
-    single.waveforms, single.direction = problem.waveforms.float(), problem.direction.float()
-    single.groups = [[each.float() for each in group] for group in problem.groups]
-    for ours, theirs, exact in zip(results, single.reference(), problem.reference(), strict=True):
-        assert error(ours, exact) <= max(1.5 * error(theirs, exact), 2e-6)
+    problem = Problem(
+        HUBERT[:2], norm="group_norm", bias=False, channels=64, scale=scale, offset=offset, dtype=torch.float32
+    )
+    run = partial(simulation.run, simulated, tensor_cores=False)
+    assert_as_precise(run, [problem], floor=2e-6)
 
 
 def test_a_sequence_has_the_same_features_in_every_place_of_a_batch(simulated):
     problem = Problem(HUBERT, norm="group_norm", batch=3, samples=2500, channels=64, dtype=torch.bfloat16)
     features = simulation.run(simulated, problem, tensor_cores=True)[0]
     for row in range(3):
-        alone = Problem(HUBERT, norm="group_norm", batch=1, samples=2500, channels=64, dtype=torch.bfloat16)
-        alone.groups, alone.waveforms = problem.groups, problem.waveforms[row : row + 1]
+        some = slice(row, row + 1)
+        alone = problem.changed(waveforms=problem.waveforms[some], direction=problem.direction[some])
         assert torch.equal(simulation.run(simulated, alone, tensor_cores=True)[0][0], features[row])
 
 
