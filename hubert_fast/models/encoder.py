@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Iterator, Optional
 
 import torch
@@ -204,14 +203,14 @@ class EncoderLayer(nn.Module):
             value, bias = product(attention.out_proj, attention.heads(x, layout, keep, attention_seed))
         else:
             value, bias = attention(x, layout, keep), None
-        return Update(*before_dropout(self.dropout, value, bias), attended_seed)
+        return before_dropout(self.dropout, value, bias, attended_seed)
 
     def _feed_forward(self, x: Tensor, hidden_seed: Optional[Tensor], output_seed: Optional[Tensor]) -> Update:
         feed_forward = self.feed_forward
         if not is_plain(feed_forward, FeedForward):
             return Update(feed_forward(x), None, 0.0, None)
         value, bias = product(feed_forward.output_dense, feed_forward.hidden(x, hidden_seed))
-        return Update(*before_dropout(feed_forward.output_dropout, value, bias), output_seed)
+        return before_dropout(feed_forward.output_dropout, value, bias, output_seed)
 
 
 class Transformer(nn.Module):
@@ -347,7 +346,7 @@ class Encoder(nn.Module):
         if not is_plain(projection, FeatureProjection):
             return Update(projection(layout.pack(features)), None, 0.0, None)
         x = normalize(projection.layer_norm, features.flatten(0, 1), layout.index)
-        return Update(*before_dropout(projection.dropout, *product(projection.projection, x)), None)
+        return before_dropout(projection.dropout, *product(projection.projection, x))
 
     def _rows(self, features: Tensor, layout: Rows) -> Tensor:
         """Projected features, with 0 in the padding: ``[rows, dim]``."""
@@ -370,30 +369,3 @@ class Encoder(nn.Module):
         layout = whole_grid(*features.shape[:2], lengths, features.device)
         outputs = self.transformer.intermediate_outputs(self._rows(features, layout), layout, num_layers)
         return [each.unflatten(0, features.shape[:2]) for each in outputs]
-
-
-def initialize_positional_embedding(module: ConvolutionalPositionalEmbedding) -> None:
-    """torchaudio's initialisation, draw for draw.
-
-    Its normal draw goes to the weight computed from the parametrization, which is thrown away: the convolution keeps the
-    default initialisation of ``nn.Conv1d``. The draw is made all the same, so that what follows sees the same numbers.
-    """
-    std = math.sqrt(4.0 / (module.embed_dim * module.kernel_size))
-    with torch.no_grad():
-        module.conv.weight.normal_(0.0, std)
-        module.conv.bias.zero_()
-
-
-def initialize_attention(module: SelfAttention) -> None:
-    for projection in (module.k_proj, module.v_proj, module.q_proj):
-        nn.init.xavier_uniform_(projection.weight, gain=1 / math.sqrt(2))
-    nn.init.xavier_uniform_(module.out_proj.weight)
-    nn.init.zeros_(module.out_proj.bias)
-
-
-def initialize_transformer(module: Transformer) -> None:
-    """Every Linear from N(0, 0.02), as BERT (Devlin et al. 2019)."""
-    for child in module.modules():
-        if isinstance(child, nn.Linear):
-            nn.init.normal_(child.weight, 0.0, 0.02)
-            nn.init.zeros_(child.bias)

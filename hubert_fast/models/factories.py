@@ -5,6 +5,7 @@ The same torch seed gives the same initial weights as torchaudio's factories.
 
 from __future__ import annotations
 
+import math
 from typing import List, Optional, Tuple
 
 from torch import nn
@@ -17,9 +18,6 @@ from hubert_fast.models.encoder import (
     FeedForward,
     SelfAttention,
     Transformer,
-    initialize_attention,
-    initialize_positional_embedding,
-    initialize_transformer,
 )
 from hubert_fast.models.feature_extractor import ConvLayerBlock, FeatureExtractor
 from hubert_fast.models.hubert import HuBERTPretrainModel
@@ -144,11 +142,21 @@ def _initialize(module: nn.Module) -> None:
     if isinstance(module, ConvLayerBlock):
         nn.init.kaiming_normal_(module.conv.weight)
     elif isinstance(module, ConvolutionalPositionalEmbedding):
-        initialize_positional_embedding(module)
+        # torchaudio's draw goes to the weight computed from the parametrization, which is thrown away: the convolution keeps the
+        # default initialisation of nn.Conv1d. The draw is made all the same, so that what follows sees the same numbers.
+        nn.init.normal_(module.conv.weight, 0.0, math.sqrt(4.0 / (module.embed_dim * module.kernel_size)))
+        nn.init.zeros_(module.conv.bias)
     elif isinstance(module, SelfAttention):
-        initialize_attention(module)
+        for projection in (module.k_proj, module.v_proj, module.q_proj):
+            nn.init.xavier_uniform_(projection.weight, gain=1 / math.sqrt(2))
+        nn.init.xavier_uniform_(module.out_proj.weight)
+        nn.init.zeros_(module.out_proj.bias)
     elif isinstance(module, Transformer):
-        initialize_transformer(module)
+        # Every Linear from N(0, 0.02), as BERT (Devlin et al. 2019).
+        for child in module.modules():
+            if isinstance(child, nn.Linear):
+                nn.init.normal_(child.weight, 0.0, 0.02)
+                nn.init.zeros_(child.bias)
 
 
 def hubert_pretrain_base(
@@ -174,17 +182,7 @@ def hubert_pretrain_base(
         encoder_ff_interm_features=3072,
         encoder_layer_norm_first=False,
         final_dim=256,
-        num_classes=num_classes,
-        encoder_projection_dropout=encoder_projection_dropout,
-        encoder_attention_dropout=encoder_attention_dropout,
-        encoder_ff_interm_dropout=encoder_ff_interm_dropout,
-        encoder_dropout=encoder_dropout,
-        encoder_layer_drop=encoder_layer_drop,
-        mask_prob=mask_prob,
-        mask_channel_prob=mask_channel_prob,
-        mask_channel_length=mask_channel_length,
-        feature_grad_mult=feature_grad_mult,
-        padding_invariant=padding_invariant,
+        **locals(),
         **_SHARED,
     )
 
@@ -212,16 +210,7 @@ def hubert_pretrain_large(
         encoder_layer_norm_first=True,
         final_dim=768,
         num_classes=500,
-        encoder_projection_dropout=encoder_projection_dropout,
-        encoder_attention_dropout=encoder_attention_dropout,
-        encoder_ff_interm_dropout=encoder_ff_interm_dropout,
-        encoder_dropout=encoder_dropout,
-        encoder_layer_drop=encoder_layer_drop,
-        mask_prob=mask_prob,
-        mask_channel_prob=mask_channel_prob,
-        mask_channel_length=mask_channel_length,
-        feature_grad_mult=feature_grad_mult,
-        padding_invariant=padding_invariant,
+        **locals(),
         **_SHARED,
     )
 
@@ -249,16 +238,7 @@ def hubert_pretrain_xlarge(
         encoder_layer_norm_first=True,
         final_dim=1024,
         num_classes=500,
-        encoder_projection_dropout=encoder_projection_dropout,
-        encoder_attention_dropout=encoder_attention_dropout,
-        encoder_ff_interm_dropout=encoder_ff_interm_dropout,
-        encoder_dropout=encoder_dropout,
-        encoder_layer_drop=encoder_layer_drop,
-        mask_prob=mask_prob,
-        mask_channel_prob=mask_channel_prob,
-        mask_channel_length=mask_channel_length,
-        feature_grad_mult=feature_grad_mult,
-        padding_invariant=padding_invariant,
+        **locals(),
         **_SHARED,
     )
 

@@ -17,7 +17,7 @@ from hubert_fast.ops.residual_layer_norm import residual_layer_norm
 
 
 class Update(NamedTuple):
-    """What a sub-layer adds to the residual stream: ``dropout(value + bias)``."""
+    """``dropout(value + bias)``, not yet made: what a sub-layer adds to the residual stream."""
 
     value: Tensor  # [rows, dim]
     bias: Optional[Tensor]  # [dim]
@@ -37,19 +37,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-class Biased(NamedTuple):
-    """``dropout(value + bias)``, not yet made."""
-
-    value: Tensor  # [rows, channels]
-    bias: Optional[Tensor]  # [channels]
-    dropout_p: float
-
-
-def before_dropout(dropout: nn.Module, value: Tensor, bias: Optional[Tensor]) -> Biased:
+def before_dropout(dropout: nn.Module, value: Tensor, bias: Optional[Tensor], seed: Optional[Tensor] = None) -> Update:
     """What a pass that drops values is to be given for ``dropout(value + bias)``."""
     if is_fusable(dropout):
-        return Biased(value, bias, rate(dropout))
-    return Biased(dropout(value if bias is None else value + bias), None, 0.0)
+        return Update(value, bias, rate(dropout), seed)
+    return Update(dropout(value if bias is None else value + bias), None, 0.0, None)
 
 
 def is_fusable(dropout: nn.Module) -> bool:
