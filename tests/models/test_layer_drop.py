@@ -33,10 +33,11 @@ def test_training_runs_the_same_layers(layer_drop):
     assert counts == {4} if layer_drop == 0.0 else len(counts) > 1
 
 
-def test_eval_runs_every_layer_and_draws_nothing_for_them():
+def test_eval_masks_too_but_runs_every_layer_and_draws_nothing_for_them():
     theirs, ours = twins(configurations.base(encoder_layer_drop=0.9), torch.float64)
     theirs.eval(), ours.eval()
-    data = batch(torch.float64)
-    expected_ran, _, expected_next = _layers_run(theirs, data, 0)
-    ran, _, drawn_next = _layers_run(ours, data, 0)
+    data = batch(torch.float64, LENGTHS)
+    expected_ran, expected, expected_next = _layers_run(theirs, data, 0)
+    ran, outputs, drawn_next = _layers_run(ours, data, 0)
     assert ran == expected_ran == [0, 1] and torch.equal(drawn_next, expected_next)
+    assert_outputs_match(outputs, expected, 1e-10)

@@ -1,27 +1,54 @@
-"""Outputs, masks and the random numbers that follow are torchaudio's, in every configuration."""
+"""Outputs, gradients, masks and the random numbers that follow are torchaudio's, in every configuration."""
 
 import pytest
 import torch
 
 from tests import torchaudio_peer
 from tests.models import configurations
-from tests.models.twins import LENGTHS, assert_outputs_match, batch, num_frames, seeded, twins
+from tests.models.twins import (
+    LENGTHS,
+    assert_gradients_match,
+    assert_outputs_match,
+    batch,
+    gradients,
+    num_frames,
+    recipe_loss,
+    relative_error,
+    seeded,
+    twins,
+)
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6}
+GRADIENT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 ALMOST_FULL = torch.tensor([12400, 12300, 12100])  # 38, 38 and 37 frames
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("lengths", [None, LENGTHS, ALMOST_FULL], ids=["all-valid", "lengths", "almost-full"])
 @pytest.mark.parametrize("name", configurations.ALL)
-def test_logits_and_penalty_equal_torchaudios(name, lengths, dtype):
+def test_logits_penalty_and_gradients_equal_torchaudios(name, lengths, dtype):
     theirs, ours = twins(configurations.ALL[name], dtype)
     data = batch(dtype, lengths)
-    with torch.no_grad():
-        expected, expected_next = seeded(theirs, data), torch.rand(3)
-        outputs, drawn_next = seeded(ours, data), torch.rand(3)
+    expected, expected_next = seeded(theirs, data), torch.rand(3)
+    outputs, drawn_next = seeded(ours, data), torch.rand(3)
     assert_outputs_match(outputs, expected, TOLERANCE[dtype])
     assert torch.equal(drawn_next, expected_next), "the random stream went another way"
+    for each in (expected, outputs):
+        recipe_loss(each, unmasked_weight=0.5).backward()
+    assert_gradients_match(gradients(ours), gradients(theirs), GRADIENT_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["all-valid", "lengths"])
+@pytest.mark.parametrize("name", ["base", "large-bias"])
+def test_gradient_of_the_waveforms_equals_torchaudios(name, lengths):
+    theirs, ours = twins(configurations.ALL[name], torch.float64)
+    expected, given = batch(torch.float64, lengths), batch(torch.float64, lengths)
+    for model, data in ((theirs, expected), (ours, given)):
+        data.waveforms.requires_grad_()
+        recipe_loss(seeded(model, data)).backward()
+    assert relative_error(given.waveforms.grad, expected.waveforms.grad) <= 1e-10
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None, name
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -44,13 +71,6 @@ def test_encoder_and_its_layers_equal_torchaudios(name, lengths, dtype):
     else:
         assert torch.equal(frames, expected_frames) and torch.equal(layers_frames, expected_frames)
         assert frames.tolist() == [num_frames(int(samples)) for samples in lengths]
-
-
-def test_eval_mode_masks_too():
-    theirs, ours = twins(configurations.base(), torch.float64)
-    theirs.eval(), ours.eval()
-    expected, outputs = (seeded(model, batch(torch.float64, LENGTHS)) for model in (theirs, ours))
-    assert_outputs_match(outputs, expected, 1e-10)
 
 
 @pytest.mark.parametrize(("skip_masked", "skip_nomask"), [(True, False), (False, True), (True, True)])

@@ -2,7 +2,6 @@
 
 from unittest import mock
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,8 +14,6 @@ from tests.models import configurations
 from tests.models.twins import (
     LENGTHS,
     Batch,
-    assert_gradients_match,
-    assert_outputs_match,
     assert_steps_match,
     batch,
     objective_of,
@@ -32,29 +29,14 @@ def _every_frame(batch, frames, lengths, device, capacity):
     return whole_grid(batch, frames, lengths, device)
 
 
-def _run(model, packed, lengths=LENGTHS, name="auto", **weights):
-    """The objective with packed rows, or with every frame of the grid a row and padding merely no key."""
-    rows = plan.valid_rows if packed else _every_frame
-    with backend.using(name), mock.patch.object(plan, "valid_rows", rows):
-        return step(hubert_fast.PretrainingObjective(model, **weights), batch(torch.float64, lengths))
-
-
-@pytest.mark.parametrize("unmasked_weight", [0.0, 0.5])
-@pytest.mark.parametrize("name", ["base", "xlarge-bias", "base-channel-masks"])
-def test_packed_rows_give_what_the_padded_grid_gives(name, unmasked_weight):
-    _, model = twins(configurations.ALL[name], torch.float64)
-    packed, padded = (_run(model, each, unmasked_weight=unmasked_weight) for each in (True, False))
-    assert_outputs_match(packed[0], padded[0], 1e-12)
-    assert_gradients_match(packed[1], padded[1], 1e-10)
-
-
 @given(lengths=st.lists(st.sampled_from([0, 399, 400, 401, 1000]) | st.integers(0, 12400), min_size=3, max_size=3))
 def test_packed_rows_give_what_the_plain_padded_formulas_give_for_any_lengths(lengths):
     """Rows of length 0 too, but not all of them: one row is as long as the batch."""
-    lengths = torch.tensor([*lengths[:2], 12400])
-    _, model = twins(configurations.base(), torch.float64)
-    packed = _run(model, True, lengths, unmasked_weight=0.5)
-    assert_steps_match(packed, _run(model, False, lengths, "reference", unmasked_weight=0.5), 1e-10)
+    data = batch(torch.float64, torch.tensor([*lengths[:2], 12400]))
+    objective = objective_of(configurations.base(), unmasked_weight=0.5)
+    packed = step(objective, data)
+    with backend.using("reference"), mock.patch.object(plan, "valid_rows", _every_frame):
+        assert_steps_match(packed, step(objective, data), 1e-10)
 
 
 def test_the_last_layer_computes_the_masked_rows_alone_where_no_others_are_wanted():
@@ -62,8 +44,10 @@ def test_the_last_layer_computes_the_masked_rows_alone_where_no_others_are_wante
     sizes = []
     layers = model.wav2vec2.encoder.transformer.layers
     with layers[-1].feed_forward.register_forward_hook(lambda module, inputs, output: sizes.append(len(output))):
-        masked_only, _ = _run(model, True)
-        everything, _ = _run(model, True, unmasked_weight=0.5)
+        masked_only, everything = (
+            seeded(hubert_fast.PretrainingObjective(model, unmasked_weight=weight), batch(torch.float64, LENGTHS))
+            for weight in (0.0, 0.5)
+        )
     assert sizes == [int(masked_only.masked_count), int(valid_frames(LENGTHS).sum())] and sizes[0] < sizes[1]
     assert relative_error(masked_only.masked_loss, everything.masked_loss) <= 1e-12
 

@@ -55,15 +55,6 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_rows_losses():
     assert relative_error(together.loss, total) <= 1e-10
 
 
-def test_without_padding_the_option_changes_nothing():
-    waveforms = batch(torch.float64).waveforms
-    full = torch.full((3,), waveforms.shape[1])
-    default, _ = _model().wav2vec2(waveforms)
-    for lengths in (None, full):
-        option, _ = _model(padding_invariant=True).wav2vec2(waveforms, lengths)
-        assert relative_error(option, default) <= 1e-12
-
-
 def test_it_can_be_asked_of_every_factory():
     for factory in ("base", "large", "xlarge"):
         with torch.device("meta"):
