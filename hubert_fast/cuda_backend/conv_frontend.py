@@ -440,11 +440,8 @@ class _Backward:
     def __init__(self, frontend: _Frontend, saved: Sequence[Tensor]) -> None:
         self.frontend = frontend
         self.statistics, self.filters, *self.preactivations = saved
-        layers = frontend.last + 1
-        self.weight_grads: list[Tensor] = [frontend.empty(0)] * layers
-        self.bias_grads: list[Tensor] = [frontend.empty(0)] * len(frontend.biases)
-        self.norm_weight_grads: list[Tensor] = [frontend.empty(0)] * len(frontend.norm_weights)
-        self.norm_bias_grads: list[Tensor] = [frontend.empty(0)] * len(frontend.norm_biases)
+        groups = frontend.weights, frontend.biases, frontend.norm_weights, frontend.norm_biases
+        self.gradients = Gradients(*([frontend.empty(0)] * len(group) for group in groups))
 
     def run(self, grad: Tensor) -> Gradients:
         frontend = self.frontend
@@ -456,7 +453,7 @@ class _Backward:
             self._through_activation(last, grad, frontend.frames[last], upstream[1:], None)
             for layer in range(last, 0, -1):
                 upstream = self._layer(layer, upstream)
-        return Gradients(self.weight_grads, self.bias_grads, self.norm_weight_grads, self.norm_bias_grads)
+        return self.gradients
 
     def _layer(self, layer: int, upstream: Tensor) -> Tensor:
         """From the gradient of a layer's convolution to that of the layer below; its own parameters on the way."""
@@ -475,9 +472,9 @@ class _Backward:
             else:
                 frontend.input_gradient(layer, upstream, below[1:], None)
                 self._through_activation(layer - 1, below[1:], frontend.rows[layer - 1], below[1:], activation)
-        self.weight_grads[layer] = frontend.weight_gradient(layer, upstream[1:], activation)
+        self.gradients.weights[layer] = frontend.weight_gradient(layer, upstream[1:], activation)
         if frontend.biases and not frontend.layer_norm:
-            self.bias_grads[layer] = frontend.column_sums(upstream[1:])
+            self.gradients.biases[layer] = frontend.column_sums(upstream[1:])
         return below
 
     def _through_activation(
@@ -503,9 +500,9 @@ class _Backward:
         frontend.lib.layer_norm_backward(layout, frontend.norm(layer), partial=partial, part_rows=part_rows, **settings)
         sums = frontend.sum_parts(partial, frontend.wide)[0]
         # Tensors of their own: outputs of a custom operator may not share memory.
-        self.norm_weight_grads[layer], self.norm_bias_grads[layer] = sums[0].clone(), sums[1].clone()
+        self.gradients.norm_weights[layer], self.gradients.norm_biases[layer] = sums[0].clone(), sums[1].clone()
         if frontend.biases:
-            self.bias_grads[layer] = sums[2].clone()
+            self.gradients.biases[layer] = sums[2].clone()
 
     def _first_layer(self, gradients: Tensor, rows: int) -> None:
         """Layer 0's parameter gradients from that of its activations, which the activations then replace."""
@@ -552,7 +549,7 @@ class _Backward:
             lib.first_layer_group_norm_backward(frontend.first, partial=partial, **passed, **shared)
             sums = frontend.sum_parts(partial, torch.float64)
             lib.first_layer_group_norm_finish(frontend.first, sums=sums, epsilon=NORM_EPS, **finished, **shared)
-        self.weight_grads[0] = weight_grad.unsqueeze(1)
-        self.norm_weight_grads[0], self.norm_bias_grads[0] = norm_grads[0], norm_grads[1]
+        self.gradients.weights[0] = weight_grad.unsqueeze(1)
+        self.gradients.norm_weights[0], self.gradients.norm_biases[0] = norm_grads[0], norm_grads[1]
         if bias_grad is not None:
-            self.bias_grads[0] = bias_grad
+            self.gradients.biases[0] = bias_grad
