@@ -1,6 +1,6 @@
 """The compiled part of the package, ``hubert_fast._C``, and why it is absent where it is.
 
-Its kernels take pointers, sizes, strides and streams as integers and know nothing of torch; ``hubert_fast.cpu_backend`` and
+Its kernels take buffers, sizes, strides and streams and know nothing of torch; ``hubert_fast.cpu_backend`` and
 ``hubert_fast.cuda_backend`` call them. Importing this module loads nothing; the first question does. One about the CUDA kernels
 starts the driver, after which neither ``CUDA_VISIBLE_DEVICES`` nor a forked process can choose GPUs: none is asked before there
 are tensors on a GPU, or a user wants to know.

@@ -31,12 +31,12 @@ Encode find_encode() {
   return reinterpret_cast<Encode>(function);
 }
 
-// Whether the driver takes the map of an operand of gemm_sm90.h in small: [2, 4, 96] of 16 bits, with rows `stride`
-// elements apart. The driver reads no memory.
-bool driver_takes_map(cuuint64_t stride) {
+// Whether the driver takes the map of an operand of gemm_sm90.h in small: [2, 4, 96] of 16 bits, with rows 64 elements apart.
+// The driver reads no memory.
+bool driver_takes_overlapping_maps() {
   alignas(16) static char memory[16];
   const cuuint64_t extents[] = {96, 4, 2};
-  const cuuint64_t strides[] = {stride * 2, 4 * stride * 2};  // in bytes, without that of the columns
+  const cuuint64_t strides[] = {64 * 2, 4 * 64 * 2};  // in bytes, without that of the columns
   const cuuint32_t box[] = {64, 4, 1}, every_element[] = {1, 1, 1};
   CUtensorMap map;
   const CUresult result =
@@ -47,13 +47,6 @@ bool driver_takes_map(cuuint64_t stride) {
   if (result == CUDA_ERROR_INVALID_VALUE) return false;
   if (result == CUDA_SUCCESS) return true;
   throw std::runtime_error("cuTensorMapEncodeTiled failed with CUresult " + std::to_string(static_cast<int>(result)));
-}
-
-// A refusal is about the overlap only where the same map with longer strides is taken. Where that is refused too,
-// something else is wrong, and the products that encode such maps say so.
-bool driver_takes_overlapping_maps() {
-  constexpr cuuint64_t kOverlapping = 64, kApart = 128;  // the rows have 96 elements
-  return driver_takes_map(kOverlapping) || !driver_takes_map(kApart);
 }
 
 std::optional<bool> wanted() {

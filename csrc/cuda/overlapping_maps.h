@@ -8,8 +8,8 @@ namespace hubert_fast::cuda {
 
 // On the current device, which must have tensor maps. Decided once for each device: by HUBERT_FAST_OVERLAPPING_MAPS (0: no,
 // 1: yes) where it is set, which is for measuring both ways and for a driver that takes such maps and copies wrongly; else
-// no where the driver refuses a small one but takes it with rows that do not overlap. Throws std::invalid_argument for
-// another value of the variable and std::runtime_error where the driver cannot be asked.
+// by whether the driver takes a small one. Throws std::invalid_argument for another value of the variable and
+// std::runtime_error where the driver cannot be asked.
 bool overlapping_maps_allowed();
 
 }  // namespace hubert_fast::cuda

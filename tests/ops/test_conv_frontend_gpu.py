@@ -275,12 +275,3 @@ def test_the_kernels_for_sm_80_serve_where_overlapping_maps_are_not_to_be_used(p
     environment = {**os.environ, "HUBERT_FAST_OVERLAPPING_MAPS": "0"}
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:]
-
-
-def test_sizes_are_checked_before_a_launch():
-    cuda = extension.cuda()
-    rows = cuda.Rows(batch=1, rows=10, frames=10, channels=64)
-    norm = cuda.Norm(weight=None, bias=None, epsilon=1e-5)
-    stream = torch.cuda.Stream().cuda_stream
-    with pytest.raises(ValueError, match="out_rows must be at least frames"):
-        cuda.activation_forward(rows, norm, z=None, out=None, out_rows=9, dtype=0, stream=stream)

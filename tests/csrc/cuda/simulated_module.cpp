@@ -19,7 +19,7 @@ struct {
 int current_device = 0;
 std::string product_namespace;  // of the last product
 struct {
-  bool takes_overlapping_maps = true, takes_maps = true;
+  bool takes_overlapping_maps = true;
   int encoded = 0;
 } driver;
 
@@ -32,7 +32,6 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
                       const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                       CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   ++driver.encoded;
-  if (!driver.takes_maps) return CUDA_ERROR_INVALID_VALUE;
   bool good = divides(64, reinterpret_cast<std::uintptr_t>(map)) && type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 &&
               divides(16, reinterpret_cast<std::uintptr_t>(address)) && address != nullptr && rank >= 1 && rank <= 5 &&
               interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && swizzle == CU_TENSOR_MAP_SWIZZLE_128B &&
@@ -175,9 +174,7 @@ PYBIND11_MODULE(simulated_cuda, m) {
   m.def("set_compute_capability", [](int major, int minor) { capability = {major, minor}; });
   m.def("product_namespace", [] { return product_namespace; });
   // A driver of its own for a device of its own, as what was found out about a device is kept.
-  m.def("set_driver", [](bool takes_overlapping_maps, bool takes_maps) {
-    driver = {takes_overlapping_maps, takes_maps, 0};
-  });
+  m.def("set_driver", [](bool takes_overlapping_maps) { driver = {takes_overlapping_maps, 0}; });
   m.def("maps_encoded", [] { return driver.encoded; });
   // The two GELUs: (value, derivative) of z.
   auto both = [](hubert_fast::cuda::Gelu gelu) { return pybind11::make_tuple(gelu.value, gelu.derivative); };

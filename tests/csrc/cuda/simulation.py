@@ -87,14 +87,14 @@ _new_devices = itertools.count(1)
 
 
 @contextmanager
-def driver(module: ModuleType, *, takes_overlapping_maps: bool, takes_maps: bool = True) -> Iterator[None]:
+def driver(module: ModuleType, *, takes_overlapping_maps: bool) -> Iterator[None]:
     """A device that nothing was asked about yet, with such a driver; device 0, whose driver takes every map, after it."""
-    module.set_driver(takes_overlapping_maps, takes_maps)
+    module.set_driver(takes_overlapping_maps)
     module.cuda.set_device(next(_new_devices))
     try:
         yield
     finally:
-        module.set_driver(True, True)
+        module.set_driver(True)
         module.cuda.set_device(0)
 
 
