@@ -7,4 +7,6 @@ namespace hubert_fast::cuda {
 
 enum class Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
+inline std::int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
 }  // namespace hubert_fast::cuda

@@ -27,12 +27,12 @@ struct Product {
 };
 
 // Whether these products are there for a dtype on the current device: those for sm_90a on Hopper (compute capability 9.0),
-// those for sm_80 on every other GPU of 8.0 or newer, and on Hopper where a build has no others or its driver refuses what they
-// load through (overlapping_maps.h).
+// those for sm_80 (sm80_kernels.h) on every other GPU of 8.0 or newer, and on Hopper where a build has no others.
 bool tensor_core_products_available(Dtype dtype);
 
-// Whether the current device's tensor maps may describe rows that overlap, which the products for sm_90a need
-// (overlapping_maps.h). Null where this build has no such products for the device.
+// Whether these products load rows that overlap as they are on the current device (overlapping_maps.h); if not, each product
+// with such rows is split into several without, and its result is the same to the bit. Null where the question does not
+// arise, because products there do not load through tensor maps or there are none.
 std::optional<bool> overlapping_maps();
 
 // out = product + bias. `bias` is [columns] float, or null; rows of `out` are `out_stride` apart.

@@ -19,8 +19,8 @@
 
 // After the above, which it does not include itself.
 #include "cutlass/epilogue/threadblock/fusion/visitors.hpp"
+#include "gemm.h"
 #include "gemm_cutlass.h"
-#include "gemm_kernels.h"
 
 namespace hubert_fast::cuda::sm80 {
 
@@ -168,15 +168,15 @@ void product_gelu_gradient(const Product& operands, const void* z, void* out, vo
 }
 
 template <class Element>
-void weight_gradient(const void* gradient, const void* input, std::int64_t input_stride, float* partial,
-                     std::int64_t parts, std::int64_t part_rows, std::int64_t channels, std::int64_t depth,
-                     cudaStream_t stream) {
+void weight_gradient_parts(const void* gradient, const void* input, std::int64_t input_stride, float* partial,
+                           std::int64_t partial_stride, std::int64_t parts, std::int64_t part_rows,
+                           std::int64_t channels, std::int64_t depth, cudaStream_t stream) {
   using Kernel = WeightKernel<Element>;
   const typename Kernel::Arguments arguments(
       cutlass::gemm::GemmUniversalMode::kBatched,
       {static_cast<int>(channels), static_cast<int>(depth), static_cast<int>(part_rows)}, static_cast<int>(parts), {},
-      gradient, input, nullptr, partial, part_rows * channels, part_rows * input_stride, 0, channels * depth, channels,
-      input_stride, std::int64_t{0}, depth);
+      gradient, input, nullptr, partial, part_rows * channels, part_rows * input_stride, 0, channels * partial_stride,
+      channels, input_stride, std::int64_t{0}, partial_stride);
   run<Kernel>(arguments, "weight_gradient", stream);
 }
 

@@ -3,7 +3,7 @@
 //
 // The tensor map of an input with overlapping rows has extents (depth, rows) and a row stride smaller than depth. The copy
 // engine bounds-checks coordinates against extents only, and strides need only be multiples of 16 bytes; but the driver, which
-// encodes the map, does not promise to take it. Where it refuses, the kernels for sm_80 run (overlapping_maps.h).
+// encodes the map, does not promise to take it. Where it refuses, gemm.cpp splits the product (overlapping_maps.h).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -41,8 +41,8 @@ CUresult checked_cuTensorMapEncodeIm2col(Arguments... arguments) {
 #include "cutlass/epilogue/fusion/operations.hpp"
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
+#include "gemm.h"
 #include "gemm_cutlass.h"
-#include "gemm_kernels.h"
 
 namespace hubert_fast::cuda::sm90 {
 
@@ -204,12 +204,12 @@ void product_gelu_gradient(const Product& operands, const void* z, void* out, vo
 }
 
 template <class Element>
-void weight_gradient(const void* gradient, const void* input, std::int64_t input_stride, float* partial,
-                     std::int64_t parts, std::int64_t part_rows, std::int64_t channels, std::int64_t depth,
-                     cudaStream_t stream) {
+void weight_gradient_parts(const void* gradient, const void* input, std::int64_t input_stride, float* partial,
+                           std::int64_t partial_stride, std::int64_t parts, std::int64_t part_rows,
+                           std::int64_t channels, std::int64_t depth, cudaStream_t stream) {
   using Kernel = typename WeightProduct<Element>::Kernel;
   using ColumnStride = Stride<_1, std::int64_t, std::int64_t>;
-  const RowStride out_layout{depth, _1{}, channels * depth};
+  const RowStride out_layout{partial_stride, _1{}, channels * partial_stride};
   const typename Kernel::Arguments arguments{
       cutlass::gemm::GemmUniversalMode::kGemm,
       {static_cast<int>(channels), static_cast<int>(depth), static_cast<int>(part_rows), static_cast<int>(parts)},

@@ -1,7 +1,7 @@
 // Whether the tensor maps of the copy engine may describe rows that overlap: a row stride shorter than a row.
 //
 // The CUDA driver's documentation builds the strides of cuTensorMapEncodeTiled from the extents and padding, so it promises
-// nothing about shorter ones. Where they are refused, gemm.cpp takes the kernels for sm_80, which need none.
+// nothing about shorter ones. Where they are refused, gemm.cpp splits what overlaps.
 #pragma once
 
 namespace hubert_fast::cuda {

@@ -1,3 +1,10 @@
 #include "gemm_sm90.h"
+#include "sm90_kernels.h"
 
-const hubert_fast::cuda::ProductKernel hubert_fast::cuda::sm90::product_bf16 = product<cutlass::bfloat16_t>;
+namespace hubert_fast::cuda::sm90 {
+
+void product_bf16(const Product& operands, const float* bias, void* out, std::int64_t out_stride, cudaStream_t stream) {
+  product<cutlass::bfloat16_t>(operands, bias, out, out_stride, stream);
+}
+
+}  // namespace hubert_fast::cuda::sm90

@@ -1,4 +1,11 @@
 #include "gemm_sm80.h"
+#include "sm80_kernels.h"
 
-const hubert_fast::cuda::ProductGeluKernel hubert_fast::cuda::sm80::product_gelu_bf16 =
-    product_gelu<cutlass::bfloat16_t>;
+namespace hubert_fast::cuda::sm80 {
+
+void product_gelu_bf16(const Product& operands, const float* bias, void* z, void* activation, std::int64_t out_stride,
+                       cudaStream_t stream) {
+  product_gelu<cutlass::bfloat16_t>(operands, bias, z, activation, out_stride, stream);
+}
+
+}  // namespace hubert_fast::cuda::sm80

@@ -1,4 +1,11 @@
 #include "gemm_sm90.h"
+#include "sm90_kernels.h"
 
-const hubert_fast::cuda::ProductGeluGradientKernel hubert_fast::cuda::sm90::product_gelu_gradient_bf16 =
-    product_gelu_gradient<cutlass::bfloat16_t>;
+namespace hubert_fast::cuda::sm90 {
+
+void product_gelu_gradient_bf16(const Product& operands, const void* z, void* out, void* activation,
+                                std::int64_t out_stride, cudaStream_t stream) {
+  product_gelu_gradient<cutlass::bfloat16_t>(operands, z, out, activation, out_stride, stream);
+}
+
+}  // namespace hubert_fast::cuda::sm90

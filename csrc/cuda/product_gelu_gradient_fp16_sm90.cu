@@ -1,4 +1,11 @@
 #include "gemm_sm90.h"
+#include "sm90_kernels.h"
 
-const hubert_fast::cuda::ProductGeluGradientKernel hubert_fast::cuda::sm90::product_gelu_gradient_fp16 =
-    product_gelu_gradient<cutlass::half_t>;
+namespace hubert_fast::cuda::sm90 {
+
+void product_gelu_gradient_fp16(const Product& operands, const void* z, void* out, void* activation,
+                                std::int64_t out_stride, cudaStream_t stream) {
+  product_gelu_gradient<cutlass::half_t>(operands, z, out, activation, out_stride, stream);
+}
+
+}  // namespace hubert_fast::cuda::sm90

@@ -1,4 +1,13 @@
 #include "gemm_sm80.h"
+#include "sm80_kernels.h"
 
-const hubert_fast::cuda::WeightGradientKernel hubert_fast::cuda::sm80::weight_gradient_bf16 =
-    weight_gradient<cutlass::bfloat16_t>;
+namespace hubert_fast::cuda::sm80 {
+
+void weight_gradient_bf16(const void* gradient, const void* input, std::int64_t input_stride, float* partial,
+                          std::int64_t partial_stride, std::int64_t parts, std::int64_t part_rows,
+                          std::int64_t channels, std::int64_t depth, cudaStream_t stream) {
+  weight_gradient_parts<cutlass::bfloat16_t>(gradient, input, input_stride, partial, partial_stride, parts, part_rows,
+                                             channels, depth, stream);
+}
+
+}  // namespace hubert_fast::cuda::sm80

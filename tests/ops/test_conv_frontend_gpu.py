@@ -1,4 +1,9 @@
-"""``conv_frontend`` on a GPU: against float64 of the reference, and what only the real kernels can show."""
+"""``conv_frontend`` on a GPU: against float64 of the reference, and what only the real kernels can show.
+
+As a program, it saves what the tensor-core products compute, for a test that compares two processes.
+
+    HUBERT_FAST_OVERLAPPING_MAPS=0 python -m tests.ops.test_conv_frontend_gpu FILE
+"""
 
 import os
 import subprocess
@@ -178,9 +183,9 @@ PRODUCT_SIZES = [
 @pytest.fixture
 def products():
     cuda = extension.cuda()
-    cuda.set_device(torch.cuda.current_device())
     if not cuda.tensor_core_products_available(1):
         pytest.skip("there are no tensor-core products for this GPU")
+    cuda.set_device(torch.cuda.current_device())
     return cuda
 
 
@@ -268,10 +273,58 @@ def test_weight_gradients_are_right(products, rows, part_rows, channels, depth, 
         )  # tensor cores truncate their sums
 
 
-def test_the_kernels_for_sm_80_serve_where_overlapping_maps_are_not_to_be_used(products):
-    if products.overlapping_maps() is None:
-        pytest.skip("these are the products for this GPU anyway")
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "are_right", __file__]
-    environment = {**os.environ, "HUBERT_FAST_OVERLAPPING_MAPS": "0"}
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-5000:]
+def _products_of_overlapping_rows():
+    """Products one by one and the whole front end, both ways, in both 16-bit dtypes: what the split of rows passes through."""
+    products = extension.cuda()
+    products.set_device(torch.cuda.current_device())
+    results = []
+    for dtype in DTYPES[1:]:
+        settings = {"dtype": NUMBERS[dtype], "stream": torch.cuda.current_stream().cuda_stream}
+        for rows, columns, depth in [*PRODUCT_SIZES[:-1], (1, 64, 192), (2, 64, 192), (3, 512, 1536)]:
+            operands, (memory, _weight), _ = _operands(products, rows, columns, depth, dtype)
+            outs = [torch.zeros(rows, 2 * columns, device="cuda", dtype=dtype) for _ in range(3)]
+            tight = [torch.zeros(rows, columns, device="cuda", dtype=dtype) for _ in range(3)]
+            product, out, activation = outs
+            kept, activated, gradient = tight
+            products.product(operands, bias=None, out=product, out_stride=2 * columns, **settings)
+            products.product_gelu(operands, bias=None, z=kept, activation=activated, **settings)
+            products.product_gelu_gradient(
+                operands, z=product, out=out, activation=activation, out_stride=2 * columns, **settings
+            )
+            tight[2].copy_(tight[0])
+            part_rows = max(rows // 3, 1)
+            partial = torch.zeros(-(-rows // part_rows), columns, depth, device="cuda")
+            products.weight_gradient(
+                gradient=gradient, input=memory, input_stride=_stride(depth), rows=rows,
+                partial=partial, part_rows=part_rows, channels=columns, depth=depth, **settings,
+            )  # fmt: skip
+            results += [*outs, *tight, partial]
+        for norm in ("group_norm", "layer_norm"):
+            results += _problem(dtype, norm, batch=3, samples=33333).run("cuda")
+    return [each.cpu() for each in results]
+
+
+def test_overlapping_rows_are_the_same_to_the_bit_with_and_without_overlapping_maps(products, tmp_path):
+    """And the driver takes such maps exactly if it says so."""
+    takes = products.overlapping_maps()
+    if takes is None:
+        pytest.skip("the products for this GPU load without tensor maps")
+    if os.environ.get("HUBERT_FAST_OVERLAPPING_MAPS"):
+        pytest.skip("HUBERT_FAST_OVERLAPPING_MAPS is set, so the driver was not asked")
+    results = {}
+    for way in ("0", "1"):
+        path = tmp_path / way
+        command = [sys.executable, "-m", "tests.ops.test_conv_frontend_gpu", str(path)]
+        environment = {**os.environ, "HUBERT_FAST_OVERLAPPING_MAPS": way}
+        root = Path(__file__).parents[2]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+        if way == "1" and not takes:
+            assert "cuTensorMapEncodeTiled failed" in done.stderr
+            return
+        assert done.returncode == 0, done.stderr[-5000:]
+        results[way] = torch.load(path, weights_only=True)
+    assert all(torch.equal(*pair) for pair in zip(results["0"], results["1"], strict=True))
+
+
+if __name__ == "__main__":
+    torch.save(_products_of_overlapping_rows(), sys.argv[1])

@@ -9,7 +9,8 @@
 
 #include "bindings.h"
 #include "cuda/gelu.h"
-#include "cuda/gemm_kernels.h"
+#include "cuda/sm80_kernels.h"
+#include "cuda/sm90_kernels.h"
 #include "simulated_device.h"
 
 namespace {
@@ -92,9 +93,8 @@ float widen(__half x) { return __half2float(x); }
 void narrow(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
 void narrow(float x, __half* out) { *out = __float2half_rn(x); }
 
-template <class T, bool kSm90, class Finish>
+template <class T, class Finish>
 void rows(const Product& operands, const float* bias, Finish finish) {
-  product_namespace = kSm90 ? "sm90" : "sm80";
   const T* input = static_cast<const T*>(operands.input);
   const T* weight = static_cast<const T*>(operands.weight);
   for (std::int64_t r = 0; r < operands.rows; ++r) {
@@ -108,26 +108,23 @@ void rows(const Product& operands, const float* bias, Finish finish) {
   }
 }
 
-template <class T, bool kSm90>
-void product(const Product& operands, const float* bias, void* out, std::int64_t stride, cudaStream_t) {
-  rows<T, kSm90>(operands, bias,
-                 [&](auto r, auto c, float sum) { narrow(sum, static_cast<T*>(out) + r * stride + c); });
+template <class T>
+void product(const Product& operands, const float* bias, void* out, std::int64_t stride) {
+  rows<T>(operands, bias, [&](auto r, auto c, float sum) { narrow(sum, static_cast<T*>(out) + r * stride + c); });
 }
 
-template <class T, bool kSm90>
-void product_gelu(const Product& operands, const float* bias, void* z, void* activation, std::int64_t stride,
-                  cudaStream_t) {
-  rows<T, kSm90>(operands, bias, [&](auto r, auto c, float sum) {
+template <class T>
+void product_gelu(const Product& operands, const float* bias, void* z, void* activation, std::int64_t stride) {
+  rows<T>(operands, bias, [&](auto r, auto c, float sum) {
     const std::int64_t index = r * stride + c;
     if (z != nullptr) narrow(sum, static_cast<T*>(z) + index);
     narrow(FastGelu::value(sum), static_cast<T*>(activation) + index);
   });
 }
 
-template <class T, bool kSm90>
-void product_gelu_gradient(const Product& operands, const void* z, void* out, void* activation, std::int64_t stride,
-                           cudaStream_t) {
-  rows<T, kSm90>(operands, nullptr, [&](auto r, auto c, float sum) {
+template <class T>
+void product_gelu_gradient(const Product& operands, const void* z, void* out, void* activation, std::int64_t stride) {
+  rows<T>(operands, nullptr, [&](auto r, auto c, float sum) {
     const std::int64_t index = r * stride + c;
     const Gelu gelu = FastGelu::both(widen(static_cast<const T*>(z)[index]));
     narrow(sum * gelu.derivative, static_cast<T*>(out) + index);
@@ -135,10 +132,10 @@ void product_gelu_gradient(const Product& operands, const void* z, void* out, vo
   });
 }
 
-template <class T, bool kSm90>
-void weight_gradient(const void* gradient, const void* input, std::int64_t stride, float* partial, std::int64_t parts,
-                     std::int64_t part_rows, std::int64_t channels, std::int64_t depth, cudaStream_t) {
-  product_namespace = kSm90 ? "sm90" : "sm80";
+template <class T>
+void weight_gradient(const void* gradient, const void* input, std::int64_t stride, float* partial,
+                     std::int64_t partial_stride, std::int64_t parts, std::int64_t part_rows, std::int64_t channels,
+                     std::int64_t depth) {
   for (std::int64_t part = 0; part < parts; ++part) {
     for (std::int64_t c = 0; c < channels; ++c) {
       for (std::int64_t k = 0; k < depth; ++k) {
@@ -147,7 +144,7 @@ void weight_gradient(const void* gradient, const void* input, std::int64_t strid
           sum += widen(static_cast<const T*>(gradient)[r * channels + c]) *
                  widen(static_cast<const T*>(input)[r * stride + k]);
         }
-        partial[(part * channels + c) * depth + k] = sum;
+        partial[(part * channels + c) * partial_stride + k] = sum;
       }
     }
   }
@@ -155,16 +152,43 @@ void weight_gradient(const void* gradient, const void* input, std::int64_t strid
 
 }  // namespace loops
 
-#define DEFINE(arch, is_sm90, suffix, type)                                                                           \
-  const ProductKernel arch::product_##suffix = loops::product<type, is_sm90>;                                         \
-  const ProductGeluKernel arch::product_gelu_##suffix = loops::product_gelu<type, is_sm90>;                           \
-  const ProductGeluGradientKernel arch::product_gelu_gradient_##suffix = loops::product_gelu_gradient<type, is_sm90>; \
-  const WeightGradientKernel arch::weight_gradient_##suffix = loops::weight_gradient<type, is_sm90>;
+// Called by every product with the namespace that was chosen and the strides of its input.
+void called(const char* arch, std::int64_t input_stride, std::int64_t depth) {
+  product_namespace = arch;
+  if (product_namespace == "sm90" && !driver.takes_overlapping_maps && input_stride < depth) {
+    throw std::runtime_error("cuTensorMapEncodeTiled failed with CUresult 1");
+  }
+}
 
-DEFINE(sm80, false, bf16, __nv_bfloat16)
-DEFINE(sm80, false, fp16, __half)
-DEFINE(sm90, true, bf16, __nv_bfloat16)
-DEFINE(sm90, true, fp16, __half)
+// The functions of sm80_kernels.h and sm90_kernels.h: the same loops.
+#define DEFINE(arch, suffix, type)                                                                                     \
+  namespace arch {                                                                                                     \
+  void product_##suffix(const Product& operands, const float* bias, void* out, std::int64_t stride, cudaStream_t) {    \
+    called(#arch, operands.input_stride, operands.depth);                                                              \
+    loops::product<type>(operands, bias, out, stride);                                                                 \
+  }                                                                                                                    \
+  void product_gelu_##suffix(const Product& operands, const float* bias, void* z, void* activation,                    \
+                             std::int64_t stride, cudaStream_t) {                                                      \
+    called(#arch, operands.input_stride, operands.depth);                                                              \
+    loops::product_gelu<type>(operands, bias, z, activation, stride);                                                  \
+  }                                                                                                                    \
+  void product_gelu_gradient_##suffix(const Product& operands, const void* z, void* out, void* activation,             \
+                                      std::int64_t stride, cudaStream_t) {                                             \
+    called(#arch, operands.input_stride, operands.depth);                                                              \
+    loops::product_gelu_gradient<type>(operands, z, out, activation, stride);                                          \
+  }                                                                                                                    \
+  void weight_gradient_##suffix(const void* gradient, const void* input, std::int64_t stride, float* partial,          \
+                                std::int64_t partial_stride, std::int64_t parts, std::int64_t part_rows,               \
+                                std::int64_t channels, std::int64_t depth, cudaStream_t) {                             \
+    called(#arch, stride, depth);                                                                                      \
+    loops::weight_gradient<type>(gradient, input, stride, partial, partial_stride, parts, part_rows, channels, depth); \
+  }                                                                                                                    \
+  }
+
+DEFINE(sm80, bf16, __nv_bfloat16)
+DEFINE(sm80, fp16, __half)
+DEFINE(sm90, bf16, __nv_bfloat16)
+DEFINE(sm90, fp16, __half)
 
 }  // namespace hubert_fast::cuda
 

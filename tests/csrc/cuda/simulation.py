@@ -160,5 +160,7 @@ def check(module: ModuleType, dtype: torch.dtype, *, tensor_cores: bool, orders:
 if __name__ == "__main__":
     simulated = load(Path(sys.argv[1]))
     check(simulated, torch.float32, tensor_cores=False)
-    check(simulated, torch.bfloat16, tensor_cores=True)
+    for takes in (True, False):
+        with driver(simulated, takes_overlapping_maps=takes):
+            check(simulated, torch.bfloat16, tensor_cores=True)
     print("clean")

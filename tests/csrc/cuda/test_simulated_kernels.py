@@ -139,41 +139,96 @@ def test_a_sequence_has_the_same_features_in_every_place_of_a_batch(simulated):
         assert torch.equal(simulation.run(simulated, alone, tensor_cores=True)[0][0], features[row])
 
 
-@pytest.mark.parametrize("takes", [False, True])
-@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
-def test_products_are_chosen_by_the_device_and_its_driver(simulated, set_compute_capability, capability, takes):
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((7, 5), None), ((8, 0), "sm80"), ((8, 9), "sm80"), ((9, 0), "sm90"), ((10, 0), "sm80"), ((12, 0), "sm80")],
+)
+@pytest.mark.parametrize("dtype", [1, 2], ids=["bfloat16", "float16"])
+def test_products_are_chosen_by_the_device(simulated, set_compute_capability, capability, expected, dtype):
     cuda, memory = simulated.cuda, torch.zeros(64, dtype=torch.bfloat16)
     sizes = {"input_stride": 8, "rows": 1, "columns": 8, "depth": 8}
     operands = cuda.Product(input=memory, weight=memory, **sizes)
+    call = {"bias": None, "out": memory, "out_stride": 8, "dtype": dtype, "stream": 0}
     set_compute_capability(*capability)
-    with simulation.driver(simulated, takes_overlapping_maps=takes):
-        assert not cuda.tensor_core_products_available(0)
-        for dtype in (1, 2):
-            call = {"bias": None, "out": memory, "out_stride": 8, "dtype": dtype, "stream": 0}
-            assert cuda.tensor_core_products_available(dtype) == (capability >= (8, 0))
-            if capability < (8, 0):
-                with pytest.raises(RuntimeError, match="product: this build has no kernel for this GPU"):
-                    cuda.product(operands, **call)
-            else:
-                cuda.product(operands, **call)
-                assert simulated.product_namespace() == ("sm90" if capability == (9, 0) and takes else "sm80")
-        assert cuda.overlapping_maps() == (takes if capability == (9, 0) else None)
-        assert (simulated.maps_encoded() > 0) == (capability == (9, 0))
+    assert cuda.tensor_core_products_available(dtype) == (expected is not None)
+    assert not cuda.tensor_core_products_available(0)
+    if expected is None:
+        with pytest.raises(RuntimeError, match="product: this build has no kernel for this GPU"):
+            cuda.product(operands, **call)
+    else:
+        cuda.product(operands, **call)
+        assert simulated.product_namespace() == expected
 
 
-@pytest.mark.parametrize("part_rows", [1, 3, 16])
-@pytest.mark.parametrize("rows", [1, 7, 9])
-def test_weight_gradients_have_whole_parts_and_the_rows_that_are_left(simulated, rows, part_rows):
-    channels, depth, stride = 8, 24, 16
-    gradient, memory = torch.randn(rows, channels).bfloat16(), torch.randn((rows - 1) * stride + depth).bfloat16()
-    partial = torch.full((-(-rows // part_rows), channels, depth), float("nan"))
-    simulated.cuda.weight_gradient(
-        gradient=gradient, input=memory, input_stride=stride, partial=partial,
-        rows=rows, part_rows=part_rows, channels=channels, depth=depth, dtype=1, stream=0,
-    )  # fmt: skip
+def _split_and_whole(simulated, compute):
+    """What ``compute`` gives over a driver that refuses overlapping rows, as the kernels then do, and over one that does not."""
+    results = []
+    for takes in (False, True):
+        with simulation.driver(simulated, takes_overlapping_maps=takes):
+            results.append(compute())
+            assert simulated.product_namespace() == "sm90"
+            assert simulated.cuda.overlapping_maps() == takes
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norm", ["group_norm", "layer_norm"])
+@pytest.mark.parametrize(("batch", "samples"), [(1, 400), (1, 719), (2, 2700), (3, 1111)])
+def test_front_end_without_overlapping_maps_is_the_same_to_the_bit(simulated, norm, dtype, batch, samples):
+    problem = Problem(HUBERT, norm=norm, batch=batch, samples=samples, channels=64, dtype=dtype, seed=samples)
+    split, whole = _split_and_whole(simulated, lambda: simulation.run(simulated, problem, tensor_cores=True))
+    assert all(torch.equal(*pair) for pair in zip(split, whole, strict=True))
+    errors = [error(*pair) for pair in zip(split, problem.reference(), strict=True)]
+    assert max(errors) <= {torch.bfloat16: 0.06, torch.float16: 0.01}[dtype], errors
+
+
+# Depths of up to three strides; a depth and a stride that differ by less than a stride; rows that do not overlap.
+WINDOWS = [(24, 16), (24, 8), (40, 16), (528, 520), (1536, 1024), (16, 16), (16, 24)]
+
+
+@pytest.mark.parametrize(("depth", "stride"), WINDOWS)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 10])
+def test_products_without_overlapping_maps_are_the_same_to_the_bit(simulated, rows, depth, stride):
+    cuda, columns = simulated.cuda, 8
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    memory, weight, z = randn((rows - 1) * stride + depth), randn(columns, depth), randn(rows, 2 * columns)
+    gradient, bias = randn(rows, columns), randn(columns).float()
+    operands = cuda.Product(input=memory, input_stride=stride, weight=weight, rows=rows, columns=columns, depth=depth)
+    settings = {"dtype": 1, "stream": 0}
+
+    def compute():
+        tight = [torch.full((rows, columns), 7.0).bfloat16() for _ in range(3)]
+        wide = [torch.full((rows, 2 * columns), 7.0).bfloat16() for _ in range(4)]
+        product, out, activation, alone = wide
+        cuda.product(operands, bias=bias, out=product, out_stride=2 * columns, **settings)
+        kept, activated, again = tight
+        cuda.product_gelu(operands, bias=bias, z=kept, activation=activated, **settings)
+        cuda.product_gelu(operands, bias=bias, z=None, activation=again, **settings)
+        shared = {"z": z, "out_stride": 2 * columns, **settings}
+        cuda.product_gelu_gradient(operands, out=out, activation=activation, **shared)
+        cuda.product_gelu_gradient(operands, out=alone, activation=None, **shared)
+        sums = []
+        for part_rows in (1, 3, 16):
+            partial = torch.full((-(-rows // part_rows), columns, depth), float("nan"))
+            cuda.weight_gradient(
+                gradient=gradient, input=memory, input_stride=stride, partial=partial,
+                rows=rows, part_rows=part_rows, channels=columns, depth=depth, **settings,
+            )  # fmt: skip
+            sums.append(partial)
+        return [*tight, *wide, *sums]
+
+    split, whole = _split_and_whole(simulated, compute)
+    assert all(torch.equal(*pair) for pair in zip(split, whole, strict=True))
     windows = memory.as_strided((rows, depth), (stride, 1)).double()
-    for own, some, others in zip(partial, gradient.double().split(part_rows), windows.split(part_rows), strict=True):
-        assert error(own, some.T @ others) <= 1e-5
+    product = windows @ weight.double().T + bias.double()
+    for result in (split[0], split[3][:, :columns]):
+        assert error(result, product) <= 0.01
+    assert all((each[:, columns:] == 7.0).all() for each in split[3:7])
+    assert all(error(each.sum(0), gradient.double().T @ windows) <= 1e-5 for each in split[7:])
 
 
 @pytest.mark.parametrize("takes", [False, True])
@@ -193,6 +248,14 @@ def test_the_environment_overrules_the_driver(simulated, monkeypatch, value, exp
         assert simulated.maps_encoded() == asked
 
 
+def test_maps_that_are_used_against_the_drivers_word_fail(simulated, monkeypatch):
+    monkeypatch.setenv("HUBERT_FAST_OVERLAPPING_MAPS", "1")
+    problem = Problem(HUBERT, norm="group_norm", batch=1, samples=719, channels=64, dtype=torch.bfloat16)
+    with simulation.driver(simulated, takes_overlapping_maps=False):
+        with pytest.raises(RuntimeError, match="cuTensorMapEncodeTiled failed with CUresult 1"):
+            simulation.run(simulated, problem, tensor_cores=True)
+
+
 def test_a_wrong_value_in_the_environment_is_an_error(simulated, monkeypatch):
     monkeypatch.setenv("HUBERT_FAST_OVERLAPPING_MAPS", "no")
     with simulation.driver(simulated, takes_overlapping_maps=True):
@@ -200,6 +263,18 @@ def test_a_wrong_value_in_the_environment_is_an_error(simulated, monkeypatch):
             simulated.cuda.overlapping_maps()
         monkeypatch.setenv("HUBERT_FAST_OVERLAPPING_MAPS", "0")
         assert simulated.cuda.overlapping_maps() is False  # an error is no answer that would be kept
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (10, 0)])
+def test_products_without_tensor_maps_take_overlapping_rows(simulated, set_compute_capability, capability):
+    problem = Problem(HUBERT[:3], norm="group_norm", batch=1, samples=719, channels=64, dtype=torch.bfloat16)
+    set_compute_capability(*capability)
+    with simulation.driver(simulated, takes_overlapping_maps=False):
+        assert simulated.cuda.overlapping_maps() is None
+        if capability >= (8, 0):
+            simulation.run(simulated, problem, tensor_cores=True)
+            assert simulated.product_namespace() == "sm80"
+        assert simulated.maps_encoded() == 0
 
 
 def test_gelu_is_exact_to_float_rounding(simulated):
