@@ -147,10 +147,9 @@ def _initialize(module: nn.Module) -> None:
         nn.init.normal_(module.conv.weight, 0.0, math.sqrt(4.0 / (module.embed_dim * module.kernel_size)))
         nn.init.zeros_(module.conv.bias)
     elif isinstance(module, SelfAttention):
-        for projection in (module.k_proj, module.v_proj, module.q_proj):
-            nn.init.xavier_uniform_(projection.weight, gain=1 / math.sqrt(2))
-        nn.init.xavier_uniform_(module.out_proj.weight)
-        nn.init.zeros_(module.out_proj.bias)
+        # Drawn for the numbers that follow alone: the transformer's own draw replaces these weights.
+        for projection in (module.k_proj, module.v_proj, module.q_proj, module.out_proj):
+            nn.init.xavier_uniform_(projection.weight)
     elif isinstance(module, Transformer):
         # Every Linear from N(0, 0.02), as BERT (Devlin et al. 2019).
         for child in module.modules():

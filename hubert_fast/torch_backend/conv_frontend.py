@@ -322,18 +322,14 @@ class _Backward:
             self._row_sums = (grad.new_zeros(grad.shape[1], dtype=torch.float64), 0.0)
         total, products = self._row_sums
         centred = windows - frontend.statistics[row].window_mean.to(frontend.wide)
-        self._row_sums = (total + grad.sum(0).double(), products + (grad.T @ centred).double())
+        total, products = self._row_sums = total + grad.sum(0).double(), products + (grad.T @ centred).double()
         if stop == frontend.frames[0]:
-            self._finish_row(row, *self._row_sums)
-
-    def _finish_row(self, row: int, total: Tensor, products: Tensor) -> None:
-        frontend = self.frontend
-        gradients = first_layer.gradients(
-            frontend.first_weight, frontend.norm_weights[0], frontend.statistics[row], total[None], products[None]
-        )
-        self.sums.weights[0].add_(gradients.filters.unsqueeze(1).to(frontend.wide))
-        self.sums.norm_weights[0].add_(gradients.norm_weight.to(frontend.wide))
-        self.sums.norm_biases[0].add_(gradients.norm_bias.to(frontend.wide))
+            gradients = first_layer.gradients(
+                frontend.first_weight, frontend.norm_weights[0], frontend.statistics[row], total[None], products[None]
+            )
+            self.sums.weights[0].add_(gradients.filters.unsqueeze(1).to(frontend.wide))
+            self.sums.norm_weights[0].add_(gradients.norm_weight.to(frontend.wide))
+            self.sums.norm_biases[0].add_(gradients.norm_bias.to(frontend.wide))
 
 
 def backward(
