@@ -24,6 +24,7 @@ from torch import Tensor
 from hubert_fast import tf32
 from hubert_fast.kernels import dropout
 from hubert_fast.kernels import head_vectors as vectors
+from hubert_fast.kernels.column_tiles import contiguous
 from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, cdiv, launch
 
 if TYPE_CHECKING:
@@ -333,8 +334,8 @@ def _key_backward(
 
 
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
-    _, offsets, key_lengths, max_frames, dropout_p, seed = arguments
-    qkv = arguments.qkv.contiguous()
+    max_frames, dropout_p, seed = arguments[3:]
+    qkv, offsets, key_lengths = contiguous(*arguments[:3])
     rows, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(rows, heads, head_dim)
     saved = [qkv.new_empty(shape, dtype=dtype) for shape, dtype in saved_tensors(arguments)]
@@ -358,8 +359,8 @@ def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dty
 
 
 def backward(arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]) -> tuple[Tensor]:
-    _, offsets, key_lengths, _, dropout_p, seed = arguments
-    qkv, grad = arguments.qkv.contiguous(), gradients[0].contiguous()
+    dropout_p, seed = arguments.dropout_p, arguments.seed
+    grad, qkv, offsets, key_lengths = contiguous(*gradients, *arguments[:3])
     out, lse, columns = saved if dropout_p > 0.0 else (*saved, None)
     constants, keep_scale = _constants(qkv, dropout_p), dropout.scale(dropout_p)
     qkv_grad = torch.empty_like(qkv)

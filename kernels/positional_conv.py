@@ -213,20 +213,20 @@ def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dty
 
 
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
-    x, weight, bias, gain = contiguous(*arguments[:4])
+    x, weight, bias, gain, offsets = contiguous(*arguments[:5])
     new = [x.new_empty(shape, dtype=dtype) for shape, dtype in saved_tensors(arguments)]
     preactivation, packed, *squares = new
     weight_norm.pack(weight, gain, squares[0] if squares else None, packed)
     out = torch.empty_like(x)
-    _launch_convolve(x, packed, bias, x, arguments.offsets, out, preactivation if save else None)
+    _launch_convolve(x, packed, bias, x, offsets, out, preactivation if save else None)
     return (out,), new if save else []
 
 
 def backward(
     arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
 ) -> tuple[Optional[Tensor], ...]:
-    grad, x, weight, bias, gain = contiguous(*gradients, *arguments[:4])
-    offsets, (preactivation, packed, *squares) = arguments.offsets, saved
+    grad, x, weight, bias, gain, offsets = contiguous(*gradients, *arguments[:5])
+    preactivation, packed, *squares = saved
     z_grad, bias_parts = _activation_backward(grad, preactivation, offsets)
     x_grad = weight_grad = bias_grad = gain_grad = None
     if wanted[0]:
