@@ -36,7 +36,7 @@ _PARTS = 256
 
 @triton.jit
 def _second_key(seed):
-    """The seed of the normed sum's mask (torch_backend/dropout_mask.py, SECOND_MASK)."""
+    """The seed of the normed sum's mask (reference/dropout.py, SECOND_MASK)."""
     return tl.load(seed) ^ 0x2545F4914F6CDD1D
 
 

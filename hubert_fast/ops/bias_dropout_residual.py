@@ -9,8 +9,7 @@ from torch import Tensor
 from hubert_fast.ops.arguments import check_channels, check_residual, check_rows, dropout_seed
 from hubert_fast.ops.operator import Operator
 from hubert_fast.reference import bias_dropout_residual as reference
-from hubert_fast.reference.dropout import keep_scale
-from hubert_fast.torch_backend.dropout_mask import kept_values
+from hubert_fast.reference.dropout import keep_scale, kept_values
 
 
 class Arguments(NamedTuple):

@@ -19,8 +19,7 @@ from hubert_fast.ops.arguments import (
 )
 from hubert_fast.ops.operator import Operator
 from hubert_fast.reference import residual_layer_norm as reference
-from hubert_fast.reference.dropout import keep_scale
-from hubert_fast.torch_backend.dropout_mask import SECOND_MASK, kept_values
+from hubert_fast.reference.dropout import SECOND_MASK, keep_scale, kept_values
 
 # A row of the "triton" backend lies in the registers of one program.
 _MOST_CHANNELS = 4096

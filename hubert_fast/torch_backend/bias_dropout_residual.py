@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Optional
 import torch
 from torch import Tensor
 
-from hubert_fast.reference.dropout import keep_scale
-from hubert_fast.torch_backend.dropout_mask import drop_, kept_chunks, row_chunks
+from hubert_fast.reference.dropout import drop_, keep_scale, kept_chunks, row_chunks
 
 if TYPE_CHECKING:
     from hubert_fast.ops.bias_dropout_residual import Arguments

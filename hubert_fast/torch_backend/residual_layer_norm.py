@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Optional
 import torch
 from torch import Tensor
 
-from hubert_fast.reference.dropout import keep_scale
+from hubert_fast.reference.dropout import SECOND_MASK, drop_, keep_scale, kept_chunks, row_chunks
 from hubert_fast.torch_backend.bias_dropout_residual import dropped_gradient, residual_gradient, residual_sum
-from hubert_fast.torch_backend.dropout_mask import SECOND_MASK, drop_, kept_chunks, row_chunks
 
 if TYPE_CHECKING:
     from hubert_fast.ops.residual_layer_norm import Arguments

@@ -11,7 +11,7 @@ from hubert_fast.ops.bias_dropout_residual import bias_dropout_residual
 from hubert_fast.ops.bias_gelu_dropout import bias_gelu_dropout
 from hubert_fast.ops.mask_fill import mask_fill
 from hubert_fast.ops.residual_layer_norm import residual_layer_norm
-from hubert_fast.torch_backend import dropout_mask
+from hubert_fast.reference import dropout as masks
 from tests.ops.comparison import assert_as_precise, assert_twins, device_of, error, on_every_backend
 
 
@@ -68,7 +68,7 @@ def passes(rows, channels, *, p=0.0, seed=0, biased=True, indexed=False, device=
 )  # fmt: skip
 def test_backends_agree_for_any_shape_with_and_without_dropout(rows, channels, biased, indexed, chunk, p, seed):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dropout_mask, "_CHUNK_ELEMENTS", chunk)
+        patch.setattr(masks, "_CHUNK_ELEMENTS", chunk)
         for name, function, draw in passes(rows, channels, p=p, seed=seed, biased=biased, indexed=indexed):
             assert_twins(name, function, draw(0))
 
