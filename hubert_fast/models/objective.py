@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,25 @@ class PretrainingObjective(nn.Module):
             encoded.feature_penalty,
         )
 
-    def plan(self, *arguments: Any, **settings: Any) -> StepPlan:
-        """`HuBERTPretrainModel.plan` without ``masked_only``: this objective's weights decide which rows are kept."""
-        return self.model.plan(*arguments, masked_only=self.unmasked_weight == 0, **settings)
+    def plan(
+        self,
+        labels: Tensor,
+        audio_lengths: Optional[Tensor] = None,
+        *,
+        samples: int,
+        device: Union[str, torch.device],
+        mask: Optional[Tensor] = None,
+        rows: Optional[int] = None,
+        kept: Optional[int] = None,
+    ) -> StepPlan:
+        """`HuBERTPretrainModel.plan` for this objective, which decides by its weights which rows are kept."""
+        return self.model.plan(
+            labels,
+            audio_lengths,
+            samples=samples,
+            device=device,
+            mask=mask,
+            masked_only=self.unmasked_weight == 0,
+            rows=rows,
+            kept=kept,
+        )
