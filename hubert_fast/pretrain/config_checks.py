@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from typing import Any
 
-from hubert_fast.pretrain.config import PretrainConfig
+from hubert_fast.pretrain.config import (
+    DataConfig,
+    EvaluationConfig,
+    IterationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    UnitsConfig,
+)
 from hubert_fast.pretrain.manifest import LONGEST_SECONDS
 
 _SIZES = ("encoder_num_layers", "encoder_num_heads", "encoder_pos_conv_groups", "final_dim", "mask_length")
@@ -19,63 +25,91 @@ def check_config(config: PretrainConfig) -> None:
 
     Iterations without steps are not run and, but for their steps, not looked at.
     """
-
-    def check(accepted: str, holds: Callable[[Any], bool], *names: str) -> None:
-        # Conditions are written so that a NaN fails them.
-        for name in names:
-            value = operator.attrgetter(name)(config)
-            if not holds(value):
-                raise ValueError(f"{name}={value!r} must be {accepted}")
-
-    def at_least(least: int, *names: str) -> None:
-        check(f"{least} or more", lambda value: value >= least, *names)
-
-    def part(*names: str) -> None:
-        check("in [0, 1)", lambda value: 0 <= value < 1, *names)
-
-    def clustering(name: str) -> None:
-        at_least(2, f"{name}.clusters")
-        clusters = operator.attrgetter(f"{name}.clusters")(config)
-        check(f"clusters={clusters} or more", lambda frames: frames >= clusters, f"{name}.fit_frames")
-        at_least(1, f"{name}.init_attempts")
-
-    def batch(name: str) -> None:
-        longest = config.data.max_seconds
-        accepted = f"data.max_seconds={longest} or more, so that the longest utterance fits"
-        check(accepted, lambda seconds: seconds is None or seconds >= longest, name)
-
-    at_least(0, "seed", "data.workers")
-    check("0.025 (one frame) or more", lambda seconds: seconds >= 0.025, "data.max_seconds")
-    batch("data.batch_seconds")
-    check(f"in [0, {LONGEST_SECONDS:g})", lambda seconds: 0 <= seconds < LONGEST_SECONDS, "data.min_seconds")
-    part("data.valid_fraction")
-    at_least(1, *(f"logging.{each}" for each in ("log_every", "valid_every", "save_every", "keep_checkpoints")))
-    clustering("evaluation")
-    layers = 0  # of the model before
+    _require(config.seed >= 0, "seed", config.seed, "0 or more")
+    _check_data(config.data)
+    _at_least(1, "logging", config.logging, "log_every", "valid_every", "save_every", "keep_checkpoints")
+    _check_clustering("evaluation", config.evaluation)
+    previous = None
     for name in ("first", "second", "third"):
-        at_least(0, f"{name}.optimizer.steps")
         iteration = getattr(config, name)
-        if iteration.optimizer.steps == 0:
-            continue
-        batch(f"{name}.batch_seconds")
-        clustering(f"{name}.units")
-        accepted = f"0 (MFCC) or a layer of the model before it, in [1, {layers}]"
-        accepted = accepted if layers else "0 (MFCC): there is no model before it"
-        check(accepted, range(layers + 1).__contains__, f"{name}.units.layer")
-        layers = iteration.model.encoder_num_layers
-        at_least(1, *(f"{name}.model.{each}" for each in _SIZES))
-        for divisor in ("encoder_num_heads", "encoder_pos_conv_groups"):
-            parts = getattr(iteration.model, divisor)
-            accepted = f"a positive multiple of {divisor}={parts}"
-            check(accepted, lambda dim, parts=parts: dim > 0 and dim % parts == 0, f"{name}.model.encoder_embed_dim")
-        check("in [0, 1]", lambda share: 0 <= share <= 1, *(f"{name}.model.{each}" for each in _SHARES))
-        positive = ("learning_rate", "eps", "clip_norm")
-        check("more than 0", lambda value: value > 0, *(f"{name}.optimizer.{each}" for each in positive))
-        part(f"{name}.optimizer.warmup_fraction")
-        check("each in [0, 1)", lambda betas: all(0 <= beta < 1 for beta in betas), f"{name}.optimizer.betas")
-        at_least(0, f"{name}.optimizer.weight_decay")
-        at_least(1, f"{name}.optimizer.accumulate")
-        weights = ("masked_weight", "unmasked_weight", "feature_weight")
-        at_least(0, *(f"{name}.objective.{each}" for each in weights))
-    if not config.iterations():
+        _at_least(0, f"{name}.optimizer", iteration.optimizer, "steps")
+        if iteration.optimizer.steps > 0:
+            _check_iteration(name, iteration, config.data.max_seconds)
+            _check_layer(f"{name}.units.layer", iteration.units.layer, previous)
+            previous = iteration.model
+    if previous is None:
         raise ValueError("optimizer.steps must be 1 or more in one iteration at least, not 0 in all")
+
+
+def _check_data(data: DataConfig) -> None:
+    _require(data.max_seconds >= 0.025, "data.max_seconds", data.max_seconds, "0.025 (one frame) or more")
+    _check_batch("data.batch_seconds", data.batch_seconds, data.max_seconds)
+    in_range = 0 <= data.min_seconds < LONGEST_SECONDS
+    _require(in_range, "data.min_seconds", data.min_seconds, f"in [0, {LONGEST_SECONDS:g})")
+    _require(0 <= data.valid_fraction < 1, "data.valid_fraction", data.valid_fraction, "in [0, 1)")
+    _at_least(0, "data", data, "workers")
+
+
+def _check_batch(name: str, batch_seconds: float, max_seconds: float) -> None:
+    accepted = f"data.max_seconds={max_seconds} or more, so that the longest utterance fits"
+    _require(batch_seconds >= max_seconds, name, batch_seconds, accepted)
+
+
+def _check_clustering(name: str, settings: UnitsConfig | EvaluationConfig) -> None:
+    _at_least(2, name, settings, "clusters")
+    accepted = f"clusters={settings.clusters} or more"
+    _require(settings.fit_frames >= settings.clusters, f"{name}.fit_frames", settings.fit_frames, accepted)
+    _at_least(1, name, settings, "init_attempts")
+
+
+def _check_iteration(name: str, iteration: IterationConfig, max_seconds: float) -> None:
+    if iteration.batch_seconds is not None:
+        _check_batch(f"{name}.batch_seconds", iteration.batch_seconds, max_seconds)
+    _check_clustering(f"{name}.units", iteration.units)
+    _check_model(f"{name}.model", iteration.model)
+    _check_optimizer(f"{name}.optimizer", iteration.optimizer)
+    weights = ("masked_weight", "unmasked_weight", "feature_weight")
+    _at_least(0, f"{name}.objective", iteration.objective, *weights)
+
+
+def _check_layer(name: str, layer: int, previous: ModelConfig | None) -> None:
+    if previous is None:
+        _require(layer == 0, name, layer, "0 (MFCC): there is no model before it")
+        return
+    layers = previous.encoder_num_layers
+    accepted = f"0 (MFCC) or a layer of the model before it, in [1, {layers}]"
+    _require(0 <= layer <= layers, name, layer, accepted)
+
+
+def _check_model(name: str, model: ModelConfig) -> None:
+    _at_least(1, name, model, *_SIZES)
+    dim = model.encoder_embed_dim
+    for divisor in ("encoder_num_heads", "encoder_pos_conv_groups"):
+        parts = getattr(model, divisor)
+        accepted = f"a positive multiple of {divisor}={parts}"
+        _require(dim > 0 and dim % parts == 0, f"{name}.encoder_embed_dim", dim, accepted)
+    for share in _SHARES:
+        value = getattr(model, share)
+        _require(0 <= value <= 1, f"{name}.{share}", value, "in [0, 1]")
+
+
+def _check_optimizer(name: str, optimizer: OptimizerConfig) -> None:
+    for positive in ("learning_rate", "eps", "clip_norm"):
+        value = getattr(optimizer, positive)
+        _require(value > 0, f"{name}.{positive}", value, "more than 0")
+    _require(0 <= optimizer.warmup_fraction < 1, f"{name}.warmup_fraction", optimizer.warmup_fraction, "in [0, 1)")
+    _require(all(0 <= beta < 1 for beta in optimizer.betas), f"{name}.betas", optimizer.betas, "each in [0, 1)")
+    _at_least(0, name, optimizer, "weight_decay")
+    _at_least(1, name, optimizer, "accumulate")
+
+
+def _at_least(least: int, name: str, settings: Any, *fields: str) -> None:
+    for field in fields:
+        value = getattr(settings, field)
+        _require(value >= least, f"{name}.{field}", value, f"{least} or more")
+
+
+def _require(holds: bool, name: str, value: Any, accepted: str) -> None:
+    # Conditions are written so that a NaN fails them.
+    if not holds:
+        raise ValueError(f"{name}={value!r} must be {accepted}")
