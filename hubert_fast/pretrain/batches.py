@@ -127,14 +127,17 @@ class ValidationBatches:
 
 def _budget(samples: np.ndarray, batch_seconds: float, micro_batches: int) -> int:
     """Samples of a global batch, in which every micro-batch must find a row."""
+    if len(samples) < micro_batches:
+        raise ValueError(
+            f"{len(samples)} utterances cannot fill world_size x accumulate = {micro_batches} micro-batches"
+        )
     budget, longest = round(batch_seconds * SAMPLE_RATE), int(samples.max())
-    rows = smallest_batch(samples, budget)
-    if rows < micro_batches:
+    if smallest_batch(samples, budget) < micro_batches:
         seconds = longest / SAMPLE_RATE
         raise ValueError(
-            f"batch_seconds={batch_seconds} holds {rows} of the {len(samples)} utterances, the longest of which take "
-            f"{seconds:.2f} s, fewer than world_size x accumulate = {micro_batches} micro-batches: as many utterances, "
-            f"and {ceil(10 * micro_batches * seconds) / 10} or more, are accepted"
+            f"batch_seconds={batch_seconds} holds {budget // longest} of the longest utterances ({seconds:.2f} s), "
+            f"fewer than world_size x accumulate = {micro_batches} micro-batches: "
+            f"{ceil(10 * micro_batches * seconds) / 10} or more is accepted"
         )
     return budget
 

@@ -91,10 +91,13 @@ def joined(device: str = "auto") -> Iterator[Process]:
     ``device`` is "cpu", "cuda" or "auto", a GPU where there is one; each rank takes the GPU of its local rank.
 
     Raises:
-        ValueError: for a missing GPU.
+        ValueError: for a missing GPU, or a RANK that WORLD_SIZE does not allow.
     """
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    rank, world_size = 0, 1
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if not 0 <= rank < world_size:
+        raise ValueError(f"RANK must lie in [0, WORLD_SIZE), got RANK={rank}, WORLD_SIZE={world_size}")
     target = _device(device, int(os.environ.get("LOCAL_RANK", rank)))
     if world_size == 1:
         yield Process(target)

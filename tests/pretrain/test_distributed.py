@@ -37,3 +37,18 @@ def test_two_processes_sum_gather_hear_the_main_one_and_fail_with_it():
 def test_says_when_there_is_no_gpu():
     with pytest.raises(ValueError, match="needs a GPU for local rank 0, but 0 are visible"), joined("cuda"):
         pass
+
+
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_a_rank_that_the_world_size_does_not_allow_is_refused_by_name(monkeypatch, rank):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=f"got RANK={rank}, WORLD_SIZE=2"), joined("cpu"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_one_variable_alone_does_not_make_a_group(monkeypatch, name):
+    monkeypatch.setenv(name, "3")
+    with joined("cpu") as process:
+        assert (process.rank, process.world_size) == (0, 1)
