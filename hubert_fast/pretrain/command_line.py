@@ -92,8 +92,8 @@ class Train(Units):
         outcome = run.train(self.iteration, resume=self.resume)
         changes = []
         for name, measure in (("training loss", "loss"), ("masked accuracy", "masked_accuracy")):
-            first, last = outcome.get(f"first_{measure}"), outcome.get(f"last_{measure}")
-            if first is not None and last is not None:
+            first, last = outcome[f"first_{measure}"], outcome[f"last_{measure}"]
+            if first is not None and last is not None:  # no accuracy where masked frames have no weight
                 changes.append(f"{name} {first:.3f} -> {last:.3f}")
         weights = run.iteration_directory(self.iteration) / "train" / "model.safetensors"
         return f"weights: {weights}\n{', '.join(changes)}"

@@ -55,6 +55,7 @@ def train(
         FileExistsError: without ``resume``, if ``out`` holds an earlier run.
         CheckpointMismatchError: with ``resume``, if ``out`` holds a run of another model, other settings or
             other units.
+        FileNotFoundError: the weights are there but not their metrics.
         CorruptCheckpointError, NonFiniteTrainingError, DiskFullError, TrainingInterrupted: see `Trainer.fit`.
     """
     out = Path(out)
@@ -78,7 +79,7 @@ def train(
         _restore_newest(trainer)
         trainer.fit()
         process.on_main(lambda: _write_weights(out, model, description))
-    return process.on_main(lambda: training_metrics(out).outcome())
+    return process.on_main(lambda: _outcome(out))
 
 
 def weights_path(out: Path) -> Path:
@@ -160,3 +161,13 @@ def _write_weights(out: Path, model: nn.Module, description: Mapping[str, Any]) 
     metadata = {name: str(value) for name, value in description.items()}
     with naming(weights_path(out)):
         write_with(weights_path(out), lambda path: save_file(weights, path, metadata=metadata))
+
+
+def _outcome(out: Path) -> dict[str, Any]:
+    outcome = training_metrics(out).outcome()
+    if "last_loss" not in outcome:
+        raise FileNotFoundError(
+            f"{weights_path(out)} is there but its {metrics_path(out).name} is missing or empty; "
+            f"remove {out} to train again"
+        )
+    return outcome

@@ -152,3 +152,13 @@ def test_two_processes_end_with_the_weights_of_one(corpus, tmp_path):
         assert expected
         for measured in others:
             assert measured == pytest.approx(expected, rel=1e-4), measure
+
+
+@pytest.mark.parametrize("metrics", [None, "", "{cut"])
+def test_weights_without_metrics_are_not_taken_for_a_training(finished, corpus, tmp_path, metrics):
+    (tmp_path / "model.safetensors").symlink_to(finished[0] / "model.safetensors")
+    if metrics is not None:
+        (tmp_path / "metrics.jsonl").write_text(metrics)
+    message = f"model.safetensors is there but its metrics.jsonl is missing or empty; remove {tmp_path} to train again"
+    with pytest.raises(FileNotFoundError, match=message):
+        train_tiny(corpus, tmp_path, resume=True)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from hubert_fast.pretrain.checkpoint import list_checkpoints, load_checkpoint
+from hubert_fast.pretrain.checkpoint import DiskFullError, list_checkpoints, load_checkpoint
 from hubert_fast.pretrain.config import IterationConfig, LoggingConfig, OptimizerConfig, PretrainConfig
 from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.finite import NonFiniteTrainingError
@@ -184,6 +185,14 @@ def test_a_loss_that_is_not_finite_names_step_and_utterances_and_spares_the_weig
         trainer.fit()
     assert weights(trainer).isfinite().all()
     assert [path.name for path in list_checkpoints(trainer.checkpoints)] == ["step-00000003.pt"]
+
+
+def test_a_full_disk_stops_the_training(tmp_path, monkeypatch):
+    trainer = trainer_at(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(DiskFullError, match="there is no earlier checkpoint"):
+        trainer.fit()
+    assert trainer.step == LOGGING.save_every
 
 
 @pytest.mark.parametrize("workers_die", [False, True])
