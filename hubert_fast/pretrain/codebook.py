@@ -66,14 +66,16 @@ def fit_codebook(features: np.ndarray, clusters: int, *, seed: int, init_attempt
         init_attempts: k-means++ starts, of which the best is kept.
 
     Raises:
-        ValueError: too few frames, or features that are not finite (which scikit-learn says).
+        ValueError: too few frames, or features that are not finite.
     """
     from sklearn.cluster import MiniBatchKMeans
     from threadpoolctl import threadpool_limits
 
     frames = len(features)
     if clusters > frames:
-        raise ValueError(f"clusters={clusters} must lie between 1 and the number of frames to cluster, {frames}")
+        raise ValueError(f"clusters={clusters} must be at most the number of frames to cluster, {frames}")
+    if not np.isfinite(features).all():
+        raise ValueError("features hold a NaN or an infinity, which no cluster can be near to")
     kmeans = MiniBatchKMeans(
         n_clusters=clusters,
         init="k-means++",

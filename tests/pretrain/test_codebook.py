@@ -35,5 +35,13 @@ def test_the_same_seed_gives_the_same_codebook_bit_for_bit():
 
 
 def test_more_clusters_than_frames_is_an_error_that_names_both():
-    with pytest.raises(ValueError, match="clusters=11 must lie between 1 and the number of frames to cluster, 10"):
+    with pytest.raises(ValueError, match="clusters=11 must be at most the number of frames to cluster, 10"):
         fit_codebook(noise(frames=10), 11, seed=0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_refused_in_a_line(value):
+    features = noise()
+    features[3, 2] = value
+    with pytest.raises(ValueError, match="^features hold a NaN or an infinity, which no cluster can be near to$"):
+        fit_codebook(features, 4, seed=0)
