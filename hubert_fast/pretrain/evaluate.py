@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,26 +22,36 @@ from hubert_fast.pretrain.audio import load_audio, utterance_samples
 from hubert_fast.pretrain.codebook import Codebook, fit_codebook
 from hubert_fast.pretrain.config import EvaluationConfig, IterationConfig, PretrainConfig
 from hubert_fast.pretrain.features import MfccFeatures, ModelLayers, file_sha256
-from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames, num_samples
+from hubert_fast.pretrain.frames import FRAMES_PER_SECOND, SAMPLE_RATE, num_frames, num_samples
 from hubert_fast.pretrain.like_length import batches_of_like_length
 from hubert_fast.pretrain.manifest import SPLITS, fingerprint, load_manifest
 from hubert_fast.pretrain.phone_metrics import chance_pnmi, frame_phones, score_units
 from hubert_fast.pretrain.progress import audio_progress
 from hubert_fast.pretrain.run_summary import read_json, training_metrics
-from hubert_fast.pretrain.units import Units, choose_utterances
+from hubert_fast.pretrain.units import Units
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
 
-MFCC = "mfcc"
-TRAINING_UNITS = "training_units"
 _BATCH_SECONDS = 60.0  # of a model call
 _FIT_BYTES = 2 * 1024**3
 _MIN_FRAMES_PER_CLUSTER = 20
 _OVERSAMPLING = 4
-# MFCC and every layer of a batch of waveforms: float32 [frames, dim] per utterance, for each representation by name.
-Encoder = Callable[[list[np.ndarray]], dict[str, list[np.ndarray]]]
 _NO_ALIGNMENTS = "The held-out part has no phone alignments, so phone purity, cluster purity and PNMI are unknown."
+
+
+class Representation(NamedTuple):
+    """What units are made from: MFCC or a layer of the model; or the units that the model was trained on."""
+
+    name: str
+    layer: int | None
+    """0: MFCC; None: the training units"""
+
+
+MFCC = Representation("mfcc", 0)
+TRAINING_UNITS = Representation("training_units", None)
+# MFCC and every layer of a batch of waveforms: float32 [frames, dim] per utterance.
+Encoder = Callable[[list[np.ndarray]], dict[Representation, list[np.ndarray]]]
 
 
 def evaluate(
@@ -113,8 +123,9 @@ def phone_alignment(cut: Cut) -> list[tuple]:
 def _encoder(layers: ModelLayers) -> Encoder:
     mfcc = MfccFeatures()
 
-    def encode(waveforms: list[np.ndarray]) -> dict[str, list[np.ndarray]]:
-        return {MFCC: mfcc(waveforms)} | {f"layer{n}": layer for n, layer in enumerate(layers(waveforms), start=1)}
+    def encode(waveforms: list[np.ndarray]) -> dict[Representation, list[np.ndarray]]:
+        numbered = enumerate(layers(waveforms), start=1)
+        return {MFCC: mfcc(waveforms)} | {Representation(f"layer{n}", n): layer for n, layer in numbered}
 
     return encode
 
@@ -135,27 +146,23 @@ def _seconds(cut: Cut) -> float:
 
 def _fit_codebooks(
     cuts: list[Cut], encode: Encoder, config: EvaluationConfig, *, seed: int, progress: bool
-) -> tuple[dict[str, Codebook], int]:
-    """A codebook per representation, and on how many frames each was fitted.
-
-    Frames of one utterance resemble each other: a few from many utterances make a better codebook than all from a few.
-    """
+) -> tuple[dict[Representation, Codebook], int]:
+    """A codebook per representation, and on how many frames each was fitted."""
     rng = np.random.default_rng(seed)
     fit_frames = _affordable_frames(config.fit_frames, encode, config.clusters)
-    chosen = choose_utterances(cuts, _OVERSAMPLING * fit_frames, rng)
-    share = min(1.0, fit_frames / sum(num_frames(utterance_samples(cut)) for cut in chosen))
-    kept: dict[str, list[np.ndarray]] = {}
+    chosen, share = _choose_utterances(cuts, fit_frames, rng)
+    kept: dict[Representation, list[np.ndarray]] = {}
     for _, waveforms in _batches(chosen, "features for k-means", progress):
         features = encode(waveforms)
         rows = [_choose_rows(len(utterance), share, rng) for utterance in features[MFCC]]
-        for name, utterances in features.items():
-            kept.setdefault(name, []).extend(utterance[row] for utterance, row in zip(utterances, rows, strict=True))
+        for each, utterances in features.items():
+            kept.setdefault(each, []).extend(utterance[row] for utterance, row in zip(utterances, rows, strict=True))
     fitted = sum(map(len, kept[MFCC]))
     codebooks = {}
-    for name in tqdm(list(kept), desc="k-means", unit=" representations", disable=not progress):
+    for each in tqdm(list(kept), desc="k-means", unit=" representations", disable=not progress):
         # Popped, so that the memory of a representation is free once it is clustered.
-        features = np.concatenate(kept.pop(name))
-        codebooks[name] = fit_codebook(features, config.clusters, seed=seed, init_attempts=config.init_attempts)
+        features = np.concatenate(kept.pop(each))
+        codebooks[each] = fit_codebook(features, config.clusters, seed=seed, init_attempts=config.init_attempts)
     return codebooks, fitted
 
 
@@ -165,6 +172,20 @@ def _affordable_frames(fit_frames: int, encode: Encoder, clusters: int) -> int:
     return min(fit_frames, max(_FIT_BYTES // bytes_per_frame, _MIN_FRAMES_PER_CLUSTER * clusters))
 
 
+def _choose_utterances(cuts: list[Cut], fit_frames: int, rng: np.random.Generator) -> tuple[list[Cut], float]:
+    """Random utterances with about four times the frames asked for, and the share of their frames to keep.
+
+    Frames of one utterance resemble each other: a few from many utterances make a better codebook than all from a few.
+    """
+    chosen, frames = [], 0.0
+    for index in rng.permutation(len(cuts)):
+        if frames >= _OVERSAMPLING * fit_frames:
+            break
+        chosen.append(cuts[index])
+        frames += _seconds(cuts[index]) * FRAMES_PER_SECOND
+    return chosen, min(1.0, fit_frames / max(frames, 1.0))
+
+
 def _choose_rows(frames: int, share: float, rng: np.random.Generator) -> np.ndarray:
     return np.sort(rng.choice(frames, size=min(frames, int(np.ceil(frames * share))), replace=False))
 
@@ -172,7 +193,7 @@ def _choose_rows(frames: int, share: float, rng: np.random.Generator) -> np.ndar
 def _held_out_scores(
     cuts: list[Cut],
     encode: Encoder,
-    codebooks: dict[str, Codebook],
+    codebooks: dict[Representation, Codebook],
     training_units: Units,
     *,
     seed: int,
@@ -180,10 +201,10 @@ def _held_out_scores(
 ) -> dict[str, Any]:
     """What the result says of the held-out frames: how many there are, their phones, and how each one's units score."""
     phones: list[np.ndarray] = []
-    units: dict[str, list[np.ndarray]] = {name: [] for name in [*codebooks, TRAINING_UNITS]}
+    units: dict[Representation, list[np.ndarray]] = {each: [] for each in [*codebooks, TRAINING_UNITS]}
     for batch, waveforms in _batches(cuts, "held-out units", progress):
-        for name, utterances in encode(waveforms).items():
-            units[name].extend(codebooks[name].assign(utterance) for utterance in utterances)
+        for each, utterances in encode(waveforms).items():
+            units[each].extend(codebooks[each].assign(utterance) for utterance in utterances)
         for cut, waveform in zip(batch, waveforms, strict=True):
             frames = num_frames(len(waveform))
             phones.append(frame_phones(phone_alignment(cut), frames))
@@ -191,13 +212,13 @@ def _held_out_scores(
     spoken = np.concatenate(phones)
     symbols, counts = np.unique(spoken, return_counts=True)
     frequencies = {str(symbols[index]): int(counts[index]) for index in np.argsort(-counts, kind="stable")}
-    clusters = {name: len(codebook.centroids) for name, codebook in codebooks.items()}
+    clusters = {each: len(codebook.centroids) for each, codebook in codebooks.items()}
     clusters[TRAINING_UNITS] = training_units.num_classes
     representations = []
-    for (name, utterances), layer in zip(units.items(), [*range(len(codebooks)), None], strict=True):
+    for each, utterances in units.items():
         heard = np.concatenate(utterances)
         scores = dataclasses.asdict(score_units(spoken, heard)) | {"chance_pnmi": chance_pnmi(spoken, heard, seed=seed)}
-        representations.append({"name": name, "layer": layer, "clusters": clusters[name]} | scores)
+        representations.append({**each._asdict(), "clusters": clusters[each]} | scores)
     return {
         "utterances": len(cuts),
         "frames": len(spoken),

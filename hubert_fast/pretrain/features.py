@@ -61,13 +61,14 @@ class ModelLayers:
         normalize_audio: bool = False,
     ) -> None:
         self.model = load_model(weights).to(device)
-        self._device, self._autocast, self._normalize = torch.device(device), autocast, normalize_audio
+        self.autocast, self.normalize_audio = autocast, normalize_audio
+        self._device = torch.device(device)
 
     def __call__(
         self, waveforms: list[np.ndarray], *, first: int = 1, last: int | None = None
     ) -> list[list[np.ndarray]]:
         """Layers ``first`` to ``last`` (None: of the model), ``result[layer - first][utterance]``: float32 ``[frames, dim]``."""
-        if self._normalize:
+        if self.normalize_audio:
             waveforms = [normalized(waveform) for waveform in waveforms]
         result: list[list[np.ndarray]] = []
         samples = [len(waveform) for waveform in waveforms]
@@ -85,7 +86,7 @@ class ModelLayers:
     def _run(self, waveforms: list[np.ndarray], last: int | None) -> list[Tensor]:
         lengths = torch.tensor([len(waveform) for waveform in waveforms])
         padded = pad_sequence([torch.from_numpy(waveform) for waveform in waveforms], batch_first=True)
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._autocast):
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.autocast):
             encoder = self.model.wav2vec2
             return encoder.extract_features(padded.to(self._device), lengths.to(self._device), num_layers=last)[0]
 
@@ -97,8 +98,12 @@ class HubertFeatures:
         self._layers, self._layer = ModelLayers(weights, **options), layer
         self.name = f"layer{layer}"
         self.dim = self._layers.model.wav2vec2.encoder.transformer.layers[0].final_layer_norm.normalized_shape[0]
-        numbers = {name: options.get(name, False) for name in ("autocast", "normalize_audio")}
-        self.settings: dict[str, Any] = {"source": self.name, "weights_sha256": file_sha256(weights), **numbers}
+        self.settings: dict[str, Any] = {
+            "source": self.name,
+            "weights_sha256": file_sha256(weights),
+            "autocast": self._layers.autocast,
+            "normalize_audio": self._layers.normalize_audio,
+        }
 
     def __call__(self, waveforms: list[np.ndarray]) -> list[np.ndarray]:
         return self._layers(waveforms, first=self._layer, last=self._layer)[0]

@@ -7,6 +7,7 @@ covers samples ``[320 t, 320 t + 400)`` at 16 kHz: 25 ms every 20 ms. Kaldi's MF
 SAMPLE_RATE = 16_000
 FRAME_SHIFT = 320
 RECEPTIVE_FIELD = 400
+FRAMES_PER_SECOND = SAMPLE_RATE // FRAME_SHIFT
 
 
 def num_frames(samples: int) -> int:

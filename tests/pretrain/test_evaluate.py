@@ -133,6 +133,18 @@ def test_the_same_seed_gives_the_same_result(iteration, monkeypatch):
     assert run(iteration, fit_frames=150) == first
 
 
+def test_frames_are_a_share_of_utterances_drawn_in_random_order(manifest):
+    cuts = list(load_manifest(manifest, "train"))
+    order = np.random.default_rng(0).permutation(len(cuts))
+    assert list(order) != sorted(order)
+    seconds = sum(cut.duration for cut in cuts)
+    chosen, share = evaluation._choose_utterances(cuts, 200, np.random.default_rng(0))
+    assert [cut.id for cut in chosen] == [cuts[index].id for index in order]
+    assert share == pytest.approx(200 / (50 * seconds), rel=1e-6)
+    few, share = evaluation._choose_utterances(cuts, 10, np.random.default_rng(0))
+    assert few == chosen[:1] and share == pytest.approx(10 / (50 * few[0].duration), rel=1e-6)
+
+
 def test_frames_are_limited_by_memory_but_never_below_what_the_clusters_need(iteration, monkeypatch):
     bytes_per_frame = 4 * (39 + 5 + 39)
     monkeypatch.setattr(evaluation, "_FIT_BYTES", 200 * bytes_per_frame)
