@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lhotse.supervision import AlignmentItem, SupervisionSegment
+
+from hubert_fast.pretrain.run_summary import parsed_lines
 
 ALIGNMENTS_FILE = "alignments.jsonl"
 _TSV_SUFFIX = ".phones.tsv"
@@ -63,23 +64,12 @@ def _read_listed(path: Path) -> dict[str, dict[str, Any]]:
         return values["path"], {**values, "phones": [_item(*phone) for phone in values.get("phones", [])]}
 
     expected = '{"path": ..., "phones": [[symbol, start, duration], ...]}, times in seconds'
-    return dict(_parsed(path, entry, expected)) if path.is_file() else {}
+    return dict(parsed_lines(path, entry, expected)) if path.is_file() else {}
 
 
 def _read_tsv(path: Path) -> list[AlignmentItem]:
     expected = "symbol, start and duration in seconds, separated by tabs"
-    return list(_parsed(path, lambda line: _item(*line.split("\t")), expected))
-
-
-def _parsed(path: Path, parse: Callable[[str], Any], expected: str) -> Iterator[Any]:
-    """What ``parse`` makes of each line that is not blank; ValueError names one that is not as ``expected``."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            if line.strip():
-                yield parse(line)
-        except (ValueError, KeyError, TypeError) as error:
-            place = f"{path}, line {number}"
-            raise ValueError(f"{place}: expected {expected} ({type(error).__name__}: {error})") from error
+    return list(parsed_lines(path, lambda line: _item(*line.split("\t")), expected))
 
 
 def _item(symbol: str, start: float | str, duration: float | str) -> AlignmentItem:

@@ -56,7 +56,8 @@ def scan(
     made with the same settings is kept as it is (remove ``out`` to scan again).
 
     Args:
-        config: its ``min_seconds`` and ``valid_fraction`` decide; as many threads decode as it has ``workers``.
+        config: its ``min_seconds`` and ``valid_fraction`` decide; as many threads decode as it has ``workers``, one
+            where it has none.
         seed: varies which files are held out.
 
     Raises:
@@ -97,9 +98,16 @@ def scan(
 
 
 def load_manifest(directory: Path, split: str) -> CutSet:
-    """The cuts of ``split`` ("train" or "valid") of a manifest directory; it may have none."""
+    """The cuts of ``split`` ("train" or "valid") of a manifest directory; it may have none.
+
+    Raises:
+        FileNotFoundError: there is no such manifest.
+    """
+    path = Path(directory) / f"{split}.jsonl.gz"
+    if not path.is_file():
+        raise FileNotFoundError(f"directory={str(directory)!r} holds no {path.name}: `hubert-fast scan` makes it")
     # An empty file tells lhotse nothing about the type of manifest it holds.
-    return CutSet.from_cuts(CutSet.from_jsonl_lazy(Path(directory) / f"{split}.jsonl.gz"))
+    return CutSet.from_cuts(CutSet.from_jsonl_lazy(path))
 
 
 def fingerprint(cuts: Iterable[Cut]) -> str:

@@ -15,7 +15,7 @@ from hubert_fast.pretrain.html_page import Markup, element, facts, join, page, p
 from hubert_fast.pretrain.plots import write_plots
 from hubert_fast.pretrain.report_text import GLOSSARY, PLOT_CAPTIONS, PNMI_NOTE, loading_code
 from hubert_fast.pretrain.run_record import describe_machine, now, recorded
-from hubert_fast.pretrain.run_summary import IterationSummary, iterations, read_json
+from hubert_fast.pretrain.run_summary import IterationSummary, iterations, parsed_lines, read_json
 
 _LISTED_FILES = 200
 _ABSENT = "–"
@@ -114,14 +114,20 @@ def speech(run: Path, manifest: Mapping[str, Any] | None) -> Markup:
     if manifest is None:
         return section("The speech", element("p", "The audio has not been scanned."))
     path = run / "manifest" / "skipped.jsonl"
-    skipped = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    expected = '{"path": ..., "reason": ...}'
+    skipped = list(parsed_lines(path, _file_and_reason, expected)) if path.is_file() else []
     if not skipped:
         return section("The speech", _manifest_facts(manifest), element("p", "No file was skipped."))
     title = f"Skipped files: {count(len(skipped))}"
     if len(skipped) > _LISTED_FILES:
         title += f", of which the first {_LISTED_FILES} are listed (all are in manifest/skipped.jsonl)"
-    listed = table(["file", "reason"], [(line["path"], line["reason"]) for line in skipped[:_LISTED_FILES]])
+    listed = table(["file", "reason"], skipped[:_LISTED_FILES])
     return section("The speech", _manifest_facts(manifest), element("h3", title), listed)
+
+
+def _file_and_reason(line: str) -> tuple[str, str]:
+    values = json.loads(line)
+    return values["path"], values["reason"]
 
 
 def _manifest_facts(manifest: Mapping[str, Any]) -> Markup:
@@ -153,13 +159,13 @@ def _iteration_facts(iteration: IterationSummary) -> dict[str, str]:
     rates = [line["lr"] for line in iteration.metrics.training]
     architecture = _ABSENT
     if model:
-        architecture = "{encoder_num_layers} transformer layers, {encoder_embed_dim} dimensions".format(**model[1])
+        architecture = "{encoder_num_layers} transformer layers, {encoder_embed_dim} dimensions".format(**model.config)
     return {
         "units made from": units_source(units),
         "clusters": count(units.get("clusters")),
         "unit perplexity": number(units.get("perplexity"), 1),
         "model": architecture,
-        "parameters": f"{model[0] / 1e6:,.2f} million" if model else _ABSENT,
+        "parameters": f"{model.parameters / 1e6:,.2f} million" if model else _ABSENT,
         "optimizer steps": count(outcome.get("last_step")),
         "audio in a step": duration(outcome["audio_seconds"] / outcome["last_step"]) if rates else _ABSENT,
         "highest learning rate": f"{max(rates):.2g}" if rates else _ABSENT,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hubert_fast.pretrain.metrics_log import read_metrics
 from hubert_fast.pretrain.tensor_files import naming
@@ -35,6 +36,14 @@ class Metrics:
         return outcome
 
 
+class ModelSummary(NamedTuple):
+    """What the header of model.safetensors says."""
+
+    parameters: int
+    config: dict[str, Any]
+    """the fields of ModelConfig"""
+
+
 @dataclass(frozen=True)
 class IterationSummary:
     """One iteration directory."""
@@ -55,15 +64,14 @@ class IterationSummary:
         return training_metrics(self.directory / "train")
 
     @cached_property
-    def model(self) -> tuple[int, dict[str, Any]] | None:
-        """The number of parameters and the fields of ModelConfig, of which the header of the weights tells."""
+    def model(self) -> ModelSummary | None:
         if not self.weights.is_file():
             return None
         from safetensors import safe_open
 
         with naming(self.weights), safe_open(self.weights, framework="numpy") as file:
             parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
-            return parameters, json.loads(file.metadata()["model_config"])
+            return ModelSummary(parameters, json.loads(file.metadata()["model_config"]))
 
     @cached_property
     def evaluation(self) -> dict[str, Any] | None:
@@ -100,6 +108,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}); a damaged file is made anew once it is deleted") from error
+
+
+def parsed_lines(path: Path, parse: Callable[[str], Any], expected: str) -> Iterator[Any]:
+    """What ``parse`` makes of each line that is not blank; ValueError names one that is not as ``expected``."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            if line.strip():
+                yield parse(line)
+        except (ValueError, KeyError, TypeError) as error:
+            place = f"{path}, line {number}"
+            raise ValueError(f"{place}: expected {expected} ({type(error).__name__}: {error})") from error
 
 
 def training_metrics(directory: Path) -> Metrics:

@@ -36,13 +36,22 @@ class Units:
     """The units of a split, ``units/<split>.safetensors``.
 
     They are read from disk when they are asked for: workers share the pages of one mapped file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = Path(path)
         self._file: Any = None
         self._file_owner = 0
-        self.num_classes = int(self._open().metadata()["num_classes"])
+        if not self._path.is_file():
+            raise FileNotFoundError(f"there are no units at {str(path)!r}: `hubert-fast units` makes them")
+        metadata = self._open().metadata() or {}
+        if "num_classes" not in metadata:
+            raise ValueError(f"path={str(path)!r} is no file of units: it lacks the metadata num_classes")
+        self.num_classes = int(metadata["num_classes"])
         self.ids = list(self._open().keys())
 
     def __getitem__(self, cut_id: str) -> np.ndarray:
@@ -135,7 +144,7 @@ def make_units(
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def choose_utterances(cuts: Sequence[Cut], frames: int, seed: int | np.random.Generator) -> list[Cut]:
+def choose_utterances(cuts: Sequence[Cut], frames: int, seed: int) -> list[Cut]:
     """Random utterances, in the order of ``cuts``, with ``frames`` frames or (the last is taken whole) a few more."""
     if not cuts:
         raise ValueError("the manifest holds no training utterance to make units from")

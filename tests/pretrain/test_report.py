@@ -182,6 +182,18 @@ def test_the_code_in_the_report_normalizes_audio_where_the_last_model_was_traine
         assert ("zero mean and unit variance" in read(write_report(run))[0]) is expected
 
 
+@pytest.mark.parametrize("damaged", ['{"path"', '{"path": "b.wav"}', "3"])
+def test_a_damaged_line_on_skipped_files_is_named_and_a_blank_one_is_passed_over(tmp_path, damaged):
+    run = fabricate_run(tmp_path, steps=8)
+    skipped = run / "manifest" / "skipped.jsonl"
+    whole = '{"path": "a.wav", "reason": "empty"}\n\n'
+    skipped.write_text(whole)
+    assert "Skipped files: 1 " in read(write_report(run))[0]
+    skipped.write_text(whole + damaged)
+    with pytest.raises(ValueError, match='skipped.jsonl, line 3: expected {"path": ..., "reason": ...}'):
+        write_report(run)
+
+
 def test_damaged_files_are_named(tmp_path):
     run = fabricate_run(tmp_path, steps=8)
     (run / "iteration1" / "train" / "model.safetensors").write_bytes(b"cut")

@@ -4,6 +4,7 @@ import pickle
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from hubert_fast.pretrain import units as module
 from hubert_fast.pretrain.audio import AudioError, load_audio, utterance_samples
@@ -135,11 +136,19 @@ def test_audio_that_vanished_stops_it_and_leaves_no_complete_units(folder):
     assert not (folder / "units" / "summary.json").exists()
 
 
-def test_units_of_an_unknown_utterance_and_missing_files_are_named(tmp_path):
+def test_missing_files_and_files_of_something_else_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no units at '.*nowhere.safetensors': `hubert-fast units` makes them"):
+        Units(tmp_path / "nowhere.safetensors")
+    with pytest.raises(FileNotFoundError, match="holds no train.jsonl.gz: `hubert-fast scan` makes it"):
+        load_manifest(tmp_path, "train")
+    save_file({"a": np.arange(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="other.safetensors' is no file of units: it lacks the metadata num_classes"):
+        Units(tmp_path / "other.safetensors")
+
+
+def test_units_of_an_unknown_utterance_are_named(tmp_path):
     write_units(tmp_path / "units.safetensors", {"a": np.arange(3, dtype=np.int32)}, num_classes=4)
     units = pickle.loads(pickle.dumps(Units(tmp_path / "units.safetensors")))
     assert units["a"].tolist() == [0, 1, 2] and units.num_classes == 4
     with pytest.raises(KeyError, match="'b'"):
         units["b"]
-    with pytest.raises(FileNotFoundError, match="nowhere.safetensors"):
-        Units(tmp_path / "nowhere.safetensors")
