@@ -178,7 +178,7 @@ def open_run(
             require_resumable(read_config(config_path(directory), PretrainConfig()), config, directory)
         folder = _audio_of_resumed(directory, audio) if stands else Path(audio or EMBEDDED_CORPUS).resolve()
         if not stands:
-            find_audio(folder)  # or an error that says why there is none
+            find_audio(folder)  # refuses a folder without audio; the scan makes the list that is used
         write_config(config_path(directory), config)
         record(directory, audio=folder, command=command)
         return folder

@@ -46,6 +46,15 @@ def test_resampled_length_is_what_the_resampler_gives(rate):
         assert len(resample(np.ones(samples, dtype=np.float32), rate)) == resampled_length(samples, rate)
 
 
+def test_a_tone_survives_resampling():
+    rate, seconds, pitch = 44_100, 0.5, 440
+    tone = np.sin(2 * np.pi * pitch * np.arange(int(seconds * rate)) / rate).astype(np.float32)
+    resampled = resample(tone, rate)
+    expected = np.sin(2 * np.pi * pitch * np.arange(len(resampled)) / 16_000)
+    inside = slice(200, -200)  # the filter meets the tone's ends elsewhere
+    np.testing.assert_allclose(resampled[inside], expected[inside], atol=1e-2)
+
+
 def test_a_file_that_changed_or_vanished_since_the_scan_is_named(tmp_path):
     path = tmp_path / "audio" / "a.wav"
     write_audio(path, 0.5)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hubert_fast.pretrain.checkpoint import (
+    CheckpointMismatchError,
     CorruptCheckpointError,
     DiskFullError,
     checkpoint_path,
@@ -15,6 +16,7 @@ from hubert_fast.pretrain.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     remove_leftovers,
+    require_same_run,
     save_checkpoint,
 )
 from hubert_fast.pretrain.random_state import random_state
@@ -104,3 +106,10 @@ def test_half_written_files_are_removed_and_nothing_else(tmp_path):
     (tmp_path / ".tmp-abc-step-00000002.pt").write_bytes(b"half")
     remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_another_number_of_classes_is_another_model(tmp_path):
+    stored = {"model_config": "{}", "num_classes": "50", "settings": "{}"}
+    require_same_run(tmp_path, stored, stored | {"num_classes": 50})
+    with pytest.raises(CheckpointMismatchError, match="of another model .*num_classes is 50 there and 100 here"):
+        require_same_run(tmp_path, stored, stored | {"num_classes": 100})

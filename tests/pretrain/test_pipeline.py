@@ -10,7 +10,7 @@ from hubert_fast.pretrain.checkpoint import CheckpointMismatchError
 from hubert_fast.pretrain.config_file import read_config, write_config
 from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.manifest import load_manifest
-from hubert_fast.pretrain.pipeline import RunExistsError, open_run
+from hubert_fast.pretrain.pipeline import Run, RunExistsError, open_run
 from hubert_fast.pretrain.resume_checks import ConfigMismatchError
 from hubert_fast.pretrain.run_record import recorded
 from tests.pretrain.small_run import small_config, small_folder
@@ -172,3 +172,20 @@ def test_audio_is_normalized_as_the_model_was_trained(folder, tmp_path, monkeypa
         weights.touch()
         run._features(2)
         assert seen["normalize_audio"] is expected
+
+
+def test_other_ranks_leave_the_work_to_rank_0_and_fail_with_it(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Process, "from_main", lambda self, value: (None, "rank 0 cannot go on"))
+    run = Run(tmp_path / "run", small_config(), Process(rank=1, world_size=2), folder)
+    stages = {
+        "open_run": lambda: open_run(run.directory, run.config, run.process, audio=folder, resume=False),
+        "scan": run.scan,
+        "units": lambda: run.units(1),
+        "train": lambda: run.train(1, resume=False),
+        "evaluate": lambda: run.evaluate(1),
+        "report": run.report,
+    }
+    for name, stage in stages.items():
+        with pytest.raises(RuntimeError, match="^rank 0 cannot go on$"):
+            stage()
+        assert not run.directory.exists(), name
