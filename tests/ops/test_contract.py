@@ -76,7 +76,7 @@ def test_16_bit_rows_meet_float32_parameters(case, name):
     truth = [each for each in _truth(case, name, arguments) if each is not None]
     for given, exact in zip(with_gradients(case.operator, results, arguments), truth, strict=True):
         exactly = given.dtype == torch.float32 and name == "triton" and case.operator != "positional_conv"
-        assert error(given, exact) < (2e-5 if exactly else 0.005)
+        assert error(given, exact) < (2e-5 if exactly else 0.02)
 
 
 def _truth(case, name, arguments):
