@@ -38,9 +38,15 @@ def performance(results: Path) -> str:
 
 
 def split(readme: str) -> tuple[str, str, str]:
-    """(before, between, behind) the two marks."""
-    before, _, rest = readme.partition(BEGIN)
-    between, _, behind = rest.partition(END)
+    """(before, between, behind) the two marks.
+
+    Raises:
+        ValueError: where they are not there, once each and in order.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    between, end, behind = rest.partition(END)
+    if not begin or not end or BEGIN in between + behind or END in before + behind:
+        raise ValueError(f"the README must have the lines {BEGIN} and {END}, once each and in order")
     return before, between, behind
 
 

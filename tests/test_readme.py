@@ -174,6 +174,14 @@ def test_a_file_of_another_form_is_refused_by_name(tmp_path):
         readme.performance(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text", ["", readme.BEGIN, readme.END, readme.END + readme.BEGIN, readme.BEGIN + 2 * readme.END]
+)
+def test_marks_must_be_there_once_and_in_order(text, tmp_path):
+    with pytest.raises(ValueError, match="once each and in order"):
+        readme.rewritten(text, tmp_path)
+
+
 def test_what_lies_between_the_marks_is_rewritten_and_nothing_else(written, tmp_path):
     before = f"before\n{readme.BEGIN}\nold\n{readme.END}\nbehind\n"
     wanted = f"before\n{readme.BEGIN}\n\n{written}\n\n{readme.END}\nbehind\n"
