@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -104,6 +105,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")
     if not options.compare:
+        if not options.no_plots and find_spec("matplotlib") is None:
+            parser.error("drawing needs what `pip install 'hubert-fast[bench]'` installs; --no-plots goes without")
         if (options.out / "bench.json").exists():
             parser.error(f"--out: {options.out} has a bench.json already, which would be lost; name another folder")
         try:

@@ -1,5 +1,7 @@
 """``hubert-fast bench`` and ``python -m benchmarks``."""
 
+import sys
+
 import pytest
 import torch
 
@@ -68,6 +70,17 @@ def test_wrong_options_are_said_before_anything_is_measured(wrong, said, capsys)
     with pytest.raises(SystemExit) as stopped:
         main(wrong)
     assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_plots_without_matplotlib_are_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    monkeypatch.setattr(command_line, "plan", lambda *arguments: [])
+    folder = tmp_path / "new"
+    with pytest.raises(SystemExit) as stopped:
+        main([*TINY, "step", "--out", str(folder)])
+    assert stopped.value.code == 2 and not folder.exists()
+    assert "needs what `pip install 'hubert-fast[bench]'` installs" in capsys.readouterr().err
+    assert main([*TINY, "step", "--no-plots", "--out", str(folder)]) == 0
 
 
 def test_nothing_is_measured_into_a_folder_that_cannot_take_it_or_has_results(tmp_path, capsys):
