@@ -105,9 +105,10 @@ def _folded(title: str, contents: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
-    """The first ``left`` columns are aligned left, the others right."""
+    """The first ``left`` columns are aligned left, the others right; `NOTHING` is an en dash."""
     rule = ["---" if number < left else "---:" for number in range(len(head))]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in (head, rule, *rows))
+    shown = [["–" if cell == NOTHING else cell.replace("|", "/") for cell in cells] for cells in (head, rule, *rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in shown)
 
 
 _PARTS: dict[str, Callable[[list[Row]], str]] = {

@@ -8,7 +8,7 @@ from .quantities import digits, seconds, size
 from .report import NO_TIME, LeftOut, Report, Row
 
 _BASELINE, OURS = "torchaudio", "hubert_fast"
-NOTHING = "–"  # in the place of a number that there is none of
+NOTHING = "-"  # in the place of a number that there is none of; a terminal may know no en dash
 
 
 def render(report: Report) -> str:

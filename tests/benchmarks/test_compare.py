@@ -35,7 +35,7 @@ def test_the_biggest_changes_come_first_and_those_within_the_spread_after_them()
     assert [each.row.case for each in compare(before, after)] == ["third", "twice", "tenth", "noise", "gone", "new"]
     lines = render(compare(before, after)).splitlines()
     assert lines[1].split()[:4] == ["faster", "0.33", "1.00", "s"] and "step: third, cpu, float32" in lines[1]
-    assert lines[-1].split()[:5] == ["only", "in", "B", "–", "–"]
+    assert lines[-1].split()[:5] == ["only", "in", "B", "-", "-"]
 
 
 def test_memory_is_that_of_the_step_where_both_know_it_and_else_the_peak():
