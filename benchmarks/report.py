@@ -149,8 +149,12 @@ def load(path: Path) -> Report:
     """
     try:
         contents = json.loads(Path(path).read_text(encoding="utf-8"))
-        if contents["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {contents['schema']}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    schema = contents.get("schema", "not said") if isinstance(contents, dict) else "not said"
+    if schema != SCHEMA:
+        raise ValueError(f"{path} is no result file of schema {SCHEMA}: its schema is {schema}")
+    try:
         return Report(
             contents["machine"],
             contents["settings"],
@@ -158,8 +162,9 @@ def load(path: Path) -> Report:
             [_row(each) for each in contents["rows"]],
             [LeftOut(**each) for each in contents["left_out"]],
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no result file of schema {SCHEMA}: {error!r}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        wrong = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is no result file of schema {SCHEMA}: {wrong}") from None
 
 
 def _row(contents: dict[str, Any]) -> Row:

@@ -1,6 +1,7 @@
 """The result file holds what was measured, whole, and refuses what is none."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -36,12 +37,39 @@ def test_seconds_are_the_median_and_the_20th_and_80th_percentile():
 
 
 @pytest.mark.parametrize(
-    "contents", ["", "[]", "{}", '{"schema": 0}', '{"schema": 1}', '{"schema": 1, "machine": {}, "rows": [{}]}', "\xff"]
+    ("contents", "said"),
+    [
+        (None, "cannot be read: .*No such file or directory"),
+        ("", "cannot be read: Expecting value"),
+        ("\xff", "cannot be read: 'utf-8' codec"),
+        ("[]", "is no result file of schema 1: its schema is not said"),
+        ("{}", "is no result file of schema 1: its schema is not said"),
+        ('{"schema": 0}', "is no result file of schema 1: its schema is 0"),
+        ('{"schema": 1}', "is no result file of schema 1: it lacks 'machine'"),
+        (
+            '{"schema": 1, "machine": {}, "settings": {}, "limits": {}, "rows": [{}]}',
+            "is no result file of schema 1: it lacks 'kind'",
+        ),
+        ('{"schema": 1, "machine": {}, "settings": {}, "limits": []}', "is no result file of schema 1: 'list' object"),
+    ],
 )
-def test_what_is_no_result_file_is_refused_by_name(tmp_path, contents):
+def test_what_is_no_result_file_is_refused_by_name_and_in_words(tmp_path, contents, said):
     path = tmp_path / "other.json"
-    path.write_bytes(contents.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"other\.json"):
+    if contents is not None:
+        path.write_bytes(contents.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"other\.json {said}"):
         load(path)
-    with pytest.raises(ValueError, match=r"none\.json"):
-        load(tmp_path / "none.json")
+
+
+def test_a_write_that_fails_leaves_the_earlier_file(tmp_path, monkeypatch):
+    def full(path, text, **_):
+        path.write_bytes(text[:100].encode())
+        raise OSError("No space left on device")
+
+    path = tmp_path / "bench.json"
+    save(fabricated.report(fabricated.row()), path)
+    before = path.read_bytes()
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(fabricated.report(), path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
