@@ -8,7 +8,7 @@ import torch
 from benchmarks import operators
 from benchmarks.ops.case import OURS
 from benchmarks.report import Limits, Report
-from benchmarks.sizes import size_on
+from benchmarks.sizes import SIZES, size_on
 from benchmarks.torchaudio_peer import installed
 from hubert_fast.backend import BackendError
 
@@ -120,3 +120,11 @@ def test_torchaudio_is_left_out_where_its_logits_do_not_fit(one_call, monkeypatc
     assert {each.implementation for each in report.left_out} == {"torchaudio"}
     assert all("500 classes" in each.case and "0.0 GB are free" in each.reason for each in report.left_out)
     assert any(row.implementation == "torchaudio" and "100 classes" in row.case for row in report.rows)
+
+
+def test_a_cpu_gets_a_shorter_batch_of_the_same_model():
+    small, full = size_on("cpu", "large"), size_on("cuda", "large")
+    assert full == SIZES["large"] and small.kept < small.rows < small.batch * small.frames
+    batch = {"batch": small.batch, "frames": small.frames, "rows": small.rows, "kept": small.kept}
+    assert replace(full, **batch) == small and 16_000 * 14 <= 320 * small.rows + 80 * small.batch < 16_000 * 15
+    assert all(value < getattr(full, name) for name, value in batch.items())

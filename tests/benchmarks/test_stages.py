@@ -158,6 +158,21 @@ def test_splitting_leaves_no_trace_and_ours_fused(ours, monkeypatch):
     assert not any("forward" in vars(module) for module in ours.model.module.modules())
 
 
+def test_nothing_is_left_in_modules_of_theirs_even_after_an_error(theirs):
+    own, begun = vars(type(theirs.model))["loss"], []
+
+    def failing_in_scopes():
+        begun.append(vars(type(theirs.model))["loss"] is not own)
+        if begun[-1]:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        split(theirs.model, failing_in_scopes, CPU)
+    assert begun == [False, True]  # the second is profiled, and its scopes were there
+    assert not any("forward" in vars(module) for module in theirs.model.module.modules())
+    assert vars(type(theirs.model))["loss"] is own
+
+
 def test_compiled_models_are_not_split():
     def unwanted():
         raise AssertionError("a step of a compiled model may take minutes")
