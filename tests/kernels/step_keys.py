@@ -1,9 +1,10 @@
-"""Prints the launches of a training step that tools/aot compiles nothing for: by their keys in Triton's cache.
+"""Prints the launches of training and evaluation that tools/aot compiles nothing for: by their keys in Triton's cache.
 
     python -m tests.kernels.step_keys          (without TRITON_INTERPRET)
 
-A small batch of HuBERT Base, and in bfloat16 of Large, two layers of each, is trained on a CPU with every operator on its
-kernels; the launches are noted instead of made, and nothing is compiled: Triton's launcher is only asked for their keys.
+A small batch of HuBERT Base, and in bfloat16 of Large, two layers of each, runs on a CPU with every operator on its
+kernels: the objective with padding, without, and with room for more rows than there are, the model's logits, its features.
+The launches are noted instead of made, and nothing is compiled: Triton's launcher is only asked for their keys.
 """
 
 from __future__ import annotations
@@ -30,20 +31,37 @@ _FRAMES, _SAMPLES = 16, 16 * 320 + 80  # Triton specialises on multiples of 16: 
 
 
 def steps(size: str, dtype: torch.dtype) -> Iterator[list[Launch]]:
-    """Launches of a step with padding, without, and with room for more rows than there are."""
+    """Launches of training steps and of evaluation, each with the published dropout and without."""
     torch.manual_seed(0)
-    architecture = ARCHITECTURES[size].changed(layers=2)
-    model = hubert_fast.hubert_pretrain_model(**architecture.factory_arguments(_CLASSES))
-    objective = hubert_fast.PretrainingObjective(model.train())
-    labels, full = torch.randint(0, _CLASSES, (2, _FRAMES)), torch.tensor([_SAMPLES, _SAMPLES])
-    for lengths, capacity in ((full - torch.tensor([0, 960]), None), (full, None), (full, 32)):
-        waveforms = torch.randn(2, _SAMPLES)
-        with recording(_ARCH) as launches, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            plan = objective.plan(labels, lengths, samples=_SAMPLES, device="cpu", rows=capacity, kept=capacity)
-            loss = objective(waveforms, plan=plan).loss
-        with recording(_ARCH) as backward:
-            loss.backward()
-        yield launches + backward
+    *first, last = ARCHITECTURES[size].convolutions
+    narrow = (*((32, *rest) for _, *rest in first), last)  # Triton's kernels see what the last one makes
+    published = ARCHITECTURES[size].changed(layers=2, convolutions=narrow)
+    waveforms, labels = torch.randn(2, _SAMPLES), torch.randint(0, _CLASSES, (2, _FRAMES))
+    full = torch.tensor([_SAMPLES, _SAMPLES])
+    padded = full - torch.tensor([0, 960])
+    for architecture in dict.fromkeys((published, published.without_dropout())):  # Large has none
+        model = hubert_fast.hubert_pretrain_model(**architecture.factory_arguments(_CLASSES))
+        objective = hubert_fast.PretrainingObjective(model)
+        for training, work in itertools.product((True, False), ("padded", "full", "room", "logits", "features")):
+            model.train(training)
+            with (
+                recording(_ARCH) as launches,
+                torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+                torch.set_grad_enabled(training),
+            ):
+                if work == "logits":  # the model swapped in for torchaudio's
+                    loss = sum(each.square().sum() for each in model(waveforms, labels, padded))
+                elif work == "features":
+                    features, _ = model.wav2vec2.extract_features(waveforms, padded)
+                    loss = sum(each.square().sum() for each in features)
+                else:
+                    lengths, capacity = padded if work == "padded" else full, 32 if work == "room" else None
+                    plan = objective.plan(labels, lengths, samples=_SAMPLES, device="cpu", rows=capacity, kept=capacity)
+                    loss = objective(waveforms, plan=plan).loss
+            with recording(_ARCH) as backward:
+                if training:
+                    loss.backward()
+            yield launches + backward
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ def test_no_kernel_is_left_out():
     assert launched and launched - compiled == set()
 
 
-def test_a_training_step_looks_up_the_keys_under_which_kernels_are_compiled_ahead():
+def test_training_and_evaluation_look_up_the_keys_under_which_kernels_are_compiled_ahead():
     done = _python("-m", "tests.kernels.step_keys")
     found = re.findall(r"^(\w+, \w+): (\d+) launches looked up, 0 not compiled ahead$", done.stdout, re.MULTILINE)
     looked_up = ["base, bfloat16", "base, float32", "base, tf32", "large, bfloat16"]
