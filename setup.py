@@ -145,7 +145,7 @@ def _run(command: list, environment: dict[str, str], log: Path = Path(os.devnull
             sys.stdout.write(line)
             kept.write(line)
     if process.returncode != 0:
-        raise BuildError(f"`{shlex.join(command)}` failed (its messages are above)")
+        raise BuildError(f"`{shlex.join(command)}` failed (its messages are above); {build_options.WITHOUT_COMPILER}")
 
 
 def _setup_requires() -> list[str]:

@@ -34,8 +34,12 @@ struct pybind11::detail::type_caster<hubert_fast::Buffer<T>> {
 
   bool load(handle given, bool) {
     if (given.is_none()) return true;
-    const object number = PyLong_Check(given.ptr()) ? reinterpret_borrow<object>(given) : given.attr("data_ptr")();
-    value.address = reinterpret_cast<T*>(number.cast<std::uintptr_t>());
-    return true;
+    const bool is_address = PyLong_Check(given.ptr());
+    if (!is_address && !hasattr(given, "data_ptr")) return false;  // pybind11 then names the arguments and what was given
+    const object number = is_address ? reinterpret_borrow<object>(given) : given.attr("data_ptr")();
+    value.address = static_cast<T*>(PyLong_AsVoidPtr(number.ptr()));
+    if (PyErr_Occurred() == nullptr) return true;
+    PyErr_Clear();
+    return false;
   }
 };

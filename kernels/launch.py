@@ -133,7 +133,7 @@ def launch(
 
 
 class _Compiled:
-    """What a kernel was compiled to, by all that Triton compiles it anew for."""
+    """What a kernel was compiled to, by the arguments and options that Triton compiles it anew for."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel  # kept, so that its id stays its own
@@ -148,8 +148,9 @@ _compiled: dict[int, _Compiled] = {}  # by the id of the kernel: its own hash is
 def _start(kernel: Any, programs: tuple[int, ...], given: Mapping[str, Any], blocks: Blocks) -> None:
     """What ``kernel[programs](**given, **blocks.options)`` does, in less time where it did it before.
 
-    Triton looks a compiled kernel up by the text of its options and by what it calls specialization. `_kind` tells at least
-    as much apart. A compiled kernel takes all arguments in order.
+    Triton looks a compiled kernel up by the text of its options and by what it calls specialization, of which `_kind` tells
+    at least as much apart. A compiled kernel takes all arguments in order. Triton's own switches for debugging and
+    instrumentation, where they are set later, are not seen by what has been launched before.
     """
     known = _compiled.get(id(kernel))
     if known is None:
@@ -170,8 +171,9 @@ def _kind(value: Any) -> Any:
     """Of an argument that is no constant: what Triton may compile anew for."""
     kind = type(value)
     if kind is int:
-        return value == 1, value % 16 == 0, value.bit_length() // 32  # the last says which integer type it takes
-    if kind is float or value is None:
+        # Triton compiles anew for 1, for multiples of 16 and for each integer type.
+        return value == 1, value % 16 == 0, value.bit_length() // 32, value < 0
+    if kind is float or kind is bool or value is None:
         return kind
     return value.dtype if value.data_ptr() % 16 == 0 else (value.dtype, "unaligned")
 

@@ -1,6 +1,6 @@
 """Fails where a CUDA kernel keeps variables in local memory: spilled registers, or arrays that are indexed at run time.
 
-    cmake --build build/cuda 2>&1 | python tools/check_ptxas.py - | c++filt     # or the names of logs: setup.py keeps build.log
+    cmake --build build/cuda 2>&1 | python tools/check_ptxas.py - 2>&1 | c++filt    # or names of logs: setup.py keeps build.log
 
 ptxas says it under ``-Xptxas -v`` for each kernel and architecture. Exits with 1 where a check fails, and with 2 where there was
 nothing to check.

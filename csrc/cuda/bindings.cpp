@@ -1,5 +1,5 @@
-// The submodule `cuda`: the functions of first_layer.h, activations.h and gemm.h with streams as integers, dtypes as in
-// dtype.h, sizes and strides in elements.
+// The submodule `cuda`: the functions of first_layer.h, activations.h and gemm.h with pointers as tensors (bindings.h; null
+// as None), streams as integers, dtypes as in dtype.h, sizes and strides in elements.
 #include "bindings.h"
 
 #include <cuda_runtime_api.h>

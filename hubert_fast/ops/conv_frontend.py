@@ -119,7 +119,7 @@ def _check(
     norm: str,
     valid_samples: Optional[Tensor],
 ) -> torch.dtype:
-    """The dtype to compute in, once the arguments are known to be good: the kernels below take addresses and trust them."""
+    """The dtype to compute in, once the arguments are known to be good: the kernels below trust them."""
     if waveforms.ndim != 2:
         raise ValueError(f"waveforms must be 2-D [batch, samples]; got shape {tuple(waveforms.shape)}")
     if waveforms.shape[0] == 0:

@@ -45,7 +45,7 @@ def _nothing(x, y, size, plain, scale, CONSTANT: triton.language.constexpr):
 def _arguments() -> list[tuple[dict[str, Any], Blocks]]:
     values = torch.zeros(64)
     tensors = [values, values[1:], values.bfloat16(), values.long(), None]
-    numbers = [1, 2, 3, 16, 32, -16, 2**31 - 1, 2**31, -(2**31) - 1, 2**33, 2**63]
+    numbers = [1, 2, 3, 16, 32, -16, 2**31 - 1, 2**31, -(2**31) - 1, 2**33, 2**63, -(2**63), True]
     tuples = [
         *itertools.product(tensors, tensors, [3], [3], [0.5], [8]),
         *itertools.product([values], [values], numbers, numbers, [0.5], [8]),

@@ -11,7 +11,7 @@ from hubert_fast.ops.cosine_cross_entropy import cosine_cross_entropy
 from hubert_fast.ops.cosine_logits import cosine_logits
 from hubert_fast.reference import cosine_cross_entropy as reference
 from tests.kernels.device import DEVICE
-from tests.ops.comparison import assert_as_precise
+from tests.ops.comparison import assert_as_precise, run
 from tests.ops.test_cosine import DTYPES, LOGITS, LOSS, OPERATORS, functions, inputs_of
 
 
@@ -110,3 +110,16 @@ def test_the_models_shapes_are_as_precise_as_pytorch(shape, dtype, operator):
             _assert_as_precise(operator, shape, dtype, labels)
         else:  # whose embeddings stay in float32
             _assert_as_precise(operator, shape, torch.float32, labels, frames_dtype=dtype)
+    _assert_repeatable(operator, shape, dtype, labels)
+
+
+def _assert_repeatable(operator, shape, dtype, labels):
+    inputs, (ours, _) = inputs_of(*shape, dtype=dtype, device=DEVICE)[:2], functions(operator, labels)
+    first, second = (run(operator, "triton", ours, inputs) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+@OPERATORS
+def test_blocks_and_splits_are_added_in_the_same_order_every_time(operator):
+    shape = (130, 40, 70)
+    _assert_repeatable(operator, shape, torch.float32, inputs_of(*shape, device=DEVICE)[2])

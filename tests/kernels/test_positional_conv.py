@@ -126,6 +126,9 @@ def test_shapes_of_the_published_models_are_as_precise_as_pytorch(width, dtype, 
         return on_device([x, weight, bias, gain / gain.numel() ** 0.5], torch.float64)
 
     assert_as_precise(OPERATOR, embed(lengths, 16), draw, dtype, name="triton", seeds=2)
+    drawn = [each.to(dtype) for each in draw(0)]
+    first, second = (run(OPERATOR, "triton", embed(lengths, 16), drawn) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
 @pytest.mark.gpu

@@ -33,6 +33,9 @@ def test_features_are_the_same_alone_and_padded(row):
     for padded, alone, without_lengths in zip(*_alone_and_padded(_model(padding_invariant=True), row)):
         assert relative_error(padded, alone) <= 1e-10
         assert relative_error(alone, without_lengths) <= 1e-10
+    by_default = _alone_and_padded(_model(), row)[1]
+    for alone, default in zip(_alone_and_padded(_model(padding_invariant=True), row)[1], by_default):
+        assert relative_error(alone, default) <= 1e-10  # without padding the option changes nothing
 
 
 def test_by_default_they_are_not_as_in_torchaudio():

@@ -231,14 +231,14 @@ def test_products_are_right(products, rows, columns, depth, dtype):
 
     wide_z = torch.randn(rows, 2 * columns, device="cuda").to(dtype)
     gradient, activation = (torch.full((rows, 2 * columns), 7.0, device="cuda", dtype=dtype) for _ in range(2))
-    addresses = {"z": wide_z, "out": gradient, "out_stride": 2 * columns}
-    products.product_gelu_gradient(operands, **addresses, activation=activation, **settings)
+    wide = {"z": wide_z, "out": gradient, "out_stride": 2 * columns}
+    products.product_gelu_gradient(operands, **wide, activation=activation, **settings)
     below = wide_z[:, :columns].double()
     assert error(gradient[:, :columns], torch.ops.aten.gelu_backward(truth, below)) <= bound
     assert error(activation[:, :columns], F.gelu(below)) <= bound
     assert (gradient[:, columns:] == 7.0).all() and (activation[:, columns:] == 7.0).all()
     kept = gradient.clone()
-    products.product_gelu_gradient(operands, **addresses, activation=None, **settings)
+    products.product_gelu_gradient(operands, **wide, activation=None, **settings)
     assert torch.equal(gradient, kept)
 
 

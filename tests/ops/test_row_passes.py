@@ -15,20 +15,27 @@ from hubert_fast.reference import dropout as masks
 from tests.ops.comparison import assert_as_precise, assert_twins, device_of, error, on_every_backend
 
 
-def passes(rows, channels, *, p=0.0, seed=0, biased=True, indexed=False, device="cpu"):
+def passes(
+    rows, channels, *, p=0.0, output_p=None, shares=(0.5, 0.3), seed=0, biased=True, indexed=False, with_sum=None,
+    device="cpu",
+):  # fmt: skip
     """For each pass its name, a function of its floating tensors that gives one, and ``draw(seed)`` of those in float64.
 
-    ``biased`` with the bias that is optional, ``indexed`` with an index or padding.
+    ``biased`` with the bias that is optional, ``indexed`` with an index or padding; ``shares`` of masked rows and of padding;
+    ``output_p`` of the normed sum (None: as ``p`` where ``indexed``), ``with_sum`` with that sum (None: as ``biased``). Of
+    fewer than 4 channels there is no norm.
     """
+    output_p = (p if indexed else 0.0) if output_p is None else output_p
+    with_sum = biased if with_sum is None else with_sum
     flags = torch.rand(2, rows, generator=torch.Generator().manual_seed(seed)).to(device)
     positions = rows + 7 if indexed else rows
     index = torch.randperm(positions, generator=torch.Generator().manual_seed(seed))[:rows].to(device)
-    index, padding = (index, flags[1] < 0.3) if indexed else (None, None)
+    index, padding = (index, flags[1] < shares[1]) if indexed else (None, None)
     seed = torch.tensor(seed, device=device)
     dropout = {"dropout_p": p, "seed": seed}
 
     def embedded(x, embedding, bias=None):
-        return mask_fill(x, bias, embedding, flags[0] < 0.5, padding=padding, **dropout)
+        return mask_fill(x, bias, embedding, flags[0] < shares[0], padding=padding, **dropout)
 
     def normed(residual, weight, bias):
         return residual_layer_norm(residual, weight, bias, index=index, output_dropout_p=p, seed=seed)
@@ -36,9 +43,9 @@ def passes(rows, channels, *, p=0.0, seed=0, biased=True, indexed=False, device=
     def summed_and_normed(residual, weight, bias, update, update_bias=None):
         both = residual_layer_norm(
             residual, weight, bias, update=update, update_bias=update_bias, index=index, update_dropout_p=p,
-            output_dropout_p=p if indexed else 0.0, seed=seed, with_sum=biased,
+            output_dropout_p=output_p, seed=seed, with_sum=with_sum,
         )  # fmt: skip
-        return torch.cat(both, 1) if biased else both
+        return torch.cat(both, 1) if with_sum else both
 
     x, residual, vector = (rows, channels), (positions, channels), (channels,)
     bias = [vector] * biased
@@ -53,7 +60,7 @@ def passes(rows, channels, *, p=0.0, seed=0, biased=True, indexed=False, device=
         ("residual_layer_norm", normed, [residual, vector, vector]),
         ("residual_layer_norm", summed_and_normed, [residual, vector, vector, x, *bias]),
     ]
-    for name, function, shapes in found:
+    for name, function, shapes in found[: 3 if channels < 4 else None]:
 
         def draw(seed, shapes=shapes):
             generator = torch.Generator().manual_seed(seed)
@@ -62,14 +69,21 @@ def passes(rows, channels, *, p=0.0, seed=0, biased=True, indexed=False, device=
         yield name, function, draw
 
 
+_RATE, _SHARE = st.sampled_from([0.0, 0.1, 0.6, 0.99]), st.sampled_from([0.0, 0.3, 0.5, 1.0])
+SETTINGS = {
+    "p": _RATE, "output_p": _RATE, "shares": st.tuples(_SHARE, _SHARE), "biased": st.booleans(), "indexed": st.booleans(),
+    "with_sum": st.booleans(),
+}  # fmt: skip
+
+
 @given(
-    rows=st.integers(0, 40), channels=st.integers(2, 40), biased=st.booleans(), indexed=st.booleans(),
-    chunk=st.integers(1, 400), p=st.sampled_from([0.0, 0.1, 0.5, 0.99]), seed=st.integers(-1000, 1000),
+    rows=st.integers(0, 40), channels=st.integers(1, 40), chunk=st.integers(1, 400),
+    settings=st.fixed_dictionaries(SETTINGS), seed=st.integers(-1000, 1000),
 )  # fmt: skip
-def test_backends_agree_for_any_shape_with_and_without_dropout(rows, channels, biased, indexed, chunk, p, seed):
+def test_backends_agree_for_any_shape_with_and_without_dropout(rows, channels, chunk, settings, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(masks, "_CHUNK_ELEMENTS", chunk)
-        for name, function, draw in passes(rows, channels, p=p, seed=seed, biased=biased, indexed=indexed):
+        for name, function, draw in passes(rows, channels, seed=seed, **settings):
             assert_twins(name, function, draw(0))
 
 
