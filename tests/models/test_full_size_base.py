@@ -32,12 +32,13 @@ def test_full_size_base_has_torchaudios_weights_outputs_and_gradients():
     data = Batch(torch.randn(2, 7000), labels, torch.tensor([7000, 5200]))
     expected = seeded(theirs, data)
     with torch.no_grad():
-        assert_outputs_match(seeded(ours, data), expected, 2e-6)
+        # Without AVX-512 torchaudio is 1.8e-6 from float64, and this 0.9e-6.
+        assert_outputs_match(seeded(ours, data), expected, 5e-6)
 
     loss = recipe_loss(expected)
     loss.backward()
     result = seeded(hubert_fast.PretrainingObjective(ours), data)
     result.loss.backward()
-    assert relative_error(result.loss, loss) <= 2e-6
+    assert relative_error(result.loss, loss) <= 5e-6
     assert int(result.masked_correct) == recipe_correct(expected[0])
     assert_gradients_match(gradients(ours), gradients(theirs), 2e-5)
