@@ -10,7 +10,7 @@ from hubert_fast.ops.bias_gelu_dropout import bias_gelu_dropout
 from hubert_fast.ops.residual_layer_norm import residual_layer_norm
 from tests.kernels import dropout_twin
 from tests.kernels.device import DEVICE
-from tests.ops.comparison import assert_as_precise, run
+from tests.ops.comparison import assert_as_precise, error, run
 from tests.ops.test_row_passes import passes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,6 +27,17 @@ def test_any_shape_is_as_precise_as_pytorch(rows, channels, biased, indexed, p, 
     for name, function, draw in passes(rows, channels, p=p, seed=seed, biased=biased, indexed=indexed, device=DEVICE):
         with dropout_twin.in_references():
             assert_as_precise(name, function, draw, dtype, name="triton", seeds=2, roundings=0.5)
+
+
+@pytest.mark.parametrize("shares", [(1.0, 0.0), (0.0, 1.0), (0.5, 0.3)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_few_channels_and_rows_that_are_all_masked_or_all_padding(channels, shares):
+    for name, function, draw in passes(9, channels, p=0.1, shares=shares, indexed=True, device=DEVICE):
+        inputs = [each.float() for each in draw(0)]
+        with dropout_twin.in_references():
+            truth = run(name, "reference", function, [each.double() for each in inputs])
+        results = run(name, "triton", function, inputs)
+        assert all(error(*pair) < 1e-6 for pair in zip(results, truth, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
