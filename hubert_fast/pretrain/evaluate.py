@@ -44,8 +44,7 @@ class Representation(NamedTuple):
     """What units are made from: MFCC or a layer of the model; or the units that the model was trained on."""
 
     name: str
-    layer: int | None
-    """0: MFCC; None: the training units"""
+    layer: int | None  # 0: MFCC; None: the training units
 
 
 MFCC = Representation("mfcc", 0)
