@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Budget:
-    """Counts from when it is made."""
+    """Seconds for a run, counted from when this is made."""
 
     seconds: float
     started: float = field(default_factory=time.monotonic)
@@ -23,7 +23,7 @@ class Budget:
         return self.seconds - self.spent()
 
     def say(self, doing: str) -> None:
-        """What is being done from now on, on standard error, where it does not mix with tables; the same is said once."""
+        """Say on standard error, apart from the tables, which step begins; a step that is running is not said again."""
         if doing != self._said:
             print(f"[{self.spent():5.0f} of {self.seconds:.0f} s] {doing}", file=sys.stderr, flush=True)
         self._said = doing

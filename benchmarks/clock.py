@@ -1,4 +1,4 @@
-"""What time is: of the CPU the performance counter's, of a GPU the device's own, read from events in its queue."""
+"""Clocks of the devices: the performance counter of a CPU, events in the queue of a GPU."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def _heading(report: Report) -> str:
 
 
 def limits(report: Report) -> str:
-    """What the device does at best, by dtype."""
+    """Limits of the device, measured, by dtype."""
     return "; in ".join(
         f"{dtype}: products {digits(each.flops_per_second / 1e12)} TFLOP/s, copies {digits(each.bytes_per_second / 1e9)} GB/s"
         for dtype, each in report.limits.items()

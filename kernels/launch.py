@@ -133,7 +133,7 @@ def launch(
 
 
 class _Compiled:
-    """What a kernel was compiled to, by the arguments and options that Triton compiles it anew for."""
+    """The machine code of a kernel, by the arguments and options for which Triton compiles it anew."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel  # kept, so that its id stays its own
@@ -146,7 +146,7 @@ _compiled: dict[int, _Compiled] = {}  # by the id of the kernel: its own hash is
 
 
 def _start(kernel: Any, programs: tuple[int, ...], given: Mapping[str, Any], blocks: Blocks) -> None:
-    """What ``kernel[programs](**given, **blocks.options)`` does, in less time where it did it before.
+    """Launch ``kernel[programs](**given, **blocks.options)``, without Triton's lookup if the same kernel was launched before.
 
     Triton looks a compiled kernel up by the text of its options and by what it calls specialization, of which `_kind` tells
     at least as much apart. A compiled kernel takes all arguments in order. Triton's own switches for debugging and
@@ -168,7 +168,7 @@ def _start(kernel: Any, programs: tuple[int, ...], given: Mapping[str, Any], blo
 
 
 def _kind(value: Any) -> Any:
-    """Of an argument that is no constant: what Triton may compile anew for."""
+    """The part of an argument, which is no constant, for which Triton may compile a kernel anew."""
     kind = type(value)
     if kind is int:
         # Triton compiles anew for 1, for multiples of 16 and for each integer type.

@@ -1,4 +1,4 @@
-"""What operators share about their arguments: checks, dropout's seed, and the dtype under autocast."""
+"""Arguments of operators: checks that several share, the seed of dropout, the dtype under autocast."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ _NO_ALIGNMENTS = "The held-out part has no phone alignments, so phone purity, cl
 
 
 class Representation(NamedTuple):
-    """What units are made from: MFCC or a layer of the model; or the units that the model was trained on."""
+    """Features that units are made from: MFCC or a layer of the model; or the units that the model was trained on."""
 
     name: str
     layer: int | None  # 0: MFCC; None: the training units

@@ -236,7 +236,7 @@ def _cuts(audio: Path, relative: str, info: AudioInfo, alignments: Alignments, l
 def _summary(
     settings: dict[str, Any], cuts: dict[str, list[Cut]], infos: Iterable[AudioInfo], skipped: int
 ) -> dict[str, Any]:
-    """What a scan found: counts and seconds of audio by split, counts by sampling rate (Hz)."""
+    """Summary of a scan: counts and seconds of audio by split, counts by sampling rate (Hz)."""
     seconds = {split: sum(map(utterance_samples, part)) / SAMPLE_RATE for split, part in cuts.items()}
     rates = Counter(info.rate for info in infos)
     supervisions = (supervision for part in cuts.values() for cut in part for supervision in cut.supervisions)

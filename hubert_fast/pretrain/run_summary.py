@@ -79,7 +79,7 @@ class IterationSummary:
 
     @property
     def representations(self) -> list[dict[str, Any]]:
-        """Those that were scored, as evaluation.json describes them."""
+        """The representations that were scored, as evaluation.json describes them."""
         return (self.evaluation or {}).get("representations", [])
 
     def best_layer(self) -> dict[str, Any] | None:
@@ -111,7 +111,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def parsed_lines(path: Path, parse: Callable[[str], Any], expected: str) -> Iterator[Any]:
-    """What ``parse`` makes of each line that is not blank; ValueError names one that is not as ``expected``."""
+    """Parse each line of a file that is not blank with ``parse``; ValueError names a line that is not as ``expected``."""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             if line.strip():

@@ -100,7 +100,7 @@ class _Frontend:
         return F.linear(centred, filters.to(self.wide), self.norm_biases[0])
 
     def preactivation(self, layer: int, row: int, start: int, stop: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """What GELU is applied to, for rows ``start <= t < stop``, and, under layer norm, (input, mean, rstd) of the norm."""
+        """The input of GELU for rows ``start <= t < stop`` and, under layer norm, (input, mean, rstd) of the norm."""
         if layer == 0:
             x = self.first_preactivation(row, start, stop)
         else:

@@ -35,7 +35,7 @@ def _bits(seed: int, counter: Tensor) -> Tensor:
 
 
 def kept_values(seed: Optional[Tensor], rows: int, channels: int, p: float) -> Optional[Tensor]:
-    """What a kernel's dropout of [rows, channels] keeps, bool; None where ``p`` is 0."""
+    """The mask that a kernel's dropout of [rows, channels] keeps, bool; None where ``p`` is 0."""
     if p == 0.0:
         return None
     return keep(int(seed), torch.arange(rows)[:, None], torch.arange(channels), p).to(DEVICE)

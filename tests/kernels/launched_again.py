@@ -1,4 +1,4 @@
-"""Prints how often a second launch starts the kernel that Triton itself would start, for arguments of many kinds.
+"""Prints how often a second launch is the one that Triton itself would make, for arguments of many kinds.
 
     python -m tests.kernels.launched_again          (without TRITON_INTERPRET)
 
@@ -25,13 +25,14 @@ class _Gpu:
 
 
 class _Kernel:
-    """In place of a compiled kernel: notes its launches, and with which arguments."""
+    """In place of a compiled kernel: notes its launches, each with itself, the grid, the stream and the arguments."""
 
-    launches: list[tuple[_Kernel, tuple[Any, ...]]] = []
+    launches: list[tuple[Any, ...]] = []
     function = packed_metadata = launch_metadata = lambda *_: None
 
     def run(self, first: int, second: int, third: int, stream: int, *others: Any) -> None:
-        self.launches.append((self, others[-6:]))  # what stands before the kernel's six arguments is Triton's own
+        # What stands before the kernel's six arguments is Triton's own.
+        self.launches.append((self, first, second, third, stream, *others[-6:]))
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
         return lambda *arguments, stream: self.run(*grid, stream, *arguments)
@@ -58,18 +59,16 @@ def _arguments() -> list[tuple[dict[str, Any], Blocks]]:
 
 def main() -> None:
     triton.runtime.driver.set_active(_Gpu)
-    right, cases = 0, _arguments()
+    right, cases, grids = 0, _arguments(), itertools.cycle([(2,), (3, 4), (5, 6, 7)])
     kernels = set()
     with mock.patch.object(triton.compiler, "compile", lambda *_, **__: _Kernel()):
-        for given, blocks in cases:
-            expected = _nothing[(2,)](**given, **blocks.options)
+        for (given, blocks), grid in zip(cases, grids):
             _Kernel.launches.clear()
+            kernels.add(_nothing[grid](**given, **blocks.options))
             for _ in range(2):
-                launch(_nothing, lambda _: (2,), given, [blocks])
-            same = [kernel is expected for kernel, _ in _Kernel.launches]
-            in_order = [all(a is b for a, b in zip(found, given.values())) for _, found in _Kernel.launches]
-            right += len(same) == 2 and all(same) and all(in_order)
-            kernels.add(expected)
+                launch(_nothing, lambda _, grid=grid: grid, given, [blocks])
+            expected, *found = _Kernel.launches
+            right += len(found) == 2 and all(a is b for each in found for a, b in zip(each, expected, strict=True))
     print(f"{right} of {len(cases)} right, {len(kernels)} kernels")
 
 

@@ -80,7 +80,7 @@ def test_16_bit_rows_meet_float32_parameters(case, name):
 
 
 def _truth(case, name, arguments):
-    """What float64 of the reference gives, with the masks of backend ``name``."""
+    """Results and gradients of the reference in float64, with the masks of backend ``name``."""
     with dropout_twin.in_references() if name == "triton" else nullcontext():
         return run(case.operator, "reference", type(arguments)(*_widened(arguments)))
 

@@ -51,7 +51,7 @@ def test_backends_agree_for_any_shape_with_and_without_dropout(lengths, dead, he
 )
 @pytest.mark.parametrize("dead", [0, 3, 18])
 def test_padded_attention_of_other_devices_equals_the_reference(lengths, keys, dead):
-    """What runs on a GPU, run on the CPU."""
+    """The formulation for GPUs, run on the CPU."""
     key_lengths = None if keys is None else torch.tensor(keys)
 
     def padded(qkv):
