@@ -19,7 +19,7 @@ class OptimizerStep:
     """Clips the gradients of ``parameters`` to ``clip_norm`` (None: leaves them) and steps ``optimizer``.
 
     A set of parameters that takes part runs eagerly the first time, which makes the optimizer's state, and is captured the
-    second. The learning rate reaches the graph as data, all other settings of the optimizer are constants of it.
+    second. The learning rate reaches the graph as data, in float32; all other settings of the optimizer are constants of it.
 
     Args:
         capture: makes a graph of work; None: everything runs eagerly.
@@ -47,16 +47,20 @@ class OptimizerStep:
         Returns:
             The norm of all gradients before clipping, ``[]`` float32.
         """
-        key = (taking_part, self._settings())
-        if self._capture is None or key not in self._seen or self._is_full(key):
-            self._seen.add(key)
+        if self._capture is None:
             self._run()
             return self.norm.clone()
-        if key not in self._graphs:
-            with self._rates_as_data():
-                self._graphs[key] = self._capture(self._run)
+        key = (taking_part, self._settings())
         for rate, group in zip(self._rates, self._optimizer.param_groups):
             rate.fill_(group["lr"])
+        if key not in self._seen or self._is_full(key):
+            self._seen.add(key)
+            with self._rates_as_data(captured=False):  # as a graph reads them: float32
+                self._run()
+            return self.norm.clone()
+        if key not in self._graphs:
+            with self._rates_as_data(captured=True):
+                self._graphs[key] = self._capture(self._run)
         self._graphs[key]()
         return self.norm.clone()
 
@@ -82,14 +86,14 @@ class OptimizerStep:
         return repr([{name: value for name, value in each.items() if name not in ("params", "lr")} for each in groups])
 
     @contextmanager
-    def _rates_as_data(self) -> Iterator[None]:
-        """Inside it the optimizer reads its learning rates from the device, and knows that it is captured."""
+    def _rates_as_data(self, *, captured: bool) -> Iterator[None]:
+        """Inside it the optimizer reads its learning rates from the device, and knows whether it is captured."""
         groups = self._optimizer.param_groups
         before = [{name: group[name] for name in ("lr", "capturable") if name in group} for group in groups]
         for group, rate in zip(groups, self._rates):
             group["lr"] = rate
             if "capturable" in group:
-                group["capturable"] = True
+                group["capturable"] = captured or group["capturable"]
         try:
             yield
         finally:
