@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Iterator, NamedTuple, Optional, Sequence
 
 import torch
@@ -25,9 +26,10 @@ from hubert_fast.models.plain import (
     stream_dtype,
 )
 from hubert_fast.models.plan import StepPlan
-from hubert_fast.models.rows import Rows, whole_grid
+from hubert_fast.models.rows import Rows, valid_rows, whole_grid
 from hubert_fast.ops.arguments import SEED_RANGE
 from hubert_fast.ops.bias_gelu_dropout import bias_gelu_dropout
+from hubert_fast.ops.host_tensors import may_decide_shapes
 from hubert_fast.ops.mask_fill import mask_fill
 from hubert_fast.ops.masked_attention import masked_attention
 from hubert_fast.ops.positional_conv import positional_conv
@@ -379,7 +381,7 @@ class Encoder(nn.Module):
         """The transformer's input for masked prediction: ``[rows, dim]``."""
         layout = plan.layout
         if not is_plain(mask_generator, MaskGenerator):
-            grid, mask = layout.unpack(self._rows(features, layout)), layout.unpack(plan.mask)
+            grid, mask = layout.unpack(self._rows(_packed(features, layout), layout)), layout.unpack(plan.mask)
             return layout.pack(mask_generator(grid, mask=mask)[0])
         value, bias, dropout_p, seed = self._project(features, layout, seed)
         x = mask_fill(
@@ -403,27 +405,64 @@ class Encoder(nn.Module):
         x = normalize(projection.layer_norm, features.flatten(0, -2), index)
         return before_dropout(projection.dropout, *product(projection.projection, x), seed)
 
-    def _rows(self, features: Tensor, layout: Rows) -> Tensor:
-        """Projected features, with 0 in the padding: ``[rows, dim]``."""
-        x = self.feature_projection(_packed(features, layout))
-        padding = layout.padding()
-        return x if padding is None else x.masked_fill(padding[:, None], 0.0)
-
     def forward(
         self,
         features: Tensor,  # [batch, frames, features]
         lengths: Optional[Tensor] = None,  # [batch], frames
-    ) -> Tensor:  # [batch, frames, dim]
-        layout = whole_grid(*features.shape[:2], lengths, features.device)
-        return self.transformer(self._rows(features, layout), layout).unflatten(0, features.shape[:2])
+    ) -> Tensor:  # [batch, frames, dim]; 0 in the padding
+        layout = _layout(features, lengths)
+        return layout.unpack(self.transformer(self._rows(layout.pack(features), layout), layout))
 
     def extract_features(
         self, features: Tensor, lengths: Optional[Tensor] = None, num_layers: Optional[int] = None
     ) -> list[Tensor]:
-        """The outputs of the first ``num_layers`` transformer layers (None: all), each ``[batch, frames, dim]``."""
-        layout = whole_grid(*features.shape[:2], lengths, features.device)
-        outputs = self.transformer.intermediate_outputs(self._rows(features, layout), layout, num_layers)
-        return [each.unflatten(0, features.shape[:2]) for each in outputs]
+        """The outputs of the first ``num_layers`` transformer layers (None: all), each ``[batch, frames, dim]``.
+
+        They are 0 in the padding, which ``lengths`` (``[batch]``, frames) tell.
+        """
+        layout = _layout(features, lengths)
+        return [layout.unpack(each) for each in self.layer_rows(layout.pack(features), layout, last=num_layers)]
+
+    def layer_rows(
+        self,
+        features: Tensor,  # [rows, features]
+        layout: Rows,
+        *,
+        first: int = 1,
+        last: Optional[int] = None,
+    ) -> list[Tensor]:
+        """The outputs of transformer layers ``first`` to ``last`` on packed features, each ``[rows, dim]``.
+
+        Nothing waits for a device and no shape depends on the numbers of ``layout``, so the call may be captured in a CUDA
+        graph that serves all layouts of as many rows and sequences.
+
+        Args:
+            features: ``[rows, features]``, the extractor's, as `Wav2Vec2Model.packed_features` gives them.
+            layout: where the rows lie.
+            first, last: layers, counted from 1; the others' outputs are not kept. None: up to the model's last.
+
+        Raises:
+            ValueError: for a layer that the model does not have.
+        """
+        most = len(self.transformer.layers) if last is None else last
+        if not 1 <= first <= max(most, 1):
+            raise ValueError(f"first must be in [1, {most}]; got {first}")
+        outputs = self.transformer.intermediate_outputs(self._rows(features, layout), layout, last)
+        return list(itertools.islice(outputs, first - 1, None))
+
+    def _rows(self, features: Tensor, layout: Rows) -> Tensor:
+        """Projected features, with 0 in the padding: ``[rows, features] -> [rows, dim]``."""
+        x = self.feature_projection(features)
+        padding = layout.padding()
+        return x if padding is None else x.masked_fill(padding[:, None], 0.0)
+
+
+def _layout(features: Tensor, lengths: Optional[Tensor]) -> Rows:
+    """The valid frames; all of them where ``lengths`` may not decide about shapes. Lengths on a device are waited for."""
+    batch, frames = features.shape[:2]
+    if lengths is None or not may_decide_shapes(lengths):
+        return whole_grid(batch, frames, lengths, features.device)
+    return valid_rows(batch, frames, lengths.cpu().clamp(0, frames), features.device)
 
 
 def _packed(features: Tensor, layout: Rows) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hubert_fast.ops.conv_frontend import NORMS, conv_frontend
+from hubert_fast.ops.host_tensors import to_device
 
 
 class ConvLayerBlock(nn.Module):
@@ -79,7 +80,7 @@ class FeatureExtractor(nn.Module):
             [norm.bias for norm in norms],
             strides=[block.stride for block in blocks],
             norm=self.norm_mode,
-            valid_samples=length if self.padding_invariant else None,
+            valid_samples=to_device(length, x.device) if self.padding_invariant and length is not None else None,
         )
         return features, None if length is None else self.output_lengths(length)
 

@@ -14,7 +14,7 @@ from hubert_fast.models.masking import MaskGenerator
 from hubert_fast.models.plain import is_plain
 from hubert_fast.models.plan import PlanSettings, StepPlan, make_plan
 from hubert_fast.models.wav2vec2 import Wav2Vec2Model
-from hubert_fast.ops.host_tensors import to_device
+from hubert_fast.ops.host_tensors import on_host, to_device
 
 
 class HeadInput(NamedTuple):
@@ -76,8 +76,8 @@ class HuBERTPretrainModel(nn.Module):
             waveforms: ``[batch, samples]`` float, 16 kHz.
             labels: ``[batch, frames]`` integer in ``[0, num_classes)``: the unit of each frame. What stands in the padding
                 is not read.
-            audio_lengths: ``[batch]`` integer: valid samples of each row, on the CPU (best: nothing then waits for the
-                GPU) or on the device of ``waveforms``. None: all.
+            audio_lengths: ``[batch]`` integer: valid samples of each row, on the CPU or the device of ``waveforms``, from
+                where they are copied to the CPU, so that no padding is computed. None: all.
             mask: ``[batch, frames]`` bool, True is masked: one made ahead by ``mask_generator.draw``, on the CPU or the
                 device. None: drawn here, in eval mode too.
 
@@ -90,7 +90,13 @@ class HuBERTPretrainModel(nn.Module):
             ValueError: for a wrong shape, dtype, device or value of an argument (values of tensors on a GPU are asserted
                 there, without a synchronisation).
         """
-        encoded = self.encode(waveforms, labels, audio_lengths, mask=mask)
+        # How many logits there are is waited for in any case, as in torchaudio; at the start the wait is the shortest.
+        if audio_lengths is not None:
+            audio_lengths = on_host(audio_lengths)
+        masked_only = is_plain(self.logit_generator, LogitGenerator) and self.logit_generator.skip_nomask
+        if mask is not None and masked_only:
+            mask = on_host(mask)
+        encoded = self.encode(waveforms, labels, audio_lengths, mask=mask, masked_only=masked_only)
         return *self.logit_generator(*encoded.head), encoded.feature_penalty
 
     def encode(

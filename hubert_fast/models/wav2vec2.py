@@ -9,10 +9,16 @@ from torch import Tensor, nn
 from hubert_fast.models.checks import check_audio
 from hubert_fast.models.encoder import Encoder
 from hubert_fast.models.feature_extractor import FeatureExtractor
+from hubert_fast.models.rows import Rows, valid_rows
+from hubert_fast.ops.host_tensors import on_host, to_device
 
 
 class Wav2Vec2Model(nn.Module):
     """Feature extractor, transformer encoder and, optionally, a head.
+
+    Where lengths are given the encoder computes the valid frames alone; lengths on a GPU are copied to the host for that, once,
+    and the host waits. Padded frames come out as 0. A compiled, exported, traced or captured call computes the whole grid: what
+    stands in the padding then nobody may use, as in torchaudio.
 
     Args:
         feature_extractor: raw audio to features.
@@ -38,17 +44,17 @@ class Wav2Vec2Model(nn.Module):
             lengths: ``[batch]`` integer: valid samples of each row. None: all.
 
         Returns:
-            ``[batch, frames, dim]`` (or what ``aux`` makes of it), and ``[batch]`` frames or None where ``lengths`` is None.
+            ``[batch, frames, dim]``, 0 in the padding (or what ``aux`` makes of it), and ``[batch]`` frames or None where
+            ``lengths`` is None.
 
         Raises:
             ValueError: for a wrong rank, dtype or length, an empty batch, or audio shorter than one frame.
         """
-        check_audio(waveforms, lengths)
-        x, lengths = self.feature_extractor(waveforms, lengths)
-        x = self.encoder(x, lengths)
+        x, frames = self._features(waveforms, lengths)
+        x = self.encoder(x, frames)
         if self.aux is not None:
             x = self.aux(x)
-        return x, lengths
+        return x, _beside(lengths, frames)
 
     def extract_features(
         self, waveforms: Tensor, lengths: Optional[Tensor] = None, num_layers: Optional[int] = None
@@ -61,11 +67,40 @@ class Wav2Vec2Model(nn.Module):
             num_layers: stop after this many layers, in [1, number of layers]. None: all.
 
         Returns:
-            A list of ``[batch, frames, dim]``, one a layer, and ``[batch]`` frames or None where ``lengths`` is None.
+            A list of ``[batch, frames, dim]``, one a layer, 0 in the padding, and ``[batch]`` frames or None where ``lengths``
+            is None.
 
         Raises:
             ValueError: as `forward`, and for ``num_layers`` out of range.
         """
+        x, frames = self._features(waveforms, lengths)
+        return self.encoder.extract_features(x, frames, num_layers), _beside(lengths, frames)
+
+    def packed_features(self, waveforms: Tensor, lengths: Optional[Tensor] = None) -> tuple[Tensor, Rows]:
+        """The extractor's features of the valid frames alone, which `Encoder.layer_rows` takes, and where they lie.
+
+        Args:
+            waveforms: ``[batch, samples]`` float, 16 kHz.
+            lengths: ``[batch]`` integer: valid samples of each row. None: all. On the CPU nothing waits for the device.
+
+        Returns:
+            ``[rows, channels]``, and the layout, whose ``offsets`` (``[batch + 1]`` int64) say which rows are whose.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        x, frames = self._features(waveforms, lengths)
+        layout = valid_rows(*x.shape[:2], frames, x.device)
+        return layout.pack(x), layout
+
+    def _features(self, waveforms: Tensor, lengths: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
+        """Features ``[batch, frames, channels]`` and the valid frames of each row, on the CPU where the encoder is to pack."""
+        if lengths is not None:
+            lengths = on_host(lengths)  # before the extractor is started, so that nobody waits for it
         check_audio(waveforms, lengths)
-        x, lengths = self.feature_extractor(waveforms, lengths)
-        return self.encoder.extract_features(x, lengths, num_layers), lengths
+        return self.feature_extractor(waveforms, lengths)
+
+
+def _beside(lengths: Optional[Tensor], frames: Optional[Tensor]) -> Optional[Tensor]:
+    """``frames`` on the device of ``lengths``."""
+    return frames if lengths is None or frames is None else to_device(frames, lengths.device)

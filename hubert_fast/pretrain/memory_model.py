@@ -30,7 +30,9 @@ class Size(NamedTuple):
     batch: int  # utterances
     samples: int  # of each, padding included
     rows: int  # valid frames
-    kept: Optional[int]  # rows that are wanted after the last layer; None: all, and those not masked count in the loss too
+    kept: Optional[
+        int
+    ]  # rows that are wanted after the last layer; None: all, and those not masked count in the loss too
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,10 @@ def test_the_encoder_compiles():
     encoder = twins(configurations.large(), torch.float64)[1].wav2vec2
     compiled = _in_one_graph(encoder)
     waveforms = batch(torch.float64).waveforms
-    for lengths in (None, LENGTHS):
-        assert relative_error(compiled(waveforms, lengths)[0], encoder(waveforms, lengths)[0]) <= 1e-10
+    assert relative_error(compiled(waveforms)[0], encoder(waveforms)[0]) <= 1e-10
+    outputs, valid = (each(waveforms, LENGTHS)[0] for each in (compiled, encoder)), valid_frames(LENGTHS)
+    given, wanted = (each[valid] for each in outputs)  # the compiled one computes something in the padding
+    assert relative_error(given, wanted) <= 1e-10
 
 
 def test_bad_values_are_found_in_a_compiled_graph_too():

@@ -16,6 +16,7 @@ from tests.models.twins import (
     relative_error,
     seeded,
     twins,
+    valid_frames,
 )
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6}
@@ -52,7 +53,7 @@ def test_gradient_of_the_waveforms_equals_torchaudios(name, lengths):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["all-valid", "lengths"])
+@pytest.mark.parametrize("lengths", [None, LENGTHS, ALMOST_FULL], ids=["all-valid", "lengths", "almost-full"])
 @pytest.mark.parametrize("name", ["base", "xlarge-bias"])
 def test_encoder_and_its_layers_equal_torchaudios(name, lengths, dtype):
     theirs, ours = (model.wav2vec2 for model in twins(configurations.ALL[name], dtype))
@@ -65,17 +66,23 @@ def test_encoder_and_its_layers_equal_torchaudios(name, lengths, dtype):
         layers, layers_frames = ours.extract_features(waveforms, lengths)
         first, _ = ours.extract_features(waveforms, lengths, num_layers=1)
     assert len(first) == 1 and torch.equal(first[0], layers[0])
-    assert_outputs_match([output, *layers], [expected, *expected_layers], TOLERANCE[dtype])
     if lengths is None:
+        assert_outputs_match([output, *layers], [expected, *expected_layers], TOLERANCE[dtype])
         assert frames is None and expected_frames is None
     else:
+        valid = valid_frames(lengths)
+        for given, wanted in zip([output, *layers], [expected, *expected_layers], strict=True):
+            assert_outputs_match([given[valid]], [wanted[valid]], TOLERANCE[dtype])
+            assert given.shape == wanted.shape and (given[~valid] == 0).all()
         assert torch.equal(frames, expected_frames) and torch.equal(layers_frames, expected_frames)
         assert frames.tolist() == [num_frames(int(samples)) for samples in lengths]
 
 
 @pytest.mark.parametrize(("skip_masked", "skip_nomask"), [(True, False), (False, True), (True, True)])
-def test_skipped_logits_are_none(skip_masked, skip_nomask):
-    _, ours = twins(configurations.base(skip_masked=skip_masked, skip_nomask=skip_nomask))
-    masked, unmasked, _ = ours(*batch())
+def test_skipped_logits_are_none_and_the_others_torchaudios(skip_masked, skip_nomask):
+    theirs, ours = twins(configurations.base(skip_masked=skip_masked, skip_nomask=skip_nomask), torch.float64)
+    data = batch(torch.float64, LENGTHS)
+    masked, unmasked, penalty = seeded(ours, data)
     assert (masked is None) == skip_masked
     assert (unmasked is None) == skip_nomask
+    assert_outputs_match([masked, unmasked, penalty], seeded(theirs, data), 1e-10)

@@ -2,14 +2,16 @@
 
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import hubert_fast
 from hubert_fast import backend
+from hubert_fast.models import encoder as encoder_module
 from hubert_fast.models import plan
-from hubert_fast.models.rows import whole_grid
+from hubert_fast.models.rows import valid_rows, whole_grid
 from tests.models import configurations
 from tests.models.twins import (
     LENGTHS,
@@ -50,6 +52,85 @@ def test_the_last_layer_computes_the_masked_rows_alone_where_no_others_are_wante
         )
     assert sizes == [int(masked_only.masked_count), int(valid_frames(LENGTHS).sum())] and sizes[0] < sizes[1]
     assert relative_error(masked_only.masked_loss, everything.masked_loss) <= 1e-12
+
+
+@pytest.mark.parametrize("change", [None, "layer", "pos_conv_embed", "feature projection"])
+def test_the_encoder_computes_valid_frames_alone_and_gives_what_whole_rows_give(change):
+    encoder = twins(configurations.large(), torch.float64)[1].wav2vec2
+    transformer, sizes = encoder.encoder.transformer, []
+    if change is not None:  # what is hooked is called as a module
+        hooked = {"layer": transformer.layers[0], "pos_conv_embed": transformer.pos_conv_embed}
+        hooked.get(change, encoder.encoder.feature_projection).register_forward_hook(lambda *call: None)
+    waveforms, _, lengths = batch(torch.float64, LENGTHS)
+    with transformer.layers[1].feed_forward.register_forward_hook(lambda _, inputs, output: sizes.append(len(output))):
+        packed = [encoder(waveforms, lengths)[0], *encoder.extract_features(waveforms, lengths)[0]]
+        with mock.patch.object(encoder_module, "may_decide_shapes", lambda lengths: False):
+            whole = [encoder(waveforms, lengths)[0], *encoder.extract_features(waveforms, lengths)[0]]
+    valid = valid_frames(lengths)
+    assert sizes == [int(valid.sum())] * 2 + [valid.numel()] * 2
+    for ours, wanted in zip(packed, whole, strict=True):
+        assert relative_error(ours[valid], wanted[valid]) <= 1e-12
+
+
+def test_rows_of_a_range_of_layers_are_the_valid_frames_of_those_layers():
+    encoder = twins(configurations.base(encoder_num_layers=3), torch.float64)[1].wav2vec2
+    waveforms, _, lengths = batch(torch.float64, LENGTHS)
+    layers, frames = encoder.extract_features(waveforms, lengths)
+    features, layout = encoder.packed_features(waveforms, lengths)
+    assert layout.offsets.tolist() == [0, *frames.cumsum(0).tolist()]
+    for first, last in ((1, None), (2, 3), (2, 2)):
+        rows = encoder.encoder.layer_rows(features, layout, first=first, last=last)
+        for ours, wanted in zip(rows, layers[first - 1 : last], strict=True):
+            assert torch.equal(ours, wanted[valid_frames(lengths)])
+    for wrong in ({"first": 0}, {"first": 4}, {"first": 2, "last": 1}):
+        with pytest.raises(ValueError, match=r"first must be in \[1, [13]\]; got"):
+            encoder.encoder.layer_rows(features, layout, **wrong)
+
+
+def test_dead_rows_reach_no_layer_of_a_valid_one():
+    encoder = twins(configurations.base(), torch.float64)[1].wav2vec2
+    waveforms, _, lengths = batch(torch.float64, LENGTHS)
+    features, layout = encoder.packed_features(waveforms, lengths)
+    with_room = valid_rows(layout.batch, layout.frames, layout.offsets.diff(), torch.device("cpu"), len(features) + 9)
+    grid = encoder.feature_extractor(waveforms, None)[0]
+    layers = encoder.encoder.layer_rows(with_room.pack(grid), with_room)
+    for rows, wanted in zip(layers, encoder.encoder.layer_rows(features, layout), strict=True):
+        assert len(rows) == len(wanted) + 9 and rows.isfinite().all()
+        assert relative_error(rows[: len(wanted)], wanted) <= 1e-12
+
+
+@pytest.mark.parametrize("where", ["fake", "traced"])
+def test_lengths_decide_about_no_shape_where_the_call_is_traced(where):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    encoder = twins(configurations.base())[1].wav2vec2.encoder.eval()
+    features, frames = torch.randn(3, 38, encoder.feature_projection.projection.in_features), torch.tensor([38, 5, 0])
+    if where == "fake":
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            output = encoder(mode.from_tensor(features), mode.from_tensor(frames))
+    else:
+        traced, other = make_fx(encoder)(features, frames), torch.tensor([7, 38, 1])
+        output, valid = traced(features, other), torch.arange(38) < other[:, None]
+        assert relative_error(output[valid], encoder(features, other)[valid]) <= 1e-5
+    assert output.shape == (3, 38, 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+def test_lengths_and_mask_on_a_gpu_give_what_those_on_the_cpu_give():
+    model = twins(configurations.base(skip_nomask=True))[1].cuda().eval()
+    data, sizes = batch(lengths=LENGTHS), []
+    data = data._replace(waveforms=data.waveforms.cuda())
+    mask = model.mask_generator.draw(3, 38, model.wav2vec2.feature_extractor.output_lengths(LENGTHS))
+    expected = model(*data, mask=mask), model.wav2vec2(data.waveforms, data.lengths)
+    layer = model.wav2vec2.encoder.transformer.layers[0]
+    with layer.feed_forward.register_forward_hook(lambda _, inputs, output: sizes.append(len(output))):
+        logits = model(data.waveforms, data.labels.cuda(), data.lengths.cuda(), mask=mask.cuda())
+        output, frames = model.wav2vec2(data.waveforms, data.lengths.cuda())
+    assert sizes == [int(valid_frames(LENGTHS).sum())] * 2
+    assert torch.equal(logits[0], expected[0][0]) and torch.equal(output, expected[1][0])
+    assert frames.is_cuda and torch.equal(frames.cpu(), expected[1][1])
 
 
 def test_samples_in_the_padding_do_not_matter_under_layer_norm():
