@@ -306,7 +306,12 @@ class Transformer(nn.Module):
 
     def new_seeds(self, device: torch.device) -> Tensor:
         """Random numbers for `Seeds.of`: ``[2 + 4 * layers]`` int64."""
-        return torch.randint(*SEED_RANGE, (2 + _MASKS * len(self.layers),), device=device)
+        return torch.randint(*SEED_RANGE, (self.seed_count,), device=device)
+
+    @property
+    def seed_count(self) -> int:
+        """How many seeds a step has."""
+        return 2 + _MASKS * len(self.layers)
 
     def draw_dropped_layers(self) -> list[bool]:
         """Whether LayerDrop leaves out each layer: a number a layer from torch's default generator on the CPU."""

@@ -102,7 +102,8 @@ class GraphedStep:
         weights = [0, 0, objective.masked_weight, 0, 0, objective.unmasked_weight, objective.feature_weight]
         self._weights = torch.tensor(weights, dtype=torch.float64, device=self._device)
         self._scale = torch.ones((), dtype=torch.float64, device=self._device)
-        self._seeds = objective.model.wav2vec2.encoder.transformer.new_seeds(self._device).zero_()
+        seeds = objective.model.wav2vec2.encoder.transformer.seed_count
+        self._seeds = torch.zeros(seeds, dtype=torch.int64, device=self._device)
         self._rows: Optional[Tensor] = None
         self._programs: dict[tuple[Capacity, bool], _Program] = {}
         self._said_full = False

@@ -64,13 +64,17 @@ class MicroBatchPlanner:
         audio_lengths: Optional[Tensor] = None,  # [batch]
         *,
         mask: Optional[Tensor] = None,  # [batch, frames]
+        channel_mask: Optional[Tensor] = None,  # [batch, dim]
     ) -> MicroBatch:
         """The micro-batch of a padded batch on the CPU; arguments and errors as those of `HuBERTPretrainModel.forward`.
+
+        ``channel_mask`` is one made ahead by ``mask_generator.draw_channels``; None: drawn here, if at all.
 
         Raises:
             ValueError: also for a tensor that is not on the CPU.
         """
         given = {"waveforms": waveforms, "labels": labels, "audio_lengths": audio_lengths, "mask": mask}
+        given["channel_mask"] = channel_mask
         for name, tensor in given.items():
             if tensor is not None and tensor.device.type != "cpu":
                 raise ValueError(f"{name} must be on the CPU; got {tensor.device}")
@@ -83,7 +87,8 @@ class MicroBatchPlanner:
             mask = self._masks.draw(batch, frames, lengths)
         else:
             check_mask(mask, batch, frames)
-        channel_mask = self._masks.draw_channels(batch) if is_plain(self._masks, MaskGenerator) else None
+        if channel_mask is None and is_plain(self._masks, MaskGenerator):
+            channel_mask = self._masks.draw_channels(batch)
         settings = PlanSettings(self._masked_only)
         plan = make_plan(labels, lengths, mask, channel_mask, torch.device("cpu"), self._classes, settings)
         valid = int(plan.layout.offsets[-1])

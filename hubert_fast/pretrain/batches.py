@@ -17,16 +17,18 @@ import torch
 from lhotse.cut import Cut
 from torch.utils.data import DataLoader
 
+from hubert_fast import Capacities
 from hubert_fast.pretrain.audio import AudioError
 from hubert_fast.pretrain.config import DataConfig
 from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.epoch_plan import largest_parts, plan_epoch, smallest_batch
-from hubert_fast.pretrain.frames import SAMPLE_RATE
+from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
 from hubert_fast.pretrain.like_length import batches_of_like_length
 from hubert_fast.pretrain.units import Units
 from hubert_fast.pretrain.utterances import TRAINING, VALIDATION, Batch, Place, Utterances
 
 if TYPE_CHECKING:
+    from hubert_fast import MicroBatchPlanner
     from hubert_fast.models.masking import MaskGenerator
 
 
@@ -87,6 +89,17 @@ class GlobalBatches:
     def largest_sizes(self, accumulate: int) -> list[tuple[int, int]]:
         """The largest of ``accumulate`` micro-batches of each rank, as `largest_parts` has them."""
         return largest_parts(self._utterances.samples, self._budget, self._process.world_size * accumulate)
+
+    def capacities(self) -> Capacities:
+        """What micro-batches need at most."""
+        lengths, parts = self._utterances.samples, self._process.world_size * self.accumulate
+        rows = max(count * num_frames(samples) for count, samples in self.largest_sizes(self.accumulate))
+        sequences = math.ceil(min(len(lengths), self._budget // int(lengths.min())) / parts)
+        return Capacities(rows=rows, sequences=sequences, max_frames=num_frames(int(lengths.max())))
+
+    def plan_with(self, planner: MicroBatchPlanner) -> None:
+        """Have workers make plans. Iterators that exist stay as they are."""
+        self._utterances.planner = planner
 
     def seconds(self) -> float:
         """Audio of the largest micro-batch, padding included."""

@@ -190,6 +190,10 @@ class PretrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     autocast: bool = True
     """bfloat16 autocast in training and feature extraction"""
+    graphs: Literal["auto", "off"] = "auto"
+    """auto: training steps on a GPU run in CUDA graphs; off: eagerly, to the same numbers but for rounding"""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """what gradients are summed in over GPUs where steps run in graphs"""
     data: DataConfig = DataConfig()
     logging: LoggingConfig = LoggingConfig()
     first: IterationConfig = IterationConfig()

@@ -77,11 +77,17 @@ def train(
             description=description,
             progress=progress,
             halve=follow_from_memory(config, iteration, process),
+            graphs=runs_in_graphs(config, process),
         )
         _restore_newest(trainer)
         trainer.fit()
         process.on_main(lambda: _write_weights(out, model, description))
     return process.on_main(lambda: _outcome(out))
+
+
+def runs_in_graphs(config: PretrainConfig, process: Process) -> bool:
+    """Whether training steps are those of a `hubert_fast.GraphedStep`."""
+    return config.graphs == "auto" and process.device.type == "cuda"
 
 
 def weights_path(out: Path) -> Path:

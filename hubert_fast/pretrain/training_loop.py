@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from hubert_fast import GraphedStep
 from hubert_fast.pretrain.checkpoint import checkpoint_path, save_checkpoint
 from hubert_fast.pretrain.config import IterationConfig, ModelConfig, PretrainConfig
 from hubert_fast.pretrain.distributed import Process
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 
 
 Log = Callable[[int, Mapping[str, float]], None]
+# (micro-batches, masked frames of all) -> (loss of this rank, norm of the gradients of all)
+Step = Callable[["list[Batch]", float], "tuple[Tensor, Tensor]"]
 
 
 class Trainer:
@@ -46,7 +50,8 @@ class Trainer:
 
     ``objective`` is a `hubert_fast.PretrainingObjective` on the process's device, equal on every rank. ``description``
     is stored in each checkpoint (see `checkpoint.require_same_run`). ``halve``: micro-batches, where the largest of them
-    runs out of memory before the first step (see `micro_batches.halve_until_they_fit`).
+    runs out of memory before the first step (see `micro_batches.halve_until_they_fit`). ``graphs``: steps are those of a
+    `hubert_fast.GraphedStep`.
     """
 
     def __init__(
@@ -62,9 +67,11 @@ class Trainer:
         description: Mapping[str, Any],
         progress: bool,
         halve: bool = False,
+        graphs: bool = False,
     ) -> None:
         self.objective = objective
-        self.parallel = _data_parallel(objective, iteration.model) if process.world_size > 1 else objective
+        parallel = process.world_size > 1 and not graphs
+        self.parallel = _data_parallel(objective, iteration.model) if parallel else objective
         self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         settings = iteration.optimizer
         self.optimizer = torch.optim.AdamW(  # decays every parameter, as the recipe does
@@ -89,7 +96,8 @@ class Trainer:
         self.seed = config.seed
         self.autocast = config.autocast
         self.progress = progress
-        self.halve = halve
+        self.halve, self.graphs = halve, graphs
+        self.reduce_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.reduce_dtype]
         self.meter = Meter(process.device)
         self.guard = FiniteGuard(process.device)
         self.clock = Clock()
@@ -132,6 +140,7 @@ class Trainer:
         with StopRequest() as stop, self._metrics_log() as log, self._progress_bar() as bar:
             if self.halve and self.step < self.steps:
                 halve_until_they_fit(self.batches, self._gradients, self.optimizer, self.process)
+            step = self._graphed_step() if self.graphs else self._eager_step
             self.clock.restart_window()
             updates = iter(self.batches)
             while self.step < self.steps:
@@ -145,7 +154,7 @@ class Trainer:
                 )
                 if stopping:
                     self._interrupt(stop.signum)
-                self._update(update, masked_frames)
+                self._update(step, update, masked_frames)
                 self.clock.add_audio(audio_seconds)
                 self.position = self.batches.state_dict()
                 bar.set_postfix_str(f"{self.clock.audio_seconds_per_second():.0f} audio-seconds/s", refresh=False)
@@ -162,11 +171,19 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.step == self.steps or (every > 0 and self.step % every == 0)
 
-    def _update(self, update: list[Batch], masked_frames: float) -> None:
-        """One optimizer step on the loss per masked frame; ``masked_frames`` are those of all ranks and micro-batches.
+    def _update(self, step: Step, update: list[Batch], masked_frames: float) -> None:
+        """One optimizer step on the loss per masked frame; ``masked_frames`` are those of all ranks and micro-batches."""
+        self.learning_rate = self.scheduler.get_last_lr()[0]
+        loss, gradient_norm = step(update, masked_frames)
+        self.meter.add_update(gradient_norm)
+        self.guard.watch(self.step + 1, [name for batch in update for name in batch.ids], loss, gradient_norm)
+        if self.process.device.type == "cpu":
+            self.guard.check()
+        self.scheduler.step()
+        self.step += 1
 
-        DDP averages gradients over ranks, so the sum over ranks needs the factor ``world_size``.
-        """
+    def _eager_step(self, update: list[Batch], masked_frames: float) -> tuple[Tensor, Tensor]:
+        """DDP averages gradients over ranks, so the sum over ranks needs the factor ``world_size``."""
         scale = self.process.world_size / max(1.0, masked_frames)
         loss = torch.zeros((), device=self.process.device)
         for batch in update:
@@ -176,15 +193,29 @@ class Trainer:
             self.meter.add_micro_batch(output)
             loss += output.loss.detach()
         gradient_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        self.meter.add_update(gradient_norm)
-        self.guard.watch(self.step + 1, [name for batch in update for name in batch.ids], loss, gradient_norm)
-        if self.process.device.type == "cpu":
-            self.guard.check()
-        self.learning_rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
-        self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
+        return loss, gradient_norm
+
+    def _graphed_step(self) -> Step:
+        """Steps in graphs, for the batches as they are divided now."""
+        graphed = GraphedStep(
+            self.objective,
+            self.optimizer,
+            clip_norm=self.clip_norm,
+            capacities=self.batches.capacities(),
+            autocast=torch.bfloat16 if self.autocast else None,
+            process_group=dist.group.WORLD if self.process.world_size > 1 else None,
+            reduce_dtype=self.reduce_dtype,
+        )
+        self.batches.plan_with(graphed.planner)
+
+        def step(update: list[Batch], masked_frames: float) -> tuple[Tensor, Tensor]:
+            result = graphed([batch.planned for batch in update], masked_frames=masked_frames)
+            self.meter.add_micro_batch(result)
+            return result.loss, result.gradient_norm
+
+        return step
 
     def _gradients(self, micro_batches: list[Batch]) -> None:
         """Add up the gradients of ``micro_batches``, of this rank alone."""

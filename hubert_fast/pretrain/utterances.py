@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from hubert_fast.pretrain.frames import FRAME_SHIFT, SAMPLE_RATE, num_frames, nu
 from hubert_fast.pretrain.units import Units
 
 if TYPE_CHECKING:
+    from hubert_fast import MicroBatch, MicroBatchPlanner
     from hubert_fast.models.masking import MaskGenerator
 
 TRAINING, VALIDATION = 2, 3
@@ -36,9 +39,14 @@ class Batch:
     ids: list[str]
     seconds: float
     """audio, without padding"""
+    planned: Optional[MicroBatch] = None
+    """the same for a `hubert_fast.GraphedStep`"""
 
     def pin_memory(self) -> Batch:
         """Page-locked copies, which a GPU fetches by itself. (The data loader calls it.)"""
+        if self.planned is not None:  # all that is copied to the GPU then
+            planned = self.planned.pin_memory()
+            return dataclasses.replace(self, waveforms=planned.waveforms, planned=planned)
         tensors = (tensor.pin_memory() for tensor in (self.waveforms, self.audio_lengths, self.labels, self.mask))
         return Batch(*tensors, self.ids, self.seconds)
 
@@ -77,6 +85,7 @@ class Utterances(Dataset):
         # A copy on the CPU: the model's own may be on a GPU, which a forked worker must not touch.
         self._masks = copy.deepcopy(masks).cpu()
         self._seed, self._purpose, self._parts = seed, purpose, parts
+        self.planner: Optional[MicroBatchPlanner] = None
         self._normalize = config.normalize_audio
         whole = np.array([utterance_samples(cut) for cut in self._cuts])
         _check_units(self._cuts, whole, units)
@@ -106,7 +115,15 @@ class Utterances(Dataset):
         starts = rng.integers(0, self._spare_frames[rows], endpoint=True)
         mask = _draw(self._masks, self._frames[rows], seed=int(rng.integers(2**63)))
         longest = int(self.samples[rows].max())
-        return [self._micro_batch(rows[part], starts[part], mask[part], longest) for part in self._parts]
+        batches = [self._micro_batch(rows[part], starts[part], mask[part], longest) for part in self._parts]
+        if self.planner is not None:
+            channels = _draw_channels(self._masks, len(rows), seed=int(rng.integers(2**63)))
+            for batch, part in zip(batches, self._parts, strict=True):
+                of_part = None if channels is None else channels[part]
+                batch.planned = self.planner(
+                    batch.waveforms, batch.labels, batch.audio_lengths, mask=batch.mask, channel_mask=of_part
+                )
+        return batches
 
     def _micro_batch(self, rows: np.ndarray, starts: np.ndarray, mask: Tensor, longest: int) -> Batch:
         lengths = self.samples[rows]
@@ -131,10 +148,21 @@ class Utterances(Dataset):
 
 def _draw(masks: MaskGenerator, frames: np.ndarray, *, seed: int) -> Tensor:
     """One mask for all rows of a global batch, so that all its micro-batches mask as many frames in a row."""
+    with _seeded(seed):
+        return masks.draw(len(frames), int(frames.max()), torch.from_numpy(frames))
+
+
+def _draw_channels(masks: MaskGenerator, rows: int, *, seed: int) -> Optional[Tensor]:
+    with _seeded(seed):
+        return masks.draw_channels(rows)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
     # Not torch.manual_seed: it would seed the GPUs too, where there is no worker and this is the training process.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return masks.draw(len(frames), int(frames.max()), torch.from_numpy(frames))
+        yield
 
 
 def _frames(samples: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,30 +129,49 @@ def test_sigterm_to_it_and_its_workers_saves_and_leaves_quietly(corpus, tmp_path
     assert len(list_checkpoints(tmp_path / "checkpoints")) == 1
 
 
-def test_two_processes_end_with_the_weights_of_one(corpus, tmp_path):
+def test_processes_micro_batches_and_graphs_change_the_weights_by_rounding_alone(corpus, tmp_path):
     options = {"model": WITHOUT_DROPOUT, "steps": 5, "autocast": False, "workers": 0}
-    process = start(corpus, tmp_path / "two", processes=2, **options)
+    processes = [start(corpus, tmp_path / "two", processes=2, **options)]
+    processes.append(start(corpus, tmp_path / "two in graphs", processes=2, graphs=True, **options))
     train_tiny(corpus, tmp_path / "one", **options)
     train_tiny(corpus, tmp_path / "accumulated", accumulate=2, **options)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    one, two, accumulated = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "accumulated"))
+    train_tiny(corpus, tmp_path / "graphs", accumulate=2, graphs=True, **options)
+    for process in processes:
+        _, errors = process.communicate(timeout=90)
+        assert process.returncode == 0, errors
+    for name in ("accumulated", "graphs", "two", "two in graphs"):
+        assert_like_training(tmp_path / name, tmp_path / "one")
+
+
+def test_a_run_in_graphs_resumes_to_the_same_bits_and_without_graphs_to_the_same_but_rounding(corpus, tmp_path):
+    options = {"steps": 12, "autocast": False, "save_every": 10}
+    train_tiny(corpus, tmp_path / "graphs", graphs=True, **options)
+    train_tiny(corpus, tmp_path / "eager", **options)
+    for name, begun, graphs in (("both", "graphs", True), ("to eager", "graphs", False), ("from eager", "eager", True)):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        shutil.copy(tmp_path / begun / "checkpoints" / "step-00000010.pt", tmp_path / name / "checkpoints")
+        shutil.copy(tmp_path / begun / "metrics.jsonl", tmp_path / name)
+        train_tiny(corpus, tmp_path / name, resume=True, graphs=graphs, **options)
+    assert_same_training(tmp_path / "both", tmp_path / "graphs")
+    for name in ("to eager", "from eager", "graphs"):
+        assert_like_training(tmp_path / name, tmp_path / "eager")
+
+
+def assert_like_training(out, reference):
+    """The same but for rounding."""
+    ours, theirs = load_file(out / "model.safetensors"), load_file(reference / "model.safetensors")
+    assert ours.keys() == theirs.keys()
     torch.manual_seed(1)
     initial = MODEL.build(6).state_dict()
-    for name, weight in one.items():
+    for name, weight in theirs.items():
         moved = (weight - initial[name]).abs().max()
-        for other in (two, accumulated):
-            # Adam divides by the gradient's size, so it magnifies float32 rounding where a gradient is nearly 0.
-            assert (other[name] - weight).abs().max() <= 1e-5 + 1e-3 * moved, name
-    assert two.keys() == one.keys()
+        # Adam divides by the gradient's size, so it magnifies float32 rounding where a gradient is nearly 0.
+        assert (ours[name] - weight).abs().max() <= 1e-5 + 1e-3 * moved, name
     for measure in ("loss", "grad_norm", "masked_accuracy", "valid_loss", "audio_seconds"):
-        expected, *others = (
-            [line[measure] for line in read_metrics(tmp_path / name) if measure in line]
-            for name in ("one", "two", "accumulated")
+        measured, expected = (
+            [line[measure] for line in read_metrics(folder) if measure in line] for folder in (out, reference)
         )
-        assert expected
-        for measured in others:
-            assert measured == pytest.approx(expected, rel=1e-4), measure
+        assert expected and measured == pytest.approx(expected, rel=1e-4), measure
 
 
 @pytest.mark.parametrize("metrics", [None, "", "{cut"])

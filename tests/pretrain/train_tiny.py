@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import soundfile
 
+from hubert_fast.pretrain import trainer
 from hubert_fast.pretrain.config import (
     STANDARD_CONV_LAYERS,
     DataConfig,
@@ -28,7 +30,6 @@ from hubert_fast.pretrain.config import (
 )
 from hubert_fast.pretrain.distributed import joined
 from hubert_fast.pretrain.features import MfccFeatures
-from hubert_fast.pretrain.trainer import train
 from hubert_fast.pretrain.units import make_units
 from tests.pretrain.speech_folder import scan_folder
 
@@ -81,7 +82,9 @@ def train_tiny(
     resume: bool = False,
     autocast: bool = True,
     seed: int = 1,
+    graphs: bool = False,
 ) -> dict[str, Any]:
+    """``graphs``: as on a GPU, but that nothing is captured."""
     optimizer = OptimizerConfig(steps=steps, learning_rate=learning_rate, accumulate=accumulate)
     iteration = IterationConfig(model=dataclasses.replace(MODEL, **model), optimizer=optimizer)
     config = PretrainConfig(
@@ -92,8 +95,8 @@ def train_tiny(
         first=iteration,
     )
     folders = {"manifest_dir": corpus / "manifest", "units_dir": corpus / "units", "out": out}
-    with joined("cpu") as process:
-        return train(config, iteration, **folders, process=process, resume=resume, progress=False)
+    with joined("cpu") as process, mock.patch.object(trainer, "runs_in_graphs", lambda *_: graphs):
+        return trainer.train(config, iteration, **folders, process=process, resume=resume, progress=False)
 
 
 if __name__ == "__main__":
