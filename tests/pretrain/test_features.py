@@ -106,6 +106,21 @@ def test_a_gpu_gives_the_features_and_the_units_of_the_cpu(weights, monkeypatch)
     assert units.dtype == np.int32 and (units == expected).mean() > 0.95
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+def test_a_call_is_started_without_waiting_for_the_gpu(weights):
+    layers = ModelLayers(weights, device="cuda", autocast=True)
+    centroids = torch.randn(9, 32, device="cuda")
+    work = module._Work(2, 2, lambda rows: torch.stack([nearest_centroids(each, centroids) for each in rows]))
+    expected = layers._start(waveforms(), work).wait()  # the first compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        started = layers._start(waveforms(), work)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    np.testing.assert_array_equal(started.wait(), expected)
+
+
 def test_what_follows_the_front_end_depends_on_no_number(weights):
     """Fake tensors have no data: whatever asked for some would raise. A CUDA graph may hold it."""
     from torch._subclasses.fake_tensor import FakeTensorMode
