@@ -39,17 +39,20 @@ def _forward(x, bias, residual, index, seed, out, rows, threshold, scale, CHANNE
         row = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
         inside = within(row, rows, column, CHANNELS, COLUMNS)
         offsets = row.to(tl.int64)[:, None] * CHANNELS + column[None]
-        position = row.to(tl.int64)
-        if index is not None:
-            position = tl.load(index + row, mask=row < rows, other=0)
         value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-        added = tl.load(residual + position[:, None] * CHANNELS + column[None], mask=inside, other=0.0)
+        if residual is not None:
+            position = row.to(tl.int64)
+            if index is not None:
+                position = tl.load(index + row, mask=row < rows, other=0)
+            added = tl.load(residual + position[:, None] * CHANNELS + column[None], mask=inside, other=0.0)
         if bias is not None:
             value += shift
         if DROPOUT:
             kept = dropout.keep(dropout.row_bits(key, row)[:, None], column_bits, threshold)
             value = tl.where(kept, value * scale, 0.0)
-        tl.store(out + offsets, (value + added.to(tl.float32)).to(out.dtype.element_ty), mask=inside)
+        if residual is not None:
+            value += added.to(tl.float32)
+        tl.store(out + offsets, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "seed"])
@@ -84,7 +87,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
 
 def backward(
     arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
-) -> tuple[Tensor, Optional[Tensor], Tensor]:
+) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
     (grad,), bias = gradients, arguments.bias
     residual_grad = residual_gradient(grad, arguments.residual, arguments.index)
     if bias is None and arguments.dropout_p == 0.0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Iterator, Optional
+from typing import Iterator, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from hubert_fast.models.plain import (
     add_and_normalize,
     add_then_normalize,
     before_dropout,
-    draw_seeds,
+    drop,
     is_fusable,
     is_plain,
     normalize,
@@ -27,6 +27,7 @@ from hubert_fast.models.plain import (
 )
 from hubert_fast.models.plan import StepPlan
 from hubert_fast.models.rows import Rows, valid_rows, whole_grid
+from hubert_fast.ops.arguments import SEED_RANGE
 from hubert_fast.ops.bias_gelu_dropout import bias_gelu_dropout
 from hubert_fast.ops.host_tensors import may_decide_shapes
 from hubert_fast.ops.mask_fill import mask_fill
@@ -35,6 +36,22 @@ from hubert_fast.ops.positional_conv import positional_conv
 
 # Dropout masks of a layer: on the attention weights, after the attention, inside the feed-forward, after it.
 _MASKS = 4
+
+
+class Seeds(NamedTuple):
+    """Seeds of the dropout masks of a step, each ``[]`` int64; None: drawn where it is needed, if at all."""
+
+    projection: Optional[Tensor] = None
+    embedding: Optional[Tensor] = None  # of the transformer's input
+    layers: Optional[Sequence[list[Tensor]]] = None
+
+    @classmethod
+    def of(cls, drawn: Optional[Tensor]) -> Seeds:
+        """The seeds in ``drawn``, ``[2 + 4 * layers]`` int64."""
+        if drawn is None:
+            return cls()
+        projection, embedding, *layers = drawn.unbind()
+        return cls(projection, embedding, [layers[i : i + _MASKS] for i in range(0, len(layers), _MASKS)])
 
 
 class FeatureProjection(nn.Module):
@@ -239,48 +256,61 @@ class Transformer(nn.Module):
         x: Tensor,  # [rows, dim], or [batch, frames, dim] without a layout
         layout: Optional[Rows] = None,
         keep: Optional[Tensor] = None,  # [kept] int64, rows of the layout
+        seeds: Optional[Seeds] = None,
     ) -> Tensor:
         """The rows after the last layer: ``[rows, dim]``, or ``[kept, dim]``.
 
-        Without a layout every frame is valid and a row, and the result has the shape of ``x``.
+        Without a layout every frame is valid and a row, and the result has the shape of ``x``. Without ``seeds`` they are
+        drawn here.
         """
         if layout is None:
             rows = self.forward(x.flatten(0, 1), whole_grid(*x.shape[:2], None, x.device))
             return rows.unflatten(0, x.shape[:2])
-        x = self._preprocess(x, layout)
-        seeds = self._draw_seeds(x.device)
+        seeds = Seeds.of(self.draw_seeds(x.device)) if seeds is None else seeds
+        x = self.embed(x, layout, seeds.embedding)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             wanted = keep if i == last else None
-            x = self._drop_or_run(layer, x, layout, wanted, seeds[i])
-        return x if self.layer_norm_first else normalize(self.layer_norm, x, dtype=stream_dtype(x))
+            x = self._drop_or_run(layer, x, layout, wanted, seeds.layers and seeds.layers[i])
+        return self.finish(x)
 
     def intermediate_outputs(self, x: Tensor, layout: Rows, num_layers: Optional[int] = None) -> Iterator[Tensor]:
         """The rows after each of the first ``num_layers`` layers; LayerDrop and the last LayerNorm do not take part."""
         if num_layers is not None and not 0 < num_layers <= len(self.layers):
             raise ValueError(f"num_layers must be in [1, {len(self.layers)}]; got {num_layers}")
-        x = self._preprocess(x, layout)
+        x = self.embed(x, layout)
         for layer in self.layers[:num_layers]:
             x = layer(x, layout)
             yield x
 
-    def _preprocess(self, x: Tensor, layout: Rows) -> Tensor:
+    def embed(self, x: Tensor, layout: Rows, seed: Optional[Tensor] = None) -> Tensor:
+        """The first layer's input: rows plus their positional embedding, normalised before pre-norm layers."""
         embedding = self.pos_conv_embed
         if isinstance(embedding, ConvolutionalPositionalEmbedding):
             x = embedding.add_to(x, layout)
         else:
             x = x + layout.pack(embedding(layout.unpack(x)))
         if self.layer_norm_first:
-            return normalize(self.layer_norm, x, dropout=self.dropout, dtype=stream_dtype(x))
-        return self.dropout(x)
+            return normalize(self.layer_norm, x, dropout=self.dropout, seed=seed, dtype=stream_dtype(x))
+        return drop(self.dropout, x, seed)
 
-    def _draw_seeds(self, device: torch.device) -> list[Optional[list[Tensor]]]:
-        """Seeds of every layer's dropout masks, drawn at once; None where nothing is dropped."""
-        count = len(self.layers)
-        if not self.training or not any(map(_drops, self.layers)):
-            return [None] * count
-        seeds = draw_seeds(count * _MASKS, device)
-        return [seeds[i : i + _MASKS] for i in range(0, len(seeds), _MASKS)]
+    def finish(self, x: Tensor) -> Tensor:
+        """The output, given the rows after the last layer."""
+        return x if self.layer_norm_first else normalize(self.layer_norm, x, dtype=stream_dtype(x))
+
+    def draw_seeds(self, device: torch.device) -> Optional[Tensor]:
+        """Random numbers for `Seeds.of`, from the default generator of ``device``; None where nothing is dropped."""
+        if not self.training or not (_drops(self) or any(map(_drops, self.layers))):
+            return None
+        return self.new_seeds(device)
+
+    def new_seeds(self, device: torch.device) -> Tensor:
+        """Random numbers for `Seeds.of`: ``[2 + 4 * layers]`` int64."""
+        return torch.randint(*SEED_RANGE, (2 + _MASKS * len(self.layers),), device=device)
+
+    def draw_dropped_layers(self) -> list[bool]:
+        """Whether LayerDrop leaves out each layer: a number a layer from torch's default generator on the CPU."""
+        return [torch.rand(1).item() <= self.layer_drop and self.layer_drop > 0.0 for _ in self.layers]
 
     def _drop_or_run(
         self, layer: nn.Module, x: Tensor, layout: Rows, keep: Optional[Tensor], seeds: Optional[list[Tensor]]
@@ -309,16 +339,20 @@ def _is_capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _drops(layer: nn.Module) -> bool:
-    """Whether a layer that takes seeds has a use for them."""
-    if type(layer) is not EncoderLayer:
+def _drops(module: nn.Module) -> bool:
+    """Whether a transformer's input or a layer has a use for seeds."""
+    if type(module) is Transformer:
+        dropouts: list[nn.Module] = [module.dropout]
+    elif type(module) is EncoderLayer:
+        feed_forward, attention = module.feed_forward, module.attention
+        dropouts = [module.dropout]
+        if type(feed_forward) is FeedForward:
+            dropouts += [feed_forward.intermediate_dropout, feed_forward.output_dropout]
+        if type(attention) is SelfAttention and attention.dropout > 0.0:
+            return True
+    else:
         return False  # what stands in a layer's place draws for itself
-    feed_forward, attention = layer.feed_forward, layer.attention
-    dropouts = [layer.dropout]
-    if type(feed_forward) is FeedForward:
-        dropouts += [feed_forward.intermediate_dropout, feed_forward.output_dropout]
-    attends = type(attention) is SelfAttention and attention.dropout > 0.0
-    return attends or any(type(each) is nn.Dropout and rate(each) > 0.0 for each in dropouts)
+    return any(type(each) is nn.Dropout and rate(each) > 0.0 for each in dropouts)
 
 
 class Encoder(nn.Module):
@@ -329,26 +363,47 @@ class Encoder(nn.Module):
         self.feature_projection = feature_projection
         self.transformer = transformer
 
-    def masked_rows(self, features: Tensor, plan: StepPlan, mask_generator: MaskGenerator) -> Tensor:
-        """The transformer's input for masked prediction: ``[batch, frames, features] -> [rows, dim]``."""
+    def draw_seeds(self, device: torch.device) -> Optional[Tensor]:
+        """Random numbers for `Seeds.of`, from the default generator of ``device``; None where nothing is dropped."""
+        projection = self.feature_projection
+        if self.training and type(projection) is FeatureProjection and type(projection.dropout) is nn.Dropout:
+            if rate(projection.dropout) > 0.0:
+                return self.transformer.new_seeds(device)
+        return self.transformer.draw_seeds(device)
+
+    def masked_rows(
+        self,
+        features: Tensor,  # [batch, frames, features], or [rows, features]
+        plan: StepPlan,
+        mask_generator: MaskGenerator,
+        seed: Optional[Tensor] = None,
+    ) -> Tensor:
+        """The transformer's input for masked prediction: ``[rows, dim]``."""
         layout = plan.layout
         if not is_plain(mask_generator, MaskGenerator):
-            grid, mask = layout.unpack(self._rows(layout.pack(features), layout)), layout.unpack(plan.mask)
+            grid, mask = layout.unpack(self._rows(_packed(features, layout), layout)), layout.unpack(plan.mask)
             return layout.pack(mask_generator(grid, mask=mask)[0])
-        value, bias, dropout_p, _ = self._project(features, layout)
+        value, bias, dropout_p, seed = self._project(features, layout, seed)
         x = mask_fill(
-            value, bias, mask_generator.mask_embedding, plan.mask, padding=layout.padding(), dropout_p=dropout_p
+            value,
+            bias,
+            mask_generator.mask_embedding,
+            plan.mask,
+            padding=layout.padding(),
+            dropout_p=dropout_p,
+            seed=seed,
         )
         if plan.channel_mask is None:
             return x
         return x.masked_fill(plan.channel_mask[layout.sequence(x.device)], 0.0)
 
-    def _project(self, features: Tensor, layout: Rows) -> Update:
+    def _project(self, features: Tensor, layout: Rows, seed: Optional[Tensor]) -> Update:
         projection = self.feature_projection
         if not is_plain(projection, FeatureProjection):
-            return Update(projection(layout.pack(features)), None, 0.0, None)
-        x = normalize(projection.layer_norm, features.flatten(0, 1), layout.index)
-        return before_dropout(projection.dropout, *product(projection.projection, x))
+            return Update(projection(_packed(features, layout)), None, 0.0, None)
+        index = layout.index if features.ndim == 3 else None
+        x = normalize(projection.layer_norm, features.flatten(0, -2), index)
+        return before_dropout(projection.dropout, *product(projection.projection, x), seed)
 
     def forward(
         self,
@@ -408,3 +463,8 @@ def _layout(features: Tensor, lengths: Optional[Tensor]) -> Rows:
     if lengths is None or not may_decide_shapes(lengths):
         return whole_grid(batch, frames, lengths, features.device)
     return valid_rows(batch, frames, lengths.cpu().clamp(0, frames), features.device)
+
+
+def _packed(features: Tensor, layout: Rows) -> Tensor:
+    """``[batch, frames, features]`` as the rows of ``layout``; rows are left as they are."""
+    return layout.pack(features) if features.ndim == 3 else features

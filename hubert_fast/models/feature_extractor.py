@@ -62,9 +62,7 @@ class FeatureExtractor(nn.Module):
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
         """Frames of ``lengths`` samples, element by element: floor((n - kernel) / stride) + 1 a layer, at least 0."""
-        for block in self.conv_layers:
-            lengths = torch.div(lengths - block.kernel_size, block.stride, rounding_mode="floor").add(1).clamp(min=0)
-        return lengths
+        return output_lengths(lengths, [(block.kernel_size, block.stride) for block in self.conv_layers])
 
     def forward(
         self,
@@ -85,3 +83,10 @@ class FeatureExtractor(nn.Module):
             valid_samples=to_device(length, x.device) if self.padding_invariant and length is not None else None,
         )
         return features, None if length is None else self.output_lengths(length)
+
+
+def output_lengths(lengths: Tensor, layers: Sequence[tuple[int, int]]) -> Tensor:
+    """Frames of ``lengths`` samples after convolutions of these (kernel, stride), element by element."""
+    for kernel, stride in layers:
+        lengths = torch.div(lengths - kernel, stride, rounding_mode="floor").add(1).clamp(min=0)
+    return lengths

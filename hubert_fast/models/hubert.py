@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hubert_fast.models.checks import check_audio, check_labels, check_mask
+from hubert_fast.models.encoder import Seeds
 from hubert_fast.models.logits import LogitGenerator
 from hubert_fast.models.masking import MaskGenerator
 from hubert_fast.models.plain import is_plain
@@ -16,13 +17,19 @@ from hubert_fast.models.wav2vec2 import Wav2Vec2Model
 from hubert_fast.ops.host_tensors import on_host, to_device
 
 
-class Encoded(NamedTuple):
+class HeadInput(NamedTuple):
     """The transformer's output on some rows, and what the head needs of them."""
 
     hidden: Tensor  # [rows, dim]
     labels: Tensor  # [rows] int64
     masked: Tensor  # [rows] bool: masked and valid
     unmasked: Tensor  # [rows] bool: not masked and valid
+
+
+class Encoded(NamedTuple):
+    """What `HuBERTPretrainModel.encode` makes of a batch."""
+
+    head: HeadInput
     feature_penalty: Tensor  # [] float
 
 
@@ -90,8 +97,7 @@ class HuBERTPretrainModel(nn.Module):
         if mask is not None and masked_only:
             mask = on_host(mask)
         encoded = self.encode(waveforms, labels, audio_lengths, mask=mask, masked_only=masked_only)
-        logits = self.logit_generator(encoded.hidden, encoded.labels, encoded.masked, encoded.unmasked)
-        return *logits, encoded.feature_penalty
+        return *self.logit_generator(*encoded.head), encoded.feature_penalty
 
     def encode(
         self,
@@ -120,12 +126,17 @@ class HuBERTPretrainModel(nn.Module):
                 f"plan must be of the {features.shape[0]} x {features.shape[1]} frames of waveforms; it is of "
                 f"{plan.layout.batch} x {plan.layout.frames}"
             )
-        if self.feature_grad_mult is not None:
-            features = _ScaleGradient.apply(features, self.feature_grad_mult)
-        penalty = features.to(torch.promote_types(features.dtype, torch.float32)).square().mean()
-        x = self.wav2vec2.encoder.masked_rows(features, plan, self.mask_generator)
-        hidden = self.wav2vec2.encoder.transformer(x, plan.layout, plan.keep)
-        return Encoded(hidden, plan.labels, plan.masked, plan.unmasked, penalty)
+        features = self.scaled_gradient(features)
+        penalty = feature_penalty(features)
+        encoder = self.wav2vec2.encoder
+        seeds = Seeds.of(encoder.draw_seeds(features.device))
+        x = encoder.masked_rows(features, plan, self.mask_generator, seeds.projection)
+        hidden = encoder.transformer(x, plan.layout, plan.keep, seeds)
+        return Encoded(HeadInput(hidden, plan.labels, plan.masked, plan.unmasked), penalty)
+
+    def scaled_gradient(self, features: Tensor) -> Tensor:
+        """``features``, whose gradient is scaled by ``feature_grad_mult``."""
+        return features if self.feature_grad_mult is None else _ScaleGradient.apply(features, self.feature_grad_mult)
 
     def plan(
         self,
@@ -185,6 +196,11 @@ class HuBERTPretrainModel(nn.Module):
             self.mask_generator.draw_channels(batch) if is_plain(self.mask_generator, MaskGenerator) else None
         )
         return make_plan(labels, lengths, mask, channel_mask, device, self.logit_generator.num_classes, settings)
+
+
+def feature_penalty(features: Tensor) -> Tensor:
+    """The mean square, padding included, in float32 or wider."""
+    return features.to(torch.promote_types(features.dtype, torch.float32)).square().mean()
 
 
 class _ScaleGradient(torch.autograd.Function):

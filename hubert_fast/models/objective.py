@@ -7,8 +7,19 @@ from typing import NamedTuple, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from hubert_fast.models.hubert import HuBERTPretrainModel
+from hubert_fast.models.hubert import HeadInput, HuBERTPretrainModel
 from hubert_fast.models.plan import StepPlan
+
+
+class FrameLosses(NamedTuple):
+    """The fields of `PretrainingLoss` that come of the encoded frames."""
+
+    masked_count: Tensor
+    masked_correct: Optional[Tensor]
+    masked_loss: Optional[Tensor]
+    unmasked_count: Optional[Tensor]
+    unmasked_correct: Optional[Tensor]
+    unmasked_loss: Optional[Tensor]
 
 
 class PretrainingLoss(NamedTuple):
@@ -81,27 +92,27 @@ class PretrainingObjective(nn.Module):
         encoded = self.model.encode(
             waveforms, labels, audio_lengths, mask=mask, masked_only=self.unmasked_weight == 0, plan=plan
         )
-        masked_count = encoded.masked.sum()
-        loss = self.feature_weight * encoded.feature_penalty * masked_count
-        results: list[Optional[Tensor]] = [masked_count]
-        for weight, chosen in ((self.masked_weight, encoded.masked), (self.unmasked_weight, encoded.unmasked)):
+        return self.with_penalty(self.frame_losses(encoded.head), encoded.feature_penalty)
+
+    def frame_losses(self, head: HeadInput) -> FrameLosses:
+        """The sums over the frames of a batch that have a weight."""
+        sums: list[Optional[Tensor]] = [head.masked.sum()]
+        for weight, chosen in ((self.masked_weight, head.masked), (self.unmasked_weight, head.unmasked)):
             if weight == 0:
-                results += [None, None, None]
+                sums += [None, None, None]
                 continue
-            part = self.model.logit_generator.cross_entropy(encoded.hidden, torch.where(chosen, encoded.labels, -1))
-            loss = loss + weight * part.loss
-            results += [part.correct, part.loss, chosen.sum()]
-        _, masked_correct, masked_loss, _, unmasked_correct, unmasked_loss, unmasked_count = results
-        return PretrainingLoss(
-            loss,
-            masked_count,
-            masked_correct,
-            masked_loss,
-            unmasked_count,
-            unmasked_correct,
-            unmasked_loss,
-            encoded.feature_penalty,
-        )
+            part = self.model.logit_generator.cross_entropy(head.hidden, torch.where(chosen, head.labels, -1))
+            sums += [part.correct, part.loss, chosen.sum()]
+        count, masked_correct, masked_loss, _, unmasked_correct, unmasked_loss, unmasked_count = sums
+        return FrameLosses(count, masked_correct, masked_loss, unmasked_count, unmasked_correct, unmasked_loss)
+
+    def with_penalty(self, sums: FrameLosses, feature_penalty: Tensor) -> PretrainingLoss:
+        """The weighted sum of what `frame_losses` gives and the penalty."""
+        loss = self.feature_weight * feature_penalty * sums.masked_count
+        for weight, part in ((self.masked_weight, sums.masked_loss), (self.unmasked_weight, sums.unmasked_loss)):
+            if part is not None:
+                loss = loss + weight * part
+        return PretrainingLoss(loss, *sums, feature_penalty)
 
     def plan(
         self,

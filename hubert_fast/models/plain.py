@@ -44,6 +44,13 @@ def before_dropout(dropout: nn.Module, value: Tensor, bias: Optional[Tensor], se
     return Update(dropout(value if bias is None else value + bias), None, 0.0, None)
 
 
+def drop(dropout: nn.Module, x: Tensor, seed: Optional[Tensor]) -> Tensor:
+    """``dropout(x)``, whose mask follows from ``seed`` where that is given."""
+    if not is_fusable(dropout):
+        return dropout(x)
+    return bias_dropout_residual(x, None, None, dropout_p=rate(dropout), seed=seed) if rate(dropout) else x
+
+
 def is_fusable(dropout: nn.Module) -> bool:
     """Whether a pass may do what ``dropout`` does. One that drops everything has no scale for what it keeps."""
     return is_plain(dropout, nn.Dropout) and dropout.p < 1.0
@@ -82,9 +89,10 @@ def normalize(
     index: Optional[Tensor] = None,
     *,
     dropout: Optional[nn.Module] = None,
+    seed: Optional[Tensor] = None,
     dtype: Optional[torch.dtype] = None,
 ) -> Tensor:
-    """``dropout(norm(residual[index]))``; ``dtype`` as in `residual_layer_norm`."""
+    """``dropout(norm(residual[index]))``; ``seed`` and ``dtype`` as in `residual_layer_norm`."""
     if not _is_layer_norm(norm):
         x = norm(residual if index is None else residual.index_select(0, index))
         return x if dropout is None else dropout(x)
@@ -95,6 +103,7 @@ def normalize(
         norm.bias,
         index=index,
         output_dropout_p=rate(dropout) if fused else 0.0,
+        seed=seed,
         eps=norm.eps,
         dtype=dtype,
     )
@@ -131,8 +140,3 @@ def _settings(norm: nn.LayerNorm, update: Update, index: Optional[Tensor]) -> di
 
 def _is_layer_norm(norm: nn.Module) -> bool:
     return is_plain(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1 and norm.bias is not None
-
-
-def draw_seeds(count: int, device: torch.device) -> list[Tensor]:
-    """Seeds for ``count`` dropout masks, each ``[]`` int64, from the default generator of ``device``."""
-    return list(torch.randint(-(1 << 63), (1 << 63) - 1, (count,), device=device).unbind())

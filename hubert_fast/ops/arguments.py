@@ -7,6 +7,9 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+SEED_RANGE = -(1 << 63), (1 << 63) - 1
+"""Seeds of dropout masks are drawn from the first up to the second of these"""
+
 
 def check_rows(name: str, x: Tensor) -> None:
     """``x`` must be a float matrix."""
@@ -58,7 +61,7 @@ def dropout_seed(seed: Optional[Tensor], device: torch.device, **probabilities: 
         )
     if not any(probabilities.values()):
         return None
-    return torch.randint(-(1 << 63), (1 << 63) - 1, (), device=device) if seed is None else seed
+    return torch.randint(*SEED_RANGE, (), device=device) if seed is None else seed
 
 
 def autocast_dtype(device: torch.device) -> Optional[torch.dtype]:

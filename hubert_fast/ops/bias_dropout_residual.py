@@ -15,7 +15,7 @@ from hubert_fast.reference.dropout import keep_scale, kept_values
 class Arguments(NamedTuple):
     x: Tensor  # [rows, channels]
     bias: Optional[Tensor]  # [channels]
-    residual: Tensor  # [positions, channels]
+    residual: Optional[Tensor]  # [positions, channels]
     index: Optional[Tensor]  # [rows] int64
     dropout_p: float
     seed: Optional[Tensor]  # [] int64
@@ -24,32 +24,38 @@ class Arguments(NamedTuple):
 def bias_dropout_residual(
     x: Tensor,  # [rows, channels]
     bias: Optional[Tensor],  # [channels]
-    residual: Tensor,  # [positions, channels]
+    residual: Optional[Tensor] = None,  # [positions, channels]
     *,
     index: Optional[Tensor] = None,  # [rows] int64
     dropout_p: float = 0.0,
     seed: Optional[Tensor] = None,  # [] int64
 ) -> Tensor:
-    """residual[index] + dropout(x + bias).
+    """residual[index] + dropout(x + bias), or dropout(x + bias) alone.
 
     Args:
         x: ``[rows, channels]`` float: a product to which no bias was added. It is not kept for the backward.
         bias: ``[channels]`` float, of any dtype, or None.
-        residual: ``[positions, channels]`` float, of any dtype; as many positions as rows without an index.
+        residual: ``[positions, channels]`` float, of any dtype; as many positions as rows without an index. None: there is
+            none, and no index.
         index: ``[rows]`` int64: the position of each row, each at most once. None: row i is position i.
         dropout_p: probability that a value of ``x + bias`` is dropped, in [0, 1).
         seed: scalar int64 on the device of ``x``, from which the mask follows. None: drawn from torch's default generator.
 
     Returns:
-        ``[rows, channels]`` in the dtype of ``x``.
+        ``[rows, channels]`` in the dtype of ``x``; ``x`` itself where nothing is added and nothing dropped.
 
     Raises:
         ValueError: for a wrong rank, shape, dtype, probability or seed.
     """
     check_rows("x", x)
     check_channels(x.shape[1], bias=bias)
-    check_residual(residual, *x.shape, index)
+    if residual is not None:
+        check_residual(residual, *x.shape, index)
+    elif index is not None:
+        raise ValueError("index was given without a residual")
     seed = dropout_seed(seed, x.device, dropout_p=dropout_p)
+    if bias is None and residual is None and dropout_p == 0.0:
+        return x
     return _operator(Arguments(x, bias, residual, index, dropout_p, seed))[0]
 
 

@@ -7,6 +7,7 @@ resuming change how it is computed, never its numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from hubert_fast.pretrain.audio import AudioError
 from hubert_fast.pretrain.config import DataConfig
 from hubert_fast.pretrain.distributed import Process
-from hubert_fast.pretrain.epoch_plan import plan_epoch, smallest_batch
+from hubert_fast.pretrain.epoch_plan import largest_parts, plan_epoch, smallest_batch
 from hubert_fast.pretrain.frames import SAMPLE_RATE
 from hubert_fast.pretrain.like_length import batches_of_like_length
 from hubert_fast.pretrain.units import Units
@@ -59,15 +60,55 @@ class GlobalBatches:
         accumulate: int = 1,
         process: Process,
     ) -> None:
-        micro_batches = process.world_size * accumulate
-        parts = [slice(part, None, micro_batches) for part in range(process.rank, micro_batches, process.world_size)]
-        self._utterances = Utterances(cuts, units, config, masks, seed=seed, purpose=TRAINING, parts=parts)
-        self._budget = _budget(self._utterances.samples, config.batch_seconds, micro_batches)
-        self._seed, self._workers, self._device = seed, config.workers, process.device
+        self._utterances = Utterances(cuts, units, config, masks, seed=seed, purpose=TRAINING, parts=[])
+        self._batch_seconds, self._process = config.batch_seconds, process
+        self._seed, self._workers = seed, config.workers
         self._epoch = self._batch = 0
+        self.divide(accumulate)
+
+    @property
+    def most_micro_batches(self) -> int:
+        """Into how many each rank can divide its share: every one must find an utterance."""
+        return smallest_batch(self._utterances.samples, self._budget) // self._process.world_size
+
+    def divide(self, accumulate: int) -> None:
+        """Go on in ``accumulate`` micro-batches of each rank. Iterators that exist stay as they are.
+
+        Raises:
+            ValueError: for more than `most_micro_batches`.
+        """
+        world_size = self._process.world_size
+        micro_batches = world_size * accumulate
+        self._budget = _budget(self._utterances.samples, self._batch_seconds, micro_batches)
+        parts = [slice(part, None, micro_batches) for part in range(self._process.rank, micro_batches, world_size)]
+        self._utterances = self._utterances.in_parts(parts)
+        self.accumulate = accumulate
+
+    def largest_sizes(self, accumulate: int) -> list[tuple[int, int]]:
+        """The largest of ``accumulate`` micro-batches of each rank, as `largest_parts` has them."""
+        return largest_parts(self._utterances.samples, self._budget, self._process.world_size * accumulate)
+
+    def seconds(self) -> float:
+        """Audio of the largest micro-batch, padding included."""
+        return largest_seconds(self.largest_sizes(self.accumulate))
+
+    def largest_micro_batch(self) -> Batch:
+        """One of the largest micro-batches that the stream may come to, the same on every rank.
+
+        Raises:
+            AudioError: at an utterance that cannot be used.
+        """
+        lengths = self._utterances.samples
+        rows, samples = max(self.largest_sizes(self.accumulate), key=math.prod)
+        short_enough = np.flatnonzero(lengths <= samples)
+        longest_first = short_enough[np.argsort(-lengths[short_enough], kind="stable")]
+        _, loaded = self._utterances.in_parts([slice(None)])[Place(0, 0, last=False), longest_first[:rows]]
+        if isinstance(loaded, AudioError):
+            raise loaded
+        return loaded[0]
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        for place, micro_batches in _load(self._utterances, self._places(), self._workers, self._device):
+        for place, micro_batches in _load(self._utterances, self._places(), self._workers, self._process.device):
             # The place after the batch that the caller gets now; the workers are further ahead.
             self._epoch, self._batch = (place.epoch + 1, 0) if place.last else (place.epoch, place.batch + 1)
             yield micro_batches
@@ -123,6 +164,11 @@ class ValidationBatches:
     def __iter__(self) -> Iterator[list[Batch]]:
         for _, micro_batches in _load(self._utterances, self._places, self._workers, self._device):
             yield micro_batches
+
+
+def largest_seconds(sizes: Iterable[tuple[int, int]]) -> float:
+    """Audio of the largest of ``sizes``, each (rows, samples of each)."""
+    return max(rows * samples for rows, samples in sizes) / SAMPLE_RATE
 
 
 def _budget(samples: np.ndarray, batch_seconds: float, micro_batches: int) -> int:

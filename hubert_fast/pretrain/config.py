@@ -9,7 +9,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Optional, Tuple
+from typing import TYPE_CHECKING, Literal, Optional, Tuple, Union
 
 if TYPE_CHECKING:
     from hubert_fast import HuBERTPretrainModel
@@ -89,6 +89,9 @@ class DataConfig:
 
     batch_seconds: float = 2800.0
     """audio of a global batch: all ranks and all accumulated micro-batches together, padding included"""
+    micro_batch_seconds: Union[Literal["auto"], float] = "auto"
+    """audio of a micro-batch of one rank, padding included; auto: what the memory of a GPU holds, on a CPU the rank's
+    whole share of a global batch. How a batch is split changes its numbers by rounding alone"""
     max_seconds: float = 15.6
     """longer utterances are cropped to this, at random, on a frame boundary"""
     min_seconds: float = 2.0
@@ -116,8 +119,8 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     clip_norm: float = 10.0
     """largest gradient norm, of the mean loss over masked frames"""
-    accumulate: int = 1
-    """micro-batches of each rank that make one update"""
+    accumulate: Optional[int] = None
+    """micro-batches of each rank that make one update; none: as many as ``data.micro_batch_seconds`` asks for"""
 
 
 @dataclass(frozen=True)

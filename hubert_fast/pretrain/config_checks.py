@@ -34,7 +34,7 @@ def check_config(config: PretrainConfig) -> None:
         iteration = getattr(config, name)
         _at_least(0, f"{name}.optimizer", iteration.optimizer, "steps")
         if iteration.optimizer.steps > 0:
-            _check_iteration(name, iteration, config.data.max_seconds)
+            _check_iteration(name, iteration, config.data)
             _check_layer(f"{name}.units.layer", iteration.units.layer, previous)
             previous = iteration.model
     if previous is None:
@@ -44,6 +44,8 @@ def check_config(config: PretrainConfig) -> None:
 def _check_data(data: DataConfig) -> None:
     _require(data.max_seconds >= 0.025, "data.max_seconds", data.max_seconds, "0.025 (one frame) or more")
     _check_batch("data.batch_seconds", data.batch_seconds, data.max_seconds)
+    if data.micro_batch_seconds != "auto":
+        _check_batch("data.micro_batch_seconds", data.micro_batch_seconds, data.max_seconds)
     in_range = 0 <= data.min_seconds < LONGEST_SECONDS
     _require(in_range, "data.min_seconds", data.min_seconds, f"in [0, {LONGEST_SECONDS:g})")
     _require(0 <= data.valid_fraction < 1, "data.valid_fraction", data.valid_fraction, "in [0, 1)")
@@ -62,12 +64,12 @@ def _check_clustering(name: str, settings: UnitsConfig | EvaluationConfig) -> No
     _at_least(1, name, settings, "init_attempts")
 
 
-def _check_iteration(name: str, iteration: IterationConfig, max_seconds: float) -> None:
+def _check_iteration(name: str, iteration: IterationConfig, data: DataConfig) -> None:
     if iteration.batch_seconds is not None:
-        _check_batch(f"{name}.batch_seconds", iteration.batch_seconds, max_seconds)
+        _check_batch(f"{name}.batch_seconds", iteration.batch_seconds, data.max_seconds)
     _check_clustering(f"{name}.units", iteration.units)
     _check_model(f"{name}.model", iteration.model)
-    _check_optimizer(f"{name}.optimizer", iteration.optimizer)
+    _check_optimizer(f"{name}.optimizer", iteration.optimizer, data)
     weights = ("masked_weight", "unmasked_weight", "feature_weight")
     _at_least(0, f"{name}.objective", iteration.objective, *weights)
 
@@ -93,14 +95,17 @@ def _check_model(name: str, model: ModelConfig) -> None:
         _require(0 <= value <= 1, f"{name}.{share}", value, "in [0, 1]")
 
 
-def _check_optimizer(name: str, optimizer: OptimizerConfig) -> None:
+def _check_optimizer(name: str, optimizer: OptimizerConfig, data: DataConfig) -> None:
     for positive in ("learning_rate", "eps", "clip_norm"):
         value = getattr(optimizer, positive)
         _require(value > 0, f"{name}.{positive}", value, "more than 0")
     _require(0 <= optimizer.warmup_fraction < 1, f"{name}.warmup_fraction", optimizer.warmup_fraction, "in [0, 1)")
     _require(all(0 <= beta < 1 for beta in optimizer.betas), f"{name}.betas", optimizer.betas, "each in [0, 1)")
     _at_least(0, name, optimizer, "weight_decay")
-    _at_least(1, name, optimizer, "accumulate")
+    if optimizer.accumulate is not None:
+        _at_least(1, name, optimizer, "accumulate")
+        accepted = f"none where data.micro_batch_seconds={data.micro_batch_seconds} says how batches are split"
+        _require(data.micro_batch_seconds == "auto", f"{name}.accumulate", optimizer.accumulate, accepted)
 
 
 def _at_least(least: int, name: str, settings: Any, *fields: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import typing
@@ -83,6 +84,10 @@ def _converted(value: Any, wanted: Any, path: str, name: str) -> Any:
         if value == _NONE:
             return None
         return _converted(value, next(each for each in arguments if each is not type(None)), path, name)
+    if origin is typing.Union:
+        for each in arguments:
+            with contextlib.suppress(ValueError):
+                return _converted(value, each, path, name)
     if origin is typing.Literal and value in arguments:
         return value
     if origin is tuple and isinstance(value, list):
@@ -93,5 +98,11 @@ def _converted(value: Any, wanted: Any, path: str, name: str) -> Any:
         return float(value)
     if wanted in (int, bool, str) and type(value) is wanted:
         return value
-    accepted = f"one of {list(arguments)}" if origin is typing.Literal else getattr(wanted, "__name__", str(wanted))
-    raise ValueError(f"config={path!r}: {name} must be {accepted}; got {value!r}")
+    raise ValueError(f"config={path!r}: {name} must be {_accepted(wanted)}; got {value!r}")
+
+
+def _accepted(wanted: Any) -> str:
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is typing.Union:
+        return " or ".join(map(_accepted, arguments))
+    return f"one of {list(arguments)}" if origin is typing.Literal else getattr(wanted, "__name__", str(wanted))

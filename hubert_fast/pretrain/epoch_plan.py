@@ -4,6 +4,8 @@ epoch.
 
 from __future__ import annotations
 
+from math import ceil
+
 import numpy as np
 
 from hubert_fast.pretrain.like_length import LEAST_SHARE, fill
@@ -20,6 +22,19 @@ def smallest_batch(samples: np.ndarray, budget: int) -> int:
     fewer.
     """
     return min(len(samples), budget // int(samples.max()))
+
+
+def largest_parts(samples: np.ndarray, budget: int, parts: int) -> list[tuple[int, int]]:
+    """The largest parts that a batch of `plan_epoch` may have, dealt evenly into ``parts``: (rows, samples of each) of one
+    among the longest batches and, where there is one, of one with a row more, in batches of shorter rows.
+    """
+    longest, fewest = int(samples.max()), smallest_batch(samples, budget)
+    most = ceil(len(samples) / (len(samples) // fewest))  # `_runs` may deal the utterances evenly
+    rows = ceil(most / parts)
+    largest = [(rows, longest)]
+    if rows * parts < len(samples):
+        largest.append((rows + 1, min(longest, budget // (rows * parts + 1))))
+    return largest
 
 
 def plan_epoch(samples: np.ndarray, budget: int, *, seed: int, epoch: int) -> list[np.ndarray]:

@@ -28,6 +28,7 @@ from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.features import file_sha256
 from hubert_fast.pretrain.manifest import load_manifest
 from hubert_fast.pretrain.metrics_log import metrics_path
+from hubert_fast.pretrain.micro_batches import divide, follow_from_memory
 from hubert_fast.pretrain.run_summary import training_metrics
 from hubert_fast.pretrain.tensor_files import naming
 from hubert_fast.pretrain.training_loop import Trainer
@@ -75,6 +76,7 @@ def train(
             out=out,
             description=description,
             progress=progress,
+            halve=follow_from_memory(config, iteration, process),
         )
         _restore_newest(trainer)
         trainer.fit()
@@ -108,20 +110,17 @@ def _batches(
     process: Process,
 ) -> tuple[GlobalBatches, ValidationBatches | None]:
     """The training batches and, where utterances are held out, the validation batches."""
-    streams = {}
-    for split, stream in (("train", GlobalBatches), ("valid", ValidationBatches)):
-        cuts = list(load_manifest(manifest_dir, split))
-        if cuts or split == "train":
-            streams[split] = stream(
-                cuts,
-                Units(Path(units_dir) / f"{split}.safetensors"),
-                config.data_of(iteration),
-                model.mask_generator,
-                seed=config.seed,
-                accumulate=iteration.optimizer.accumulate,
-                process=process,
-            )
-    return streams["train"], streams.get("valid")
+    cuts = {split: list(load_manifest(manifest_dir, split)) for split in ("train", "valid")}
+
+    def stream(kind: type[GlobalBatches | ValidationBatches], split: str, **more: Any) -> Any:
+        units = Units(Path(units_dir) / f"{split}.safetensors")
+        own = config.data_of(iteration)
+        return kind(cuts[split], units, own, model.mask_generator, seed=config.seed, process=process, **more)
+
+    batches = stream(GlobalBatches, "train")
+    divide(batches, config, iteration, model, process)
+    valid = stream(ValidationBatches, "valid", accumulate=batches.accumulate) if cuts["valid"] else None
+    return batches, valid
 
 
 def _require_free_or_resumed(out: Path, description: Mapping[str, Any], resume: bool) -> None:

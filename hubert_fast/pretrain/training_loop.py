@@ -25,6 +25,7 @@ from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.finite import FiniteGuard
 from hubert_fast.pretrain.interrupts import StopRequest, TrainingInterrupted
 from hubert_fast.pretrain.metrics_log import Clock, Meter, metrics_log
+from hubert_fast.pretrain.micro_batches import halve_until_they_fit
 from hubert_fast.pretrain.random_state import (
     preserved_random_state,
     random_state,
@@ -44,7 +45,8 @@ class Trainer:
     """Takes ``iteration.optimizer.steps`` updates of ``objective.model``, logging, validating and saving below ``out``.
 
     ``objective`` is a `hubert_fast.PretrainingObjective` on the process's device, equal on every rank. ``description``
-    is stored in each checkpoint (see `checkpoint.require_same_run`).
+    is stored in each checkpoint (see `checkpoint.require_same_run`). ``halve``: micro-batches, where the largest of them
+    runs out of memory before the first step (see `micro_batches.halve_until_they_fit`).
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Trainer:
         out: Path,
         description: Mapping[str, Any],
         progress: bool,
+        halve: bool = False,
     ) -> None:
         self.objective = objective
         self.parallel = _data_parallel(objective, iteration.model) if process.world_size > 1 else objective
@@ -86,6 +89,7 @@ class Trainer:
         self.seed = config.seed
         self.autocast = config.autocast
         self.progress = progress
+        self.halve = halve
         self.meter = Meter(process.device)
         self.guard = FiniteGuard(process.device)
         self.clock = Clock()
@@ -123,8 +127,11 @@ class Trainer:
             NonFiniteTrainingError: for a loss or gradient that is not finite.
             DiskFullError: when a checkpoint does not fit; the one before it survives.
             TrainingInterrupted: on SIGTERM or SIGINT, after saving a checkpoint.
+            RuntimeError: where no micro-batch is small enough for the memory.
         """
         with StopRequest() as stop, self._metrics_log() as log, self._progress_bar() as bar:
+            if self.halve and self.step < self.steps:
+                halve_until_they_fit(self.batches, self._gradients, self.optimizer, self.process)
             self.clock.restart_window()
             updates = iter(self.batches)
             while self.step < self.steps:
@@ -178,6 +185,11 @@ class Trainer:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+
+    def _gradients(self, micro_batches: list[Batch]) -> None:
+        """Add up the gradients of ``micro_batches``, of this rank alone."""
+        for batch in micro_batches:
+            self._forward(self.objective, batch).loss.backward()
 
     def _forward(self, objective: nn.Module, batch: Batch) -> Any:
         device = self.process.device

@@ -88,6 +88,12 @@ class Utterances(Dataset):
         self._frames = np.minimum(whole_frames, most_frames)
         self._spare_frames = whole_frames - self._frames
 
+    def in_parts(self, parts: Sequence[slice]) -> Utterances:
+        """The same utterances, in other micro-batches."""
+        other = copy.copy(self)
+        other._parts = parts
+        return other
+
     def __getitem__(self, wanted: tuple[Place, np.ndarray]) -> tuple[Place, list[Batch] | AudioError]:
         place, rows = wanted
         try:

@@ -12,12 +12,13 @@ from hubert_fast.reference.dropout import dropped
 def bias_dropout_residual(
     x: Tensor,  # [rows, channels]
     bias: Optional[Tensor],  # [channels]
-    residual: Tensor,  # [positions, channels]
+    residual: Optional[Tensor],  # [positions, channels]
     index: Optional[Tensor],  # [rows] int64: the position of each row
     *,
     kept: Optional[Tensor] = None,  # [rows, channels] bool
     scale: float = 1.0,  # of what is kept
 ) -> Tensor:  # [rows, channels], in the dtype of x
-    residual = residual if index is None else residual.index_select(0, index)
-    biased = x if bias is None else x + bias
-    return (residual + dropped(biased, kept, scale)).to(x.dtype)
+    out = dropped(x if bias is None else x + bias, kept, scale)
+    if residual is not None:
+        out = (residual if index is None else residual.index_select(0, index)) + out
+    return out.to(x.dtype)

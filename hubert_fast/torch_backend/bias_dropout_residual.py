@@ -19,7 +19,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
 
 def backward(
     arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
-) -> tuple[Tensor, Optional[Tensor], Tensor]:
+) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
     (grad,), (_, bias, residual, index, dropout_p, seed) = gradients, arguments
     residual_grad = residual_gradient(grad, residual, index)
     if bias is None and dropout_p == 0.0:
@@ -30,7 +30,7 @@ def backward(
 def residual_sum(
     x: Tensor,
     bias: Optional[Tensor],
-    residual: Tensor,
+    residual: Optional[Tensor],
     index: Optional[Tensor],
     dropout_p: float,
     seed: Optional[Tensor],
@@ -38,9 +38,13 @@ def residual_sum(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     chunks, scale = row_chunks(x), keep_scale(dropout_p)
     for rows, kept in zip(chunks, kept_chunks(seed, chunks, x.shape[1], dropout_p)):
-        biased = x[rows].clone() if bias is None else x[rows] + bias.to(x.dtype)
-        added = residual[rows] if index is None else residual.index_select(0, index[rows])
-        torch.add(drop_(biased, kept, scale), added.to(x.dtype), out=out[rows])
+        if bias is None:
+            out[rows] = x[rows]
+        else:
+            torch.add(x[rows], bias.to(x.dtype), out=out[rows])
+        drop_(out[rows], kept, scale)
+        if residual is not None:
+            out[rows] += (residual[rows] if index is None else residual.index_select(0, index[rows])).to(x.dtype)
     return out
 
 
@@ -62,7 +66,9 @@ def dropped_gradient(
     return x_grad, None if bias is None else bias_grad.to(bias.dtype)
 
 
-def residual_gradient(grad: Tensor, residual: Tensor, index: Optional[Tensor]) -> Tensor:
-    """The gradient of ``residual`` [positions, channels]: that of each row at its position, 0 elsewhere."""
+def residual_gradient(grad: Tensor, residual: Optional[Tensor], index: Optional[Tensor]) -> Optional[Tensor]:
+    """The gradient of ``residual`` [positions, channels], where there is one: that of each row at its position, 0 elsewhere."""
+    if residual is None:
+        return None
     grad = grad.to(residual.dtype)
     return grad if index is None else grad.new_zeros(residual.shape).index_copy_(0, index, grad)

@@ -110,6 +110,8 @@ def cases() -> Iterator[Case]:
         make = bias_dropout_residual.Arguments
         yield Case("bias_dropout_residual", name, make(randn(6, 5), randn(5), randn(6, 5), None, *given))
         yield Case("bias_dropout_residual", f"{name}, index", make(randn(6, 5), None, randn(9, 5), index, *given))
+        yield Case("bias_dropout_residual", f"{name}, no residual", make(randn(6, 5), randn(5), None, None, *given))
+        yield Case("bias_dropout_residual", f"{name}, x alone", make(randn(6, 5), None, None, None, *given))
         make = mask_fill.Arguments
         yield Case("mask_fill", name, make(randn(6, 5), None, randn(5), mask, None, *given))
         yield Case("mask_fill", f"{name}, padding", make(randn(6, 5), randn(5), randn(5), mask, padding, *given))

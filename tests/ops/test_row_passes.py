@@ -56,11 +56,12 @@ def passes(
             lambda x, residual, bias=None: bias_dropout_residual(x, bias, residual, index=index, **dropout),
             [x, residual, *bias],
         ),
+        ("bias_dropout_residual", lambda x, bias=None: bias_dropout_residual(x, bias, **dropout), [x, *bias]),
         ("mask_fill", embedded, [x, vector, *bias]),
         ("residual_layer_norm", normed, [residual, vector, vector]),
         ("residual_layer_norm", summed_and_normed, [residual, vector, vector, x, *bias]),
     ]
-    for name, function, shapes in found[: 3 if channels < 4 else None]:
+    for name, function, shapes in found[: 4 if channels < 4 else None]:
 
         def draw(seed, shapes=shapes):
             generator = torch.Generator().manual_seed(seed)
@@ -107,11 +108,14 @@ def test_without_dropout_they_are_the_formulas():
     given_ = (
         bias_gelu_dropout(x, bias),
         bias_dropout_residual(x, bias, residual, index=index),
+        bias_dropout_residual(x, bias),
         mask_fill(x, bias, weight, mask, padding=padding),
         *residual_layer_norm(residual, weight, bias, update=x, update_bias=bias, index=index, eps=0.1, with_sum=True),
     )
     filled = torch.stack([weight, torch.zeros(5), weight, x[3] + bias])
-    assert all(error(*pair) < 1e-12 for pair in zip(given_, (F.gelu(x + bias), summed, filled, normed, summed)))
+    expected = F.gelu(x + bias), summed, x + bias, filled, normed, summed
+    assert all(error(*pair) < 1e-12 for pair in zip(given_, expected, strict=True))
+    assert bias_dropout_residual(x, None) is x
 
 
 @on_every_backend
@@ -202,6 +206,11 @@ _GOOD = {
             "with an index of 3; got .* with an index of 2",
         ),
         (bias_dropout_residual, {"index": torch.zeros(3)}, "index must be int64"),
+        (
+            bias_dropout_residual,
+            {"residual": None, "index": torch.zeros(3, dtype=torch.int64)},
+            "index was given without a residual",
+        ),
         (bias_dropout_residual, {"dropout_p": -0.1}, r"dropout_p must be in \[0, 1\); got -0.1"),
         (mask_fill, {"x": torch.zeros(3)}, "x must be floating point of shape"),
         (mask_fill, {"bias": torch.zeros(5)}, r"bias must be floating point of shape \[4\]"),

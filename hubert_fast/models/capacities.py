@@ -1,0 +1,74 @@
+"""Capacities: the few sizes to which the rows of batches are rounded up, so that few graphs serve all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Optional
+
+_MULTIPLE = 16  # of rows: kernels are compiled for multiples of 16 and for other numbers
+
+
+class Capacity(NamedTuple):
+    """What one graph has room for."""
+
+    rows: int
+    kept: Optional[int]  # rows after the last layer; None: all
+    sequences: int
+    max_frames: int  # of a sequence
+
+    def holds(self, need: Capacity) -> bool:
+        """Whether a batch that needs ``need`` fits."""
+        return (self.kept is None) == (need.kept is None) and all(
+            mine is None or mine >= wanted for mine, wanted in zip(self, need)
+        )
+
+
+@dataclass(frozen=True)
+class Capacities:
+    """Rounds up what a batch needs: rows to multiples of 1/32 of ``rows``, rows that are kept to eighths of the rows,
+    sequences to powers of 2.
+
+    What is added is computed and thrown away: 1.6% of the rows in the mean where batches are between half full and full.
+
+    Args:
+        rows: valid frames of the largest batch.
+        sequences: utterances of the batch with most of them.
+        max_frames: frames of the longest utterance.
+
+    Raises:
+        ValueError: for a number below 1.
+    """
+
+    rows: int
+    sequences: int
+    max_frames: int
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+
+    @property
+    def largest_rows(self) -> int:
+        """Rows of the largest capacity."""
+        return _rounded(self.rows, self._row_step)
+
+    @property
+    def _row_step(self) -> int:
+        return _rounded(-(-self.rows // 32), _MULTIPLE)
+
+    def room_for(self, need: Capacity) -> Optional[Capacity]:
+        """The capacity of a batch that needs ``need``; None where there is none so large."""
+        if need.rows > self.rows or need.sequences > self.sequences or need.max_frames > self.max_frames:
+            return None
+        rows = _rounded(max(need.rows, 1), self._row_step)
+        kept = None if need.kept is None else min(rows, _rounded(max(need.kept, 1), _rounded(-(-rows // 8), _MULTIPLE)))
+        sequences = min(1 << (need.sequences - 1).bit_length(), self.sequences)
+        # Dead rows take places of the grid [sequences, max_frames] in which no frame is.
+        sequences = max(sequences, -(-rows // self.max_frames))
+        return Capacity(rows, kept, sequences, self.max_frames)
+
+
+def _rounded(count: int, step: int) -> int:
+    """``count``, rounded up to a multiple of ``step``."""
+    return -(-count // step) * step

@@ -1,0 +1,47 @@
+"""CUDA graphs of one process's work, which share one pool of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+Work = Callable[[], None]
+
+
+class CudaCapture:
+    """Captures work on ``device`` as CUDA graphs.
+
+    Their temporary tensors lie in one pool: what one graph leaves there the next may overwrite, so results that are to last
+    are copied to tensors from elsewhere. Autograd runs its backward in the calling thread, so that all that is captured is
+    captured from one thread.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin another pool, for which graphs made before must have been dropped."""
+        self._pool = torch.cuda.MemPool()
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Inside it work is done in the pool, not captured: the first time it compiles kernels and makes handles."""
+        here = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool, self._device):
+            with torch.autograd.set_multithreading_enabled(False):
+                yield
+        here.wait_stream(self._stream)
+
+    def __call__(self, work: Work) -> Work:
+        """A function that does on the GPU what ``work`` does now, on the same memory."""
+        graph = torch.cuda.CUDAGraph()
+        # A thread that pins memory for a data loader meanwhile breaks a capture of mode "global".
+        capture = torch.cuda.graph(graph, pool=self._pool.id, stream=self._stream, capture_error_mode="thread_local")
+        with capture, torch.autograd.set_multithreading_enabled(False):
+            work()
+        return graph.replay

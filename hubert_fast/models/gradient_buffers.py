@@ -1,0 +1,74 @@
+"""Gradients of the parameters of stages, at fixed places: a graph writes them there, ranks reduce them stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+_ALIGNMENT = 64  # elements
+
+
+class GradientBuffers:
+    """Memory for the gradients of ``stages``, lists of parameters, each in one of them.
+
+    Raises:
+        ValueError: for a parameter that is in two, or one whose dtype is not that of the others of its stage.
+    """
+
+    def __init__(self, stages: Sequence[Sequence[nn.Parameter]]) -> None:
+        self._parameters = [list(each) for each in stages]
+        every = [parameter for stage in stages for parameter in stage]
+        if len(set(every)) < len(every):
+            raise ValueError("objective has a parameter that two of its stages share: a graphed step cannot train it")
+        self.flat = [_flat(stage) for stage in stages]  # one a stage
+        self._views = [list(_views(stage, flat)) for stage, flat in zip(stages, self.flat)]
+        # Whether a gradient was ever there: none comes for a parameter that takes no part.
+        self._used = [[False] * len(stage) for stage in stages]
+
+    def collect(self, stage: int, gradients: Sequence[Optional[Tensor]], *, overwrite: bool) -> None:
+        """Write or add the gradients of a stage; None stands for 0."""
+        used, views = self._used[stage], self._views[stage]
+        for place, gradient in enumerate(gradients):
+            if gradient is not None:
+                used[place] = True
+            elif overwrite and used[place]:
+                views[place].zero_()
+        mine = [view for view, gradient in zip(views, gradients) if gradient is not None]
+        theirs = [gradient for gradient in gradients if gradient is not None]
+        if mine:
+            (torch._foreach_copy_ if overwrite else torch._foreach_add_)(mine, theirs)
+
+    def zero(self, stages: Collection[int]) -> None:
+        """Set the gradients of ``stages`` to 0."""
+        buffers = [self.flat[stage] for stage in stages if self.flat[stage].numel()]
+        if buffers:
+            torch._foreach_zero_(buffers)
+
+    def give(self, stages: Collection[int]) -> None:
+        """Make the gradients of ``stages`` those of their parameters; those of other stages have none."""
+        for i, (parameters, views, used) in enumerate(zip(self._parameters, self._views, self._used)):
+            for parameter, view, was_used in zip(parameters, views, used):
+                parameter.grad = view if was_used and i in stages else None
+
+
+def _flat(stage: Sequence[nn.Parameter]) -> Tensor:
+    dtypes = {parameter.dtype for parameter in stage}
+    if len(dtypes) > 1:
+        raise ValueError(f"parameters of one stage must have one dtype; got {sorted(map(str, dtypes))}")
+    if not stage:
+        return torch.empty(0)
+    return stage[0].new_zeros(sum(_room(parameter) for parameter in stage), requires_grad=False)
+
+
+def _views(stage: Sequence[nn.Parameter], flat: Tensor) -> Iterator[Tensor]:
+    start = 0
+    for parameter in stage:
+        yield flat[start : start + parameter.numel()].view(parameter.shape)
+        start += _room(parameter)
+
+
+def _room(parameter: nn.Parameter) -> int:
+    return -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
