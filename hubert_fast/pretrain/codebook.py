@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from hubert_fast import tf32
 from hubert_fast.pretrain.atomic import write_with
 
 _FRAMES_AT_ONCE = 16_384
@@ -52,6 +56,25 @@ class Codebook:
         metadata = {name: str(value) for name, value in metadata.items()}
         centroids = np.ascontiguousarray(self.centroids, dtype=np.float32)
         write_with(Path(path), lambda target: save_file({"centroids": centroids}, target, metadata=metadata))
+
+
+def nearest_centroids(rows: Tensor, centroids: Tensor) -> Tensor:
+    """`Codebook.assign` on the device of its arguments, by the same formula in float32; the host does not wait.
+
+    Sums of products are rounded in another order than numpy's, so a frame as near to two centroids as rounding can tell may
+    get the other one.
+
+    Args:
+        rows: ``[rows, dim]`` float.
+        centroids: ``[clusters, dim]`` float32.
+
+    Returns:
+        int32 ``[rows]``.
+    """
+    half_norms = 0.5 * centroids.square().sum(dim=1)
+    with tf32.allowed(False) if rows.is_cuda else nullcontext():  # TF32 would keep 3 digits of the distances
+        distances = torch.addmm(half_norms, rows.float(), centroids.T, alpha=-1)
+    return distances.argmin(dim=1).to(torch.int32)
 
 
 def fit_codebook(features: np.ndarray, clusters: int, *, seed: int, init_attempts: int = 20) -> Codebook:

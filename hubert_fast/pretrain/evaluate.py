@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,7 +33,6 @@ from hubert_fast.pretrain.units import Units
 if TYPE_CHECKING:
     from lhotse.cut import Cut
 
-_BATCH_SECONDS = 60.0  # of a model call
 _FIT_BYTES = 2 * 1024**3
 _MIN_FRAMES_PER_CLUSTER = 20
 _OVERSAMPLING = 4
@@ -49,8 +48,32 @@ class Representation(NamedTuple):
 
 MFCC = Representation("mfcc", 0)
 TRAINING_UNITS = Representation("training_units", None)
-# MFCC and every layer of a batch of waveforms: float32 [frames, dim] per utterance.
-Encoder = Callable[[list[np.ndarray]], dict[Representation, list[np.ndarray]]]
+
+
+class Encoder:
+    """MFCC and every layer of a model."""
+
+    def __init__(self, layers: ModelLayers) -> None:
+        self._layers, self._mfcc = layers, MfccFeatures()
+        self.call_seconds = layers.call_seconds
+
+    def features(self, waveforms: list[np.ndarray]) -> dict[Representation, list[np.ndarray]]:
+        """float32 ``[frames, dim]`` of each utterance."""
+        layers = enumerate(self._layers(waveforms), start=1)
+        return {MFCC: self._mfcc(waveforms)} | {_of_layer(n): utterances for n, utterances in layers}
+
+    def units(
+        self, waveforms: list[np.ndarray], codebooks: Mapping[Representation, Codebook]
+    ) -> dict[Representation, list[np.ndarray]]:
+        """int32 ``[frames]`` of each utterance: the nearest centroids of its features."""
+        of_layers = {each.layer: codebook for each, codebook in codebooks.items() if each != MFCC}
+        layers = self._layers.assign(waveforms, of_layers)
+        mfcc = self._mfcc.assign(waveforms, codebooks[MFCC])
+        return {MFCC: mfcc} | {_of_layer(n): utterances for n, utterances in layers.items()}
+
+
+def _of_layer(number: int) -> Representation:
+    return Representation(f"layer{number}", number)
 
 
 def evaluate(
@@ -99,11 +122,11 @@ def evaluate(
     scored = [cut for cut in cuts["valid"] if phone_alignment(cut)]
     if scored:
         options = {"seed": config.seed, "progress": progress}
-        encode = _encoder(ModelLayers(weights, device=device, **model))
-        codebooks, fitted = _fit_codebooks(cuts["train"], encode, config.evaluation, **options)
+        encoder = Encoder(ModelLayers(weights, device=device, **model))
+        codebooks, fitted = _fit_codebooks(cuts["train"], encoder, config.evaluation, **options)
         training_units = Units(iteration_dir / "units" / "valid.safetensors")
         result |= {"clusters": config.evaluation.clusters, "fit_frames": fitted}
-        result |= _held_out_scores(scored, encode, codebooks, training_units, **options)
+        result |= _held_out_scores(scored, encoder, codebooks, training_units, **options)
     else:
         result["note"] = _NO_ALIGNMENTS
     atomic.write_text(target, json.dumps(result, indent=2) + "\n")
@@ -119,21 +142,13 @@ def phone_alignment(cut: Cut) -> list[tuple]:
     ]
 
 
-def _encoder(layers: ModelLayers) -> Encoder:
-    mfcc = MfccFeatures()
-
-    def encode(waveforms: list[np.ndarray]) -> dict[Representation, list[np.ndarray]]:
-        numbered = enumerate(layers(waveforms), start=1)
-        return {MFCC: mfcc(waveforms)} | {Representation(f"layer{n}", n): layer for n, layer in numbered}
-
-    return encode
-
-
-def _batches(cuts: Sequence[Cut], title: str, progress: bool) -> Iterator[tuple[list[Cut], list[np.ndarray]]]:
-    """Cuts with their audio, utterances of like length together."""
+def _batches(
+    cuts: Sequence[Cut], seconds: float, title: str, progress: bool
+) -> Iterator[tuple[list[Cut], list[np.ndarray]]]:
+    """Cuts with their audio, utterances of like length together, ``seconds`` at a time."""
     with audio_progress(sum(map(_seconds, cuts)), title, enabled=progress) as bar:
         samples = [utterance_samples(cut) for cut in cuts]
-        for indices in batches_of_like_length(samples, _BATCH_SECONDS * SAMPLE_RATE):
+        for indices in batches_of_like_length(samples, seconds * SAMPLE_RATE):
             batch = [cuts[index] for index in indices]
             yield batch, [load_audio(cut) for cut in batch]
             bar.update(sum(map(_seconds, batch)))
@@ -144,15 +159,15 @@ def _seconds(cut: Cut) -> float:
 
 
 def _fit_codebooks(
-    cuts: list[Cut], encode: Encoder, config: EvaluationConfig, *, seed: int, progress: bool
+    cuts: list[Cut], encoder: Encoder, config: EvaluationConfig, *, seed: int, progress: bool
 ) -> tuple[dict[Representation, Codebook], int]:
     """A codebook per representation, and on how many frames each was fitted."""
     rng = np.random.default_rng(seed)
-    fit_frames = _affordable_frames(config.fit_frames, encode, config.clusters)
+    fit_frames = _affordable_frames(config.fit_frames, encoder, config.clusters)
     chosen, share = _choose_utterances(cuts, fit_frames, rng)
     kept: dict[Representation, list[np.ndarray]] = {}
-    for _, waveforms in _batches(chosen, "features for k-means", progress):
-        features = encode(waveforms)
+    for _, waveforms in _batches(chosen, encoder.call_seconds, "features for k-means", progress):
+        features = encoder.features(waveforms)
         rows = [_choose_rows(len(utterance), share, rng) for utterance in features[MFCC]]
         for each, utterances in features.items():
             kept.setdefault(each, []).extend(utterance[row] for utterance, row in zip(utterances, rows, strict=True))
@@ -165,8 +180,8 @@ def _fit_codebooks(
     return codebooks, fitted
 
 
-def _affordable_frames(fit_frames: int, encode: Encoder, clusters: int) -> int:
-    one_frame = encode([np.zeros(num_samples(1), dtype=np.float32)])
+def _affordable_frames(fit_frames: int, encoder: Encoder, clusters: int) -> int:
+    one_frame = encoder.features([np.zeros(num_samples(1), dtype=np.float32)])
     bytes_per_frame = sum(utterances[0].nbytes for utterances in one_frame.values())
     return min(fit_frames, max(_FIT_BYTES // bytes_per_frame, _MIN_FRAMES_PER_CLUSTER * clusters))
 
@@ -191,7 +206,7 @@ def _choose_rows(frames: int, share: float, rng: np.random.Generator) -> np.ndar
 
 def _held_out_scores(
     cuts: list[Cut],
-    encode: Encoder,
+    encoder: Encoder,
     codebooks: dict[Representation, Codebook],
     training_units: Units,
     *,
@@ -201,9 +216,9 @@ def _held_out_scores(
     """What the result says of the held-out frames: how many there are, their phones, and how each one's units score."""
     phones: list[np.ndarray] = []
     units: dict[Representation, list[np.ndarray]] = {each: [] for each in [*codebooks, TRAINING_UNITS]}
-    for batch, waveforms in _batches(cuts, "held-out units", progress):
-        for each, utterances in encode(waveforms).items():
-            units[each].extend(codebooks[each].assign(utterance) for utterance in utterances)
+    for batch, waveforms in _batches(cuts, encoder.call_seconds, "held-out units", progress):
+        for each, utterances in encoder.units(waveforms, codebooks).items():
+            units[each].extend(utterances)
         for cut, waveform in zip(batch, waveforms, strict=True):
             frames = num_frames(len(waveform))
             phones.append(frame_phones(phone_alignment(cut), frames))

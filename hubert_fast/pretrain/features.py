@@ -1,22 +1,27 @@
 """What is clustered: MFCC, or a transformer layer of the model of the iteration before.
 
 A source of features is called with a list of waveforms (float32 ``[samples]`` at 16 kHz) and returns, in their order,
-an array of float32 ``[num_frames(samples), dim]`` for each. ``settings`` tells what decides its numbers.
+an array of float32 ``[num_frames(samples), dim]`` for each; its ``assign`` returns their units in a codebook instead, int32
+``[num_frames(samples)]``. ``settings`` tells what decides its numbers, ``call_seconds`` how much audio it works on at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from hubert_fast.models.rows import Rows
+from hubert_fast.ops.host_tensors import to_device
 from hubert_fast.pretrain.audio import normalized
+from hubert_fast.pretrain.codebook import Codebook, nearest_centroids
 from hubert_fast.pretrain.config import ModelConfig
 from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
 from hubert_fast.pretrain.like_length import batches_of_like_length
@@ -26,7 +31,9 @@ from hubert_fast.pretrain.tensor_files import naming
 if TYPE_CHECKING:
     from hubert_fast import HuBERTPretrainModel
 
-_BATCH_SECONDS = 60.0
+# Audio of a call, padding included: enough to fill the device, few enough to read ahead.
+_GPU_CALL_SECONDS = 300.0
+_CPU_CALL_SECONDS = 60.0
 
 
 class MfccFeatures:
@@ -34,6 +41,7 @@ class MfccFeatures:
 
     name = "mfcc"
     dim = MFCC_DIM
+    call_seconds = _CPU_CALL_SECONDS
 
     def __init__(self) -> None:
         self.settings: dict[str, Any] = {"source": self.name}
@@ -41,11 +49,35 @@ class MfccFeatures:
     def __call__(self, waveforms: list[np.ndarray]) -> list[np.ndarray]:
         return [mfcc39(waveform) for waveform in waveforms]
 
+    def assign(self, waveforms: list[np.ndarray], codebook: Codebook) -> list[np.ndarray]:
+        return [codebook.assign(features) for features in self(waveforms)]
+
+
+class _Work(NamedTuple):
+    """What is wanted of a call: layers, and what is made of their rows before it goes to the host."""
+
+    first: int
+    last: int | None
+    finish: Callable[[list[Tensor]], Tensor]  # a [rows, dim] a layer -> [layers, rows, ...]
+
+
+class _OnItsWay(NamedTuple):
+    """A tensor on the CPU, and the event after which its numbers are there."""
+
+    tensor: Tensor
+    copied: torch.cuda.Event | None
+
+    def wait(self) -> np.ndarray:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.tensor.numpy()
+
 
 class ModelLayers:
     """The outputs of a trained model's transformer layers, without masking.
 
-    Layers are counted from 1, as `Wav2Vec2Model.extract_features` does. Utterances are run in batches of like length. The
+    Layers are counted from 1, as `Wav2Vec2Model.extract_features` does. Utterances are run in batches of like length, of which
+    the encoder computes the valid frames alone, and a GPU works on one while the host handles what came of that before. The
     numbers do not depend on the batch (``padding_invariant`` is on), but for the rounding of ``autocast`` (bfloat16).
 
     Args:
@@ -63,32 +95,85 @@ class ModelLayers:
         self.model = load_model(weights).to(device)
         self.autocast, self.normalize_audio = autocast, normalize_audio
         self._device = torch.device(device)
+        self.call_seconds = _GPU_CALL_SECONDS if self._device.type == "cuda" else _CPU_CALL_SECONDS
 
     def __call__(
         self, waveforms: list[np.ndarray], *, first: int = 1, last: int | None = None
     ) -> list[list[np.ndarray]]:
         """Layers ``first`` to ``last`` (None: of the model), ``result[layer - first][utterance]``: float32 ``[frames, dim]``."""
-        if self.normalize_audio:
-            waveforms = [normalized(waveform) for waveform in waveforms]
+        work = _Work(first, last, lambda layers: torch.stack([layer.float() for layer in layers]))
+        return self._results(waveforms, work)
+
+    def assign(self, waveforms: list[np.ndarray], codebooks: Mapping[int, Codebook]) -> dict[int, list[np.ndarray]]:
+        """The units of the layers that have codebooks, ``result[layer][utterance]``: int32 ``[frames]``.
+
+        On a GPU the features never leave it; on a CPU they are `Codebook.assign`'s.
+        """
+        first, last = min(codebooks), max(codebooks)
+        if self._device.type == "cpu":
+            layers = self(waveforms, first=first, last=last)
+            return {n: [codebook.assign(each) for each in layers[n - first]] for n, codebook in codebooks.items()}
+        return self._assign_on_device(waveforms, codebooks, first, last)
+
+    def _assign_on_device(
+        self, waveforms: list[np.ndarray], codebooks: Mapping[int, Codebook], first: int, last: int
+    ) -> dict[int, list[np.ndarray]]:
+        centroids = {n: to_device(torch.from_numpy(each.centroids), self._device) for n, each in codebooks.items()}
+
+        def units(layers: list[Tensor]) -> Tensor:
+            return torch.stack([nearest_centroids(layers[n - first], each) for n, each in centroids.items()])
+
+        return dict(zip(centroids, self._results(waveforms, _Work(first, last, units)), strict=True))
+
+    def _results(self, waveforms: list[np.ndarray], work: _Work) -> list[list[np.ndarray]]:
+        """What ``work`` makes of each layer and utterance, ``result[layer][utterance]``: ``[frames, ...]``."""
         result: list[list[np.ndarray]] = []
-        samples = [len(waveform) for waveform in waveforms]
-        for indices in batches_of_like_length(samples, _BATCH_SECONDS * SAMPLE_RATE):
-            layers = self._run([waveforms[index] for index in indices], last)[first - 1 :]
+        for indices, layers in self._calls(waveforms, work):
             if not result:
                 result = [[np.empty(0)] * len(waveforms) for _ in layers]
+            ends = np.cumsum([num_frames(len(waveforms[index])) for index in indices])
             for utterances, layer in zip(result, layers, strict=True):
-                rows = layer.float().cpu().numpy()
-                for row, index in zip(rows, indices, strict=True):
-                    utterances[index] = row[: num_frames(len(waveforms[index]))].copy()
+                for index, rows in zip(indices, np.split(layer, ends[:-1]), strict=True):
+                    utterances[index] = rows.copy()
         return result
 
+    def _calls(self, waveforms: list[np.ndarray], work: _Work) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Which utterances a call had, and ``work``'s ``[layers, rows, ...]`` of them; each while the next one runs."""
+        before: tuple[list[int], _OnItsWay] | None = None
+        samples = [len(waveform) for waveform in waveforms]
+        for indices in batches_of_like_length(samples, self.call_seconds * SAMPLE_RATE):
+            started = indices, self._start([waveforms[index] for index in indices], work)
+            if before is not None:
+                yield before[0], before[1].wait()
+            before = started
+        if before is not None:
+            yield before[0], before[1].wait()
+
     @torch.inference_mode()
-    def _run(self, waveforms: list[np.ndarray], last: int | None) -> list[Tensor]:
+    def _start(self, waveforms: list[np.ndarray], work: _Work) -> _OnItsWay:
+        """Run a call; a GPU is not waited for."""
+        if self.normalize_audio:
+            waveforms = [normalized(waveform) for waveform in waveforms]
         lengths = torch.tensor([len(waveform) for waveform in waveforms])
         padded = pad_sequence([torch.from_numpy(waveform) for waveform in waveforms], batch_first=True)
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            encoder = self.model.wav2vec2
-            return encoder.extract_features(padded.to(self._device), lengths.to(self._device), num_layers=last)[0]
+            packed = self.model.wav2vec2.packed_features(to_device(padded, self._device), lengths)
+        return _sent_to_host(self._packed_part(*packed, work))
+
+    def _packed_part(self, features: Tensor, layout: Rows, work: _Work) -> Tensor:
+        """All of a call that follows the front end: its shapes depend on how many rows and utterances there are alone."""
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            layers = self.model.wav2vec2.encoder.layer_rows(features, layout, first=work.first, last=work.last)
+        return work.finish(layers)
+
+
+def _sent_to_host(x: Tensor) -> _OnItsWay:
+    if not x.is_cuda:
+        return _OnItsWay(x, None)
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(x.device))
+    return _OnItsWay(host, copied)
 
 
 class HubertFeatures:
@@ -104,9 +189,13 @@ class HubertFeatures:
             "autocast": self._layers.autocast,
             "normalize_audio": self._layers.normalize_audio,
         }
+        self.call_seconds = self._layers.call_seconds
 
     def __call__(self, waveforms: list[np.ndarray]) -> list[np.ndarray]:
         return self._layers(waveforms, first=self._layer, last=self._layer)[0]
+
+    def assign(self, waveforms: list[np.ndarray], codebook: Codebook) -> list[np.ndarray]:
+        return self._layers.assign(waveforms, {self._layer: codebook})[self._layer]
 
 
 FeatureSource = MfccFeatures | HubertFeatures

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from hubert_fast.pretrain.atomic import write_text, write_with
 from hubert_fast.pretrain.audio import load_audio, utterance_samples
-from hubert_fast.pretrain.codebook import fit_codebook
+from hubert_fast.pretrain.codebook import Codebook, fit_codebook
 from hubert_fast.pretrain.config import UnitsConfig
 from hubert_fast.pretrain.features import FeatureSource
 from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
@@ -28,8 +28,8 @@ from hubert_fast.pretrain.progress import audio_progress
 from hubert_fast.pretrain.run_summary import read_json
 from hubert_fast.pretrain.tensor_files import naming
 
-# Audio that is read ahead and handed to the source at once, so that it can batch utterances of like length.
-_GROUP_SECONDS = 240.0
+# Calls of the source whose audio is read ahead and handed over at once, so that it can batch utterances of like length.
+_CALLS_AHEAD = 4
 
 
 class Units:
@@ -91,7 +91,7 @@ def make_units(
     train.safetensors, valid.safetensors and, last, summary.json into ``out``.
 
     Units that are there, made with the same settings from the same utterances, are kept. At no time are more features
-    in memory than the ``config.fit_frames`` that k-means needs, and a few minutes of audio.
+    in memory than the ``config.fit_frames`` that k-means needs, and some minutes of audio.
 
     Args:
         seed: decides the utterances that k-means sees, and its start.
@@ -125,8 +125,7 @@ def make_units(
     units = {cut_id: codebook.assign(features) for cut_id, features in fitted.items()}
     del data, fitted
     rest = [cut for split in SPLITS for cut in cuts[split] if cut.id not in units]
-    for cut_id, features in _features(rest, source, "units", workers, progress):
-        units[cut_id] = codebook.assign(features)
+    units |= _made(rest, source, workers, progress, codebook)
     for split in SPLITS:
         of_split, metadata = {cut.id: units[cut.id] for cut in cuts[split]}, {"num_classes": str(config.clusters)}
         write_with(out / f"{split}.safetensors", partial(save_file, of_split, metadata=metadata))
@@ -164,47 +163,51 @@ def _features_together(
     data = np.empty((sum(num_frames(utterance_samples(cut)) for cut in cuts), source.dim), dtype=np.float32)
     views: dict[str, np.ndarray] = {}
     first = 0
-    for cut_id, features in _features(cuts, source, "features for k-means", workers, progress):
+    for cut_id, features in _made(cuts, source, workers, progress):
         views[cut_id] = data[first : first + len(features)]
         views[cut_id][:] = features
         first += len(features)
     return data, views
 
 
-def _features(
-    cuts: Sequence[Cut], source: FeatureSource, description: str, workers: int, progress: bool
+def _made(
+    cuts: Sequence[Cut], source: FeatureSource, workers: int, progress: bool, codebook: Codebook | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Id and features ``[frames, dim]`` of every cut."""
+    """Id and features ``[frames, dim]`` of every cut or, with a codebook, its units ``[frames]``."""
+    what, width, title = "features", (source.dim,), "features for k-means"
+    if codebook is not None:
+        what, width, title = "units", (), "units"
     seconds = sum(utterance_samples(cut) for cut in cuts) / SAMPLE_RATE
-    with audio_progress(seconds, description, enabled=progress) as bar:
-        for group, waveforms in _read_ahead(cuts, workers):
-            for cut, features in zip(group, source(waveforms), strict=True):
+    with audio_progress(seconds, title, enabled=progress) as bar:
+        for group, waveforms in _read_ahead(cuts, _CALLS_AHEAD * source.call_seconds, workers):
+            made = source(waveforms) if codebook is None else source.assign(waveforms, codebook)
+            for cut, each in zip(group, made, strict=True):
                 frames = num_frames(utterance_samples(cut))
-                if features.shape != (frames, source.dim):
+                if each.shape != (frames, *width):
                     raise ValueError(
-                        f"source {source.name!r} made features of shape {features.shape} for utterance {cut.id!r}, "
-                        f"whose audio has {frames} frames: {(frames, source.dim)} is accepted"
+                        f"source {source.name!r} made {what} of shape {each.shape} for utterance {cut.id!r}, "
+                        f"whose audio has {frames} frames: {(frames, *width)} is accepted"
                     )
-                yield cut.id, features
+                yield cut.id, each
             bar.update(sum(len(waveform) for waveform in waveforms) / SAMPLE_RATE)
 
 
-def _read_ahead(cuts: Sequence[Cut], workers: int) -> Iterator[tuple[list[Cut], list[np.ndarray]]]:
-    """Groups of cuts with their waveforms; the next group is read while the caller works on this one."""
+def _read_ahead(cuts: Sequence[Cut], seconds: float, workers: int) -> Iterator[tuple[list[Cut], list[np.ndarray]]]:
+    """Groups of cuts, ``seconds`` each, with their waveforms; the next group is read while the caller works on this one."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        reading = ((group, [pool.submit(load_audio, cut) for cut in group]) for group in _groups(cuts))
+        reading = ((group, [pool.submit(load_audio, cut) for cut in group]) for group in _groups(cuts, seconds))
         ahead = next(reading, None)
         while ahead is not None:
             (group, futures), ahead = ahead, next(reading, None)
             yield group, [future.result() for future in futures]
 
 
-def _groups(cuts: Sequence[Cut]) -> Iterator[list[Cut]]:
+def _groups(cuts: Sequence[Cut], seconds: float) -> Iterator[list[Cut]]:
     group, samples = [], 0
     for cut in cuts:
         group.append(cut)
         samples += utterance_samples(cut)
-        if samples >= _GROUP_SECONDS * SAMPLE_RATE:
+        if samples >= seconds * SAMPLE_RATE:
             yield group
             group, samples = [], 0
     if group:

@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
+import torch
 
-from hubert_fast.pretrain.codebook import Codebook, fit_codebook
+from hubert_fast.pretrain.codebook import Codebook, fit_codebook, nearest_centroids
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 
 
 def noise(frames=600):
@@ -18,6 +21,22 @@ def test_assign_equals_scikit_learn(frames):
     units = Codebook(fitted.cluster_centers_).assign(features)
     expected = fitted.predict(features) if frames else []
     np.testing.assert_array_equal(units, expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def test_a_device_assigns_the_nearest_centroid_too_and_the_lowest_index_on_a_tie(device):
+    features = noise(frames=5000)
+    centroids = np.concatenate([features[:40], features[:40], np.zeros((1, 5), np.float32)])
+    units = nearest_centroids(torch.from_numpy(features).to(device), torch.from_numpy(centroids).to(device))
+    distances = np.square(features[:, None].astype(np.float64) - centroids[:40]).sum(axis=2)
+    distances = np.concatenate([distances, np.square(features.astype(np.float64)).sum(axis=1, keepdims=True)], axis=1)
+    expected = distances.argmin(axis=1)
+    expected[expected == 40] = 80  # the origin stands behind the copies of the first 40
+    nearest_two = np.sort(distances, axis=1)[:, :2]
+    clear = nearest_two[:, 1] - nearest_two[:, 0] > 1e-4
+    assert units.dtype == torch.int32 and clear.mean() > 0.99 and (expected == 80).any()
+    np.testing.assert_array_equal(units.cpu().numpy()[clear], expected[clear])
+    np.testing.assert_array_equal(Codebook(centroids).assign(features)[clear], expected[clear])
 
 
 def test_inertia_is_the_mean_squared_distance_to_the_nearest_centroid():

@@ -44,11 +44,19 @@ class FakeUnits(dict):
     num_classes = 2
 
 
-def fake_layers(waveforms):
+class FakeLayers:
     """Layer 1 knows nothing, layer 2 is MFCC, the phones in all but name."""
-    rng = np.random.default_rng(len(waveforms[0]))
-    noise = [rng.normal(size=(num_frames(len(waveform)), 5)).astype(np.float32) for waveform in waveforms]
-    return [noise, [mfcc39(waveform) for waveform in waveforms]]
+
+    call_seconds = 60.0
+
+    def __call__(self, waveforms):
+        rng = np.random.default_rng(len(waveforms[0]))
+        noise = [rng.normal(size=(num_frames(len(waveform)), 5)).astype(np.float32) for waveform in waveforms]
+        return [noise, [mfcc39(waveform) for waveform in waveforms]]
+
+    def assign(self, waveforms, codebooks):
+        layers = self(waveforms)
+        return {n: [codebook.assign(each) for each in layers[n - 1]] for n, codebook in codebooks.items()}
 
 
 @pytest.fixture
@@ -70,7 +78,7 @@ def iteration(tmp_path, manifest, monkeypatch):
     (directory / "train" / "model.safetensors").write_bytes(b"weights")
     cuts = load_manifest(manifest, "valid")
     units = FakeUnits({cut.id: np.arange(num_frames(cut.num_samples), dtype=np.int32) % 2 for cut in cuts})
-    monkeypatch.setattr(evaluation, "ModelLayers", lambda weights, **options: fake_layers)
+    monkeypatch.setattr(evaluation, "ModelLayers", lambda weights, **options: FakeLayers())
     monkeypatch.setattr(evaluation, "Units", lambda path: units)
     return directory
 
@@ -126,7 +134,7 @@ def test_an_evaluation_of_other_weights_or_settings_is_made_anew(iteration, chan
 
 
 def test_the_same_seed_gives_the_same_result(iteration, monkeypatch):
-    monkeypatch.setattr(evaluation, "_BATCH_SECONDS", 1.0)
+    monkeypatch.setattr(FakeLayers, "call_seconds", 1.0)
     first = run(iteration, fit_frames=150)
     assert 150 <= first["fit_frames"] < 160, "the frames of an utterance are rounded up"
     (iteration / "evaluation.json").unlink()

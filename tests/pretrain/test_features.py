@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from hubert_fast.pretrain import features as module
 from hubert_fast.pretrain.audio import normalized
+from hubert_fast.pretrain.codebook import Codebook, nearest_centroids
 from hubert_fast.pretrain.features import HubertFeatures, MfccFeatures, ModelLayers, load_model
 from hubert_fast.pretrain.frames import num_frames
 from tests.pretrain.fabricated_run import save_tiny_weights
@@ -43,9 +44,9 @@ def test_weights_without_their_configuration_are_refused(tmp_path):
         load_model(tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize("batch_seconds", [0.1, 60.0])
-def test_features_are_the_layer_of_the_model_without_batch_and_padding(weights, monkeypatch, batch_seconds):
-    monkeypatch.setattr(module, "_BATCH_SECONDS", batch_seconds)
+@pytest.mark.parametrize("call_seconds", [0.1, 1.5, 60.0])
+def test_features_are_the_layer_of_the_model_without_batch_and_padding(weights, monkeypatch, call_seconds):
+    monkeypatch.setattr(module, "_CPU_CALL_SECONDS", call_seconds)
     model = CONFIG.build(7).eval()
     model.load_state_dict(load_file(weights))
     source = HubertFeatures(weights, 2)
@@ -64,6 +65,77 @@ def test_all_layers_are_those_of_each_source(weights):
     for number, layer in enumerate(layers, start=1):
         for got, expected in zip(layer, HubertFeatures(weights, number)(waveforms()), strict=True):
             np.testing.assert_array_equal(got, expected)
+
+
+def _codebook(features, clusters=9):
+    return Codebook(np.concatenate(features)[:: len(np.concatenate(features)) // clusters][:clusters].copy())
+
+
+def test_units_are_those_of_the_features_to_the_bit(weights):
+    source = HubertFeatures(weights, 2)
+    features = source(waveforms())
+    codebook = _codebook(features)
+    for units, each in zip(source.assign(waveforms(), codebook), features, strict=True):
+        assert units.dtype == np.int32
+        np.testing.assert_array_equal(units, codebook.assign(each))
+
+
+@pytest.mark.parametrize("call_seconds", [0.1, 60.0])
+def test_a_device_assigns_the_units_of_several_layers_without_their_features(weights, monkeypatch, call_seconds):
+    """Distances are rounded otherwise than on the CPU, where the nearest two are far enough apart for that."""
+    monkeypatch.setattr(module, "_CPU_CALL_SECONDS", call_seconds)
+    layers = ModelLayers(weights)
+    codebooks = {3: _codebook(layers(waveforms())[2]), 1: _codebook(layers(waveforms())[0], clusters=4)}
+    units = layers._assign_on_device(waveforms(), codebooks, 1, 3)
+    assert list(units) == [3, 1]
+    for layer, utterances in layers.assign(waveforms(), codebooks).items():
+        for got, expected in zip(units[layer], utterances, strict=True):
+            assert got.dtype == np.int32
+            np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+def test_a_gpu_gives_the_features_and_the_units_of_the_cpu(weights, monkeypatch):
+    monkeypatch.setattr(module, "_GPU_CALL_SECONDS", 0.7)  # several calls, one under way while another is read
+    sources = [HubertFeatures(weights, 2, device=device) for device in ("cpu", "cuda")]
+    expected, features = (np.concatenate(source(waveforms())) for source in sources)
+    np.testing.assert_allclose(features, expected, atol=1e-2)
+    codebook = _codebook([expected])
+    expected, units = (np.concatenate(source.assign(waveforms(), codebook)) for source in sources)
+    assert units.dtype == np.int32 and (units == expected).mean() > 0.95
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+def test_a_call_is_started_without_waiting_for_the_gpu(weights):
+    layers = ModelLayers(weights, device="cuda", autocast=True)
+    centroids = torch.randn(9, 32, device="cuda")
+    work = module._Work(2, 2, lambda rows: torch.stack([nearest_centroids(each, centroids) for each in rows]))
+    expected = layers._start(waveforms(), work).wait()  # the first compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        started = layers._start(waveforms(), work)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    np.testing.assert_array_equal(started.wait(), expected)
+
+
+def test_what_follows_the_front_end_depends_on_no_number(weights):
+    """Fake tensors have no data: whatever asked for some would raise. A CUDA graph may hold it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layers = ModelLayers(weights)
+    lengths = torch.tensor(LENGTHS)
+    padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(each) for each in waveforms()], batch_first=True)
+    centroids = torch.randn(9, 32)
+    work = module._Work(2, 3, lambda rows: torch.stack([nearest_centroids(each, centroids) for each in rows]))
+    with torch.inference_mode():
+        features, layout = layers.model.wav2vec2.packed_features(padded, lengths)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, layout)
+        units = layers._packed_part(mode.from_tensor(features.clone()), fake, work)
+    assert units.shape == (2, sum(map(num_frames, LENGTHS))) and units.dtype == torch.int32
 
 
 def test_features_are_deterministic_and_autocast_still_gives_float32(weights):

@@ -3,6 +3,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -10,11 +11,12 @@ from hubert_fast.pretrain import units as module
 from hubert_fast.pretrain.audio import AudioError, load_audio, utterance_samples
 from hubert_fast.pretrain.codebook import Codebook
 from hubert_fast.pretrain.config import UnitsConfig
-from hubert_fast.pretrain.features import MfccFeatures
+from hubert_fast.pretrain.features import HubertFeatures, MfccFeatures
 from hubert_fast.pretrain.frames import num_frames
 from hubert_fast.pretrain.manifest import load_manifest
 from hubert_fast.pretrain.mfcc import mfcc39
 from hubert_fast.pretrain.units import Units, choose_utterances, make_units
+from tests.pretrain.fabricated_run import save_tiny_weights
 from tests.pretrain.speech_folder import scan_folder, write_audio, write_units
 
 SMALL = UnitsConfig(clusters=6, init_attempts=1)
@@ -72,7 +74,7 @@ def test_each_utterance_is_read_once_and_k_means_sees_no_more_than_it_asked_for(
 
 def test_small_groups_of_utterances_change_nothing(folder, monkeypatch):
     expected = make(folder)
-    monkeypatch.setattr(module, "_GROUP_SECONDS", 0.5)
+    monkeypatch.setattr(MfccFeatures, "call_seconds", 0.5 / module._CALLS_AHEAD)
     grouped = make(folder, name="grouped", workers=1)
     for name in ("train", "valid"):
         assert (expected / f"{name}.safetensors").read_bytes() == (grouped / f"{name}.safetensors").read_bytes()
@@ -127,6 +129,28 @@ def test_features_that_do_not_fit_the_audio_name_the_utterance(folder):
 
     with pytest.raises(ValueError, match=r"shape \(\d+, 39\) for utterance '\d.wav', whose audio has \d+ frames"):
         make(folder, source=Short())
+
+    class ShortUnits(MfccFeatures):
+        def assign(self, waveforms, codebook):
+            return [units[:-1] for units in super().assign(waveforms, codebook)]
+
+    with pytest.raises(ValueError, match=r"units of shape \(\d+,\) for utterance '\d.wav', whose audio has \d+ frames"):
+        make(folder, UnitsConfig(clusters=6, fit_frames=50, init_attempts=1), source=ShortUnits())
+
+
+def test_units_of_a_layer_are_the_nearest_centroids_of_its_features_whoever_was_fitted(folder, tmp_path):
+    torch.manual_seed(0)
+    save_tiny_weights(tmp_path / "model.safetensors")
+    source = HubertFeatures(tmp_path / "model.safetensors", 2)
+    out = make(folder, UnitsConfig(clusters=6, layer=2, fit_frames=50, init_attempts=1), source)
+    codebook, _ = read_codebook(out)
+    cuts = [cut for split in ("train", "valid") for cut in load_manifest(folder / "manifest", split)]
+    units = {split: Units(out / f"{split}.safetensors") for split in ("train", "valid")}
+    of_cuts = {cut_id: part[cut_id] for part in units.values() for cut_id in part.ids}
+    features = source([load_audio(cut) for cut in cuts])
+    for cut, each in zip(cuts, features, strict=True):
+        assert of_cuts[cut.id].dtype == np.int32
+        assert (of_cuts[cut.id] == codebook.assign(each)).mean() > 0.95  # other batches round otherwise
 
 
 def test_audio_that_vanished_stops_it_and_leaves_no_complete_units(folder):
