@@ -2,11 +2,13 @@
 
     python -m benchmarks.host                       as many layers as HuBERT Base has, all narrow
     python -m benchmarks.host --layers 2 --rounds 1
+    python -m benchmarks.host --graphs              an update of `hubert_fast.GraphedStep`, optimizer included
 
 The model trains on a CPU with every operator on its GPU kernels: Triton's launcher runs as it does on a GPU, over a driver
 that counts launches and runs nothing (nothing.c); the calls of the CUDA extension are counted and dropped. Sizes are so small
 that what PyTorch computes on the CPU takes little time beside the calls. The kernels write nothing, so the loss and the
-gradients mean nothing. The first run compiles the kernels, which takes half a minute; Triton's cache keeps them.
+gradients mean nothing. A graph is captured by running what it would hold, and its launch is a call that does nothing. The
+first run compiles the kernels, which takes half a minute; Triton's cache keeps them.
 
 Launches do not depend on the machine; the milliseconds are those of one thread of this one.
 """
@@ -41,6 +43,12 @@ from hubert_fast.ops import triton_backend
 from .architecture import Architecture
 
 _CLASSES, _FRAMES, _BATCH = 500, 12, 2
+# Operations that touch no memory of a GPU; the last two are LayerDrop's draws on the CPU.
+_WITHOUT_KERNEL = {
+    "as_strided", "empty", "empty_strided", "view", "_unsafe_view", "_reshape_alias", "alias", "detach", "to", "promote_types",
+    "result_type", "set_", "resize_", "unbind", "uniform_", "_local_scalar_dense",
+}  # fmt: skip
+_WARM_UP = 3  # steps; of a graph the second captures
 _KERNELS = (
     "masked_attention", "residual_layer_norm", "bias_gelu_dropout", "bias_dropout_residual", "mask_fill", "positional_conv",
     "cosine_cross_entropy",
@@ -53,8 +61,9 @@ class Host(NamedTuple):
     triton_launches: int
     extension_calls: int
     torch_operations: int  # ATen operations that call no other
-    forward_ms: list[float]
-    backward_ms: list[float]
+    torch_kernels: int  # of these, the ones that would launch a kernel or a copy on a GPU
+    graph_launches: int
+    milliseconds: list[tuple[float, ...]]  # of forward and backward, or of the whole update
 
 
 class _Extension:
@@ -149,44 +158,79 @@ def _as_on_a_gpu(driver: Path) -> Iterator[tuple[ctypes.CDLL, _Extension]]:
         yield library, calls
 
 
-def measure(layers: int, rounds: int, driver: Path) -> Host:
-    """A step is a forward and a backward of `PretrainingObjective`: one is counted, ``rounds`` are timed, after a warm-up."""
+class _Capture:
+    """In place of `hubert_fast.models.capture.CudaCapture`: counts launches of graphs and makes none."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.launches, self._library = 0, library
+
+    def ahead(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        work()
+
+        def launch() -> None:
+            self.launches += 1
+            self._library.nothing_launches()
+
+        return launch
+
+
+def measure(layers: int, rounds: int, driver: Path, *, graphs: bool = False, layer_drop: float = 0.0) -> Host:
+    """A step is a forward and a backward of `PretrainingObjective`, or an update of `GraphedStep`: after a warm-up one is
+    counted and ``rounds`` are timed.
+    """
     with _as_on_a_gpu(driver) as (library, calls):
-        step = _step(layers)
-        for _ in range(3):
+        capture = _Capture(library)
+        objective = _objective(layers, layer_drop)
+        step = _update(objective, capture) if graphs else _step(objective)
+        for _ in range(_WARM_UP):
             step()
-        before = library.nothing_launches()
+        before, launched = library.nothing_launches(), capture.launches
         calls.calls.clear()
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # as in stages.py
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             step()
-        operations = sum(
-            event.name.startswith("aten::") and not any(child.name.startswith("aten::") for child in event.cpu_children)
+        operations = [
+            event.name
             for event in profiler.events()
-        )
-        counts = library.nothing_launches() - before, sum(calls.calls.values()), operations
+            if event.name.startswith("aten::")
+            and not any(child.name.startswith("aten::") for child in event.cpu_children)
+        ]
+        kernels = [each for each in operations if each.removeprefix("aten::") not in _WITHOUT_KERNEL]
+        counts = library.nothing_launches() - before, sum(calls.calls.values()), len(operations), len(kernels)
+        counts += (capture.launches - launched,)
         times = [step() for _ in range(rounds)]
-    return Host(*counts, *([each[i] for each in times] for i in range(2)))
+    return Host(*counts, list(zip(*times)))
 
 
-def _step(layers: int) -> Callable[[], tuple[float, float]]:
-    """A function that does one step and returns the milliseconds of its forward and of its backward."""
+def _objective(layers: int, layer_drop: float) -> hubert_fast.PretrainingObjective:
     torch.manual_seed(0)
     convolutions = tuple((32, *rest) for _, *rest in Architecture().convolutions)
     architecture = Architecture(
         "small", convolutions=convolutions, dim=32, layers=layers, heads=2, ffn=64, final_dim=32
     )
-    model = hubert_fast.hubert_pretrain_model(**architecture.factory_arguments(_CLASSES)).train()
-    objective = hubert_fast.PretrainingObjective(model)
+    arguments = {**architecture.factory_arguments(_CLASSES), "encoder_layer_drop": layer_drop}
+    model = hubert_fast.hubert_pretrain_model(**arguments).train()
+    return hubert_fast.PretrainingObjective(model)
+
+
+def _batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     samples = 400 + 320 * (_FRAMES - 1)
-    waveforms, labels = torch.randn(_BATCH, samples), torch.randint(0, _CLASSES, (_BATCH, _FRAMES))
-    lengths = torch.tensor([samples, samples - 320])
+    labels = torch.randint(0, _CLASSES, (_BATCH, _FRAMES))
+    return torch.randn(_BATCH, samples), labels, torch.tensor([samples, samples - 320])
+
+
+def _step(objective: hubert_fast.PretrainingObjective) -> Callable[[], tuple[float, ...]]:
+    """A function that does one step and returns the milliseconds of its forward and of its backward."""
+    batch = _batch()
 
     def step() -> tuple[float, float]:
         objective.zero_grad(set_to_none=True)
         started = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16):
-            output = objective(waveforms, labels, lengths)
+            output = objective(*batch)
         loss = output.loss / output.masked_count
         between = time.perf_counter()
         loss.backward()
@@ -195,10 +239,30 @@ def _step(layers: int) -> Callable[[], tuple[float, float]]:
     return step
 
 
+def _update(objective: hubert_fast.PretrainingObjective, capture: _Capture) -> Callable[[], tuple[float, ...]]:
+    """A function that does one update in graphs and returns its milliseconds; plans are made ahead, as by a data loader."""
+    optimizer = torch.optim.AdamW(objective.parameters(), 5e-4, fused=True)
+    room = hubert_fast.Capacities(rows=_BATCH * _FRAMES, sequences=_BATCH, max_frames=_FRAMES)
+    step = hubert_fast.GraphedStep(objective, optimizer, clip_norm=10.0, capacities=room, autocast=torch.bfloat16)
+    step._capture = step._optimizer._capture = capture
+    batch = step.planner(*_batch())
+
+    def update() -> tuple[float]:
+        started = time.perf_counter()
+        step([batch])
+        return (1e3 * (time.perf_counter() - started),)
+
+    return update
+
+
 def main(arguments: Optional[list[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.split("\n\n")[0])
     parser.add_argument("--layers", type=int, default=12, help="transformer layers (default: 12)")
     parser.add_argument("--rounds", type=int, default=15, help="steps that are timed (default: 15)")
+    parser.add_argument("--graphs", action="store_true", help="an update of hubert_fast.GraphedStep")
+    parser.add_argument(
+        "--layer-drop", type=float, default=0.0, help="probability that a layer is dropped (default: 0)"
+    )
     parsed = parser.parse_args(arguments)
     if min(parsed.layers, parsed.rounds) < 1:
         parser.error(f"--layers and --rounds must be at least 1; got {parsed.layers} and {parsed.rounds}")
@@ -209,15 +273,22 @@ def main(arguments: Optional[list[str]] = None) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            host = measure(parsed.layers, parsed.rounds, build_driver(Path(folder)))
+            host = measure(
+                parsed.layers,
+                parsed.rounds,
+                build_driver(Path(folder)),
+                graphs=parsed.graphs,
+                layer_drop=parsed.layer_drop,
+            )
         except RuntimeError as error:
             print(f"benchmarks.host: {error}", file=sys.stderr)
             return 1
     print(
         f"{host.triton_launches} launches of Triton's kernels, {host.extension_calls} calls of the extension,", end=" "
     )
-    print(f"{host.torch_operations} operations of PyTorch")
-    for name, times in (("forward", host.forward_ms), ("backward", host.backward_ms)):
+    print(f"{host.torch_operations} operations of PyTorch ({host.torch_kernels} kernels),", end=" ")
+    print(f"{host.graph_launches} launches of graphs")
+    for name, times in zip(("update",) if parsed.graphs else ("forward", "backward"), host.milliseconds):
         print(f"{name}: median {statistics.median(times):.2f} ms, least {min(times):.2f} ms of {len(times)}")
     return 0
 

@@ -31,6 +31,19 @@ def test_a_step_of_two_layers_launches_no_more_than_it_did():
     assert len(re.findall(r"median [\d.]+ ms, least [\d.]+ ms of 1$", done.stdout, re.MULTILINE)) == 2
 
 
+@pytest.mark.parametrize(("layer_drop", "graphs"), [(0.0, 2), (0.05, 8)])
+def test_an_update_in_graphs_starts_the_front_end_and_a_few_graphs(layer_drop, graphs):
+    """With LayerDrop each of two layers has one for its forward and one for its backward."""
+    done = _run("--layers", "2", "--rounds", "1", "--graphs", "--layer-drop", str(layer_drop))
+    assert done.returncode == 0, done.stderr
+    found = re.search(
+        r"(\d+) launches of Triton's kernels, (\d+) calls of the extension.*\((\d+) kernels\), (\d+)", done.stdout
+    )
+    launches, calls, kernels, graph_launches = map(int, found.groups())
+    assert (launches, calls, graph_launches) == (0, 41, graphs)
+    assert kernels <= 100
+
+
 def test_without_a_compiler_it_says_what_it_needs():
     done = _run(CC="no-such-compiler")
     assert done.returncode == 1 and "needs a C compiler; 'no-such-compiler' is none" in done.stderr
