@@ -442,7 +442,7 @@ class Encoder(nn.Module):
         graph that serves all layouts of as many rows and sequences.
 
         Args:
-            features: ``[rows, features]``, the extractor's, as `Wav2Vec2Model.packed_features` gives them.
+            features: ``[rows, features]``, the extractor's.
             layout: where the rows lie.
             first, last: layers, counted from 1; the others' outputs are not kept. None: up to the model's last.
 

@@ -66,14 +66,8 @@ def packed(plan: StepPlan, capacity: Capacity) -> Tensor:
     valid = int(layout.offsets[-1])
     places = torch.arange(valid) if layout.index is None else layout.index[:valid]
     tensors.gather[:valid] = places
-    sequence = torch.div(places, layout.frames, rounding_mode="floor")
-    tensors.index[:valid] = sequence * capacity.max_frames + places - sequence * layout.frames
-    if valid < capacity.rows:
-        free = torch.ones(capacity.sequences * capacity.max_frames, dtype=torch.bool)
-        free[tensors.index[:valid]] = False
-        tensors.index[valid:] = free.nonzero().squeeze(1)[: capacity.rows - valid]
-    tensors.offsets[: layout.batch + 1] = layout.offsets
-    tensors.offsets[layout.batch + 1 :] = valid
+    tensors.index.copy_(grid_places(places, layout.frames, capacity))
+    tensors.offsets.copy_(with_empty_sequences(layout.offsets, capacity))
     tensors.mask[:valid] = plan.mask[:valid]
     if channel_mask is not None:
         tensors.channel_mask[: layout.batch] = channel_mask
@@ -86,6 +80,23 @@ def packed(plan: StepPlan, capacity: Capacity) -> Tensor:
     for name in ("labels", "masked", "unmasked"):
         getattr(tensors, name)[:count] = getattr(plan, name)[:count]
     return memory
+
+
+def grid_places(places: Tensor, frames: int, capacity: Capacity) -> Tensor:
+    """Positions in the flattened grid ``[sequences, max_frames]`` of a capacity: ``[rows]`` int64.
+
+    Those of valid rows, given their ``places`` ([valid] int64) in a grid of ``frames`` a sequence, then, for dead rows, others.
+    """
+    sequence = torch.div(places, frames, rounding_mode="floor")
+    index = sequence * capacity.max_frames + places - sequence * frames
+    free = torch.ones(capacity.sequences * capacity.max_frames, dtype=torch.bool)
+    free[index] = False
+    return torch.cat([index, free.nonzero().squeeze(1)[: capacity.rows - len(places)]])
+
+
+def with_empty_sequences(offsets: Tensor, capacity: Capacity) -> Tensor:
+    """``offsets`` ([batch + 1] int64) of a batch, as those of as many sequences as a capacity has."""
+    return torch.cat([offsets, offsets[-1:].expand(capacity.sequences + 1 - len(offsets))])
 
 
 def _layout(capacity: Capacity, channels: int) -> list[tuple[torch.dtype, Optional[tuple[int, ...]]]]:

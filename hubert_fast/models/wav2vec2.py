@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from hubert_fast.models.checks import check_audio
 from hubert_fast.models.encoder import Encoder
 from hubert_fast.models.feature_extractor import FeatureExtractor
-from hubert_fast.models.rows import Rows, valid_rows
 from hubert_fast.ops.host_tensors import on_host, to_device
 
 
@@ -75,23 +74,6 @@ class Wav2Vec2Model(nn.Module):
         """
         x, frames = self._features(waveforms, lengths)
         return self.encoder.extract_features(x, frames, num_layers), _beside(lengths, frames)
-
-    def packed_features(self, waveforms: Tensor, lengths: Optional[Tensor] = None) -> tuple[Tensor, Rows]:
-        """The extractor's features of the valid frames alone, which `Encoder.layer_rows` takes, and where they lie.
-
-        Args:
-            waveforms: ``[batch, samples]`` float, 16 kHz.
-            lengths: ``[batch]`` integer: valid samples of each row. None: all. On the CPU nothing waits for the device.
-
-        Returns:
-            ``[rows, channels]``, and the layout, whose ``offsets`` (``[batch + 1]`` int64) say which rows are whose.
-
-        Raises:
-            ValueError: as `forward`.
-        """
-        x, frames = self._features(waveforms, lengths)
-        layout = valid_rows(*x.shape[:2], frames, x.device)
-        return layout.pack(x), layout
 
     def _features(self, waveforms: Tensor, lengths: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
         """Features ``[batch, frames, channels]`` and the valid frames of each row, on the CPU where the encoder is to pack."""

@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from hubert_fast import Capacities
+from hubert_fast.models.capture import CudaCapture
+from hubert_fast.models.graphed_rows import GraphedRows
 from hubert_fast.models.rows import Rows
 from hubert_fast.ops.host_tensors import to_device
 from hubert_fast.pretrain.audio import normalized
 from hubert_fast.pretrain.codebook import Codebook, nearest_centroids
 from hubert_fast.pretrain.config import ModelConfig
-from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
+from hubert_fast.pretrain.frames import FRAME_SHIFT, SAMPLE_RATE, num_frames
 from hubert_fast.pretrain.like_length import batches_of_like_length
 from hubert_fast.pretrain.mfcc import MFCC_DIM, mfcc39
 from hubert_fast.pretrain.tensor_files import naming
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 # Audio of a call, padding included: enough to fill the device, few enough to read ahead.
 _GPU_CALL_SECONDS = 300.0
 _CPU_CALL_SECONDS = 60.0
+# Utterances up to this length share graphs, and a call has up to so many.
+_LONGEST_SECONDS, _MOST_UTTERANCES = 60.0, 512
 
 
 class MfccFeatures:
@@ -51,14 +55,6 @@ class MfccFeatures:
 
     def assign(self, waveforms: list[np.ndarray], codebook: Codebook) -> list[np.ndarray]:
         return [codebook.assign(features) for features in self(waveforms)]
-
-
-class _Work(NamedTuple):
-    """What is wanted of a call: layers, and what is made of their rows before it goes to the host."""
-
-    first: int
-    last: int | None
-    finish: Callable[[list[Tensor]], Tensor]  # a [rows, dim] a layer -> [layers, rows, ...]
 
 
 class _OnItsWay(NamedTuple):
@@ -95,14 +91,23 @@ class ModelLayers:
         self.model = load_model(weights).to(device)
         self.autocast, self.normalize_audio = autocast, normalize_audio
         self._device = torch.device(device)
-        self.call_seconds = _GPU_CALL_SECONDS if self._device.type == "cuda" else _CPU_CALL_SECONDS
+        on_gpu = self._device.type == "cuda"
+        self.call_seconds = _GPU_CALL_SECONDS if on_gpu else _CPU_CALL_SECONDS
+        self._capture = CudaCapture(self._device) if on_gpu else None
+        self._graphed: dict[tuple[Any, ...], GraphedRows] = {}
+        self._centroids: dict[int, tuple[Codebook, Tensor]] = {}
 
     def __call__(
         self, waveforms: list[np.ndarray], *, first: int = 1, last: int | None = None
     ) -> list[list[np.ndarray]]:
         """Layers ``first`` to ``last`` (None: of the model), ``result[layer - first][utterance]``: float32 ``[frames, dim]``."""
-        work = _Work(first, last, lambda layers: torch.stack([layer.float() for layer in layers]))
-        return self._results(waveforms, work)
+        key = "layers", first, last
+
+        def work(rows: Tensor, layout: Rows) -> Tensor:
+            layers = self.model.wav2vec2.encoder.layer_rows(rows, layout, first=first, last=last)
+            return torch.stack([layer.float() for layer in layers])
+
+        return self._results(waveforms, self._graphs_of(key, work))
 
     def assign(self, waveforms: list[np.ndarray], codebooks: Mapping[int, Codebook]) -> dict[int, list[np.ndarray]]:
         """The units of the layers that have codebooks, ``result[layer][utterance]``: int32 ``[frames]``.
@@ -118,14 +123,40 @@ class ModelLayers:
     def _assign_on_device(
         self, waveforms: list[np.ndarray], codebooks: Mapping[int, Codebook], first: int, last: int
     ) -> dict[int, list[np.ndarray]]:
-        centroids = {n: to_device(torch.from_numpy(each.centroids), self._device) for n, each in codebooks.items()}
+        centroids = {n: self._on_device(each) for n, each in codebooks.items()}
 
-        def units(layers: list[Tensor]) -> Tensor:
+        def work(rows: Tensor, layout: Rows) -> Tensor:
+            layers = self.model.wav2vec2.encoder.layer_rows(rows, layout, first=first, last=last)
             return torch.stack([nearest_centroids(layers[n - first], each) for n, each in centroids.items()])
 
-        return dict(zip(centroids, self._results(waveforms, _Work(first, last, units)), strict=True))
+        key = "units", *((n, id(each)) for n, each in centroids.items())
+        return dict(zip(centroids, self._results(waveforms, self._graphs_of(key, work)), strict=True))
 
-    def _results(self, waveforms: list[np.ndarray], work: _Work) -> list[list[np.ndarray]]:
+    def _on_device(self, codebook: Codebook) -> Tensor:
+        """The centroids, the same memory for the same codebook: graphs read it."""
+        if id(codebook) not in self._centroids:
+            centroids = to_device(torch.from_numpy(codebook.centroids), self._device)
+            self._centroids[id(codebook)] = codebook, centroids  # kept, so that its id stays its own
+        return self._centroids[id(codebook)][1]
+
+    def _graphs_of(self, key: tuple[Any, ...], work: Callable[[Tensor, Rows], Tensor]) -> GraphedRows:
+        """``work`` in graphs, which are those of the ``work`` that came first with this ``key``."""
+        if key not in self._graphed:
+            frames = round(self.call_seconds * SAMPLE_RATE) // FRAME_SHIFT
+            longest = round(_LONGEST_SECONDS * SAMPLE_RATE) // FRAME_SHIFT
+            room = Capacities(rows=frames, sequences=_MOST_UTTERANCES, max_frames=longest)
+            self._graphed[key] = GraphedRows(self._in_autocast(work), room, self._capture)
+        return self._graphed[key]
+
+    def _in_autocast(self, work: Callable[[Tensor, Rows], Tensor]) -> Callable[[Tensor, Rows], Tensor]:
+        def run(rows: Tensor, layout: Rows) -> Tensor:
+            # Without its cache: what a graph finds there would be a constant of it.
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False):
+                return work(rows, layout)
+
+        return run
+
+    def _results(self, waveforms: list[np.ndarray], work: GraphedRows) -> list[list[np.ndarray]]:
         """What ``work`` makes of each layer and utterance, ``result[layer][utterance]``: ``[frames, ...]``."""
         result: list[list[np.ndarray]] = []
         for indices, layers in self._calls(waveforms, work):
@@ -137,7 +168,7 @@ class ModelLayers:
                     utterances[index] = rows.copy()
         return result
 
-    def _calls(self, waveforms: list[np.ndarray], work: _Work) -> Iterator[tuple[list[int], np.ndarray]]:
+    def _calls(self, waveforms: list[np.ndarray], work: GraphedRows) -> Iterator[tuple[list[int], np.ndarray]]:
         """Which utterances a call had, and ``work``'s ``[layers, rows, ...]`` of them; each while the next one runs."""
         before: tuple[list[int], _OnItsWay] | None = None
         samples = [len(waveform) for waveform in waveforms]
@@ -150,26 +181,23 @@ class ModelLayers:
             yield before[0], before[1].wait()
 
     @torch.inference_mode()
-    def _start(self, waveforms: list[np.ndarray], work: _Work) -> _OnItsWay:
+    def _start(self, waveforms: list[np.ndarray], work: GraphedRows) -> _OnItsWay:
         """Run a call; a GPU is not waited for."""
         if self.normalize_audio:
             waveforms = [normalized(waveform) for waveform in waveforms]
         lengths = torch.tensor([len(waveform) for waveform in waveforms])
-        padded = pad_sequence([torch.from_numpy(waveform) for waveform in waveforms], batch_first=True)
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            packed = self.model.wav2vec2.packed_features(to_device(padded, self._device), lengths)
-        return _sent_to_host(self._packed_part(*packed, work))
-
-    def _packed_part(self, features: Tensor, layout: Rows, work: _Work) -> Tensor:
-        """All of a call that follows the front end: its shapes depend on how many rows and utterances there are alone."""
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            layers = self.model.wav2vec2.encoder.layer_rows(features, layout, first=work.first, last=work.last)
-        return work.finish(layers)
+        padded = torch.zeros(len(waveforms), int(lengths.max()), pin_memory=self._device.type == "cuda")
+        for row, waveform in zip(padded, waveforms, strict=True):
+            row[: len(waveform)] = torch.from_numpy(waveform)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False):
+            extractor = self.model.wav2vec2.feature_extractor
+            features, frames = extractor(padded.to(self._device, non_blocking=True), lengths)
+        return _sent_to_host(work(features, frames))
 
 
 def _sent_to_host(x: Tensor) -> _OnItsWay:
     if not x.is_cuda:
-        return _OnItsWay(x, None)
+        return _OnItsWay(x.clone(), None)  # the next call may use its memory
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record(torch.cuda.current_stream(x.device))

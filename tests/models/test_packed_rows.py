@@ -72,11 +72,17 @@ def test_the_encoder_computes_valid_frames_alone_and_gives_what_whole_rows_give(
         assert relative_error(ours[valid], wanted[valid]) <= 1e-12
 
 
+def packed_features(encoder, waveforms, lengths):
+    grid, frames = encoder.feature_extractor(waveforms, lengths)
+    layout = valid_rows(*grid.shape[:2], frames, grid.device)
+    return layout.pack(grid), layout
+
+
 def test_rows_of_a_range_of_layers_are_the_valid_frames_of_those_layers():
     encoder = twins(configurations.base(encoder_num_layers=3), torch.float64)[1].wav2vec2
     waveforms, _, lengths = batch(torch.float64, LENGTHS)
     layers, frames = encoder.extract_features(waveforms, lengths)
-    features, layout = encoder.packed_features(waveforms, lengths)
+    features, layout = packed_features(encoder, waveforms, lengths)
     assert layout.offsets.tolist() == [0, *frames.cumsum(0).tolist()]
     for first, last in ((1, None), (2, 3), (2, 2)):
         rows = encoder.encoder.layer_rows(features, layout, first=first, last=last)
@@ -90,7 +96,7 @@ def test_rows_of_a_range_of_layers_are_the_valid_frames_of_those_layers():
 def test_dead_rows_reach_no_layer_of_a_valid_one():
     encoder = twins(configurations.base(), torch.float64)[1].wav2vec2
     waveforms, _, lengths = batch(torch.float64, LENGTHS)
-    features, layout = encoder.packed_features(waveforms, lengths)
+    features, layout = packed_features(encoder, waveforms, lengths)
     with_room = valid_rows(layout.batch, layout.frames, layout.offsets.diff(), torch.device("cpu"), len(features) + 9)
     grid = encoder.feature_extractor(waveforms, None)[0]
     layers = encoder.encoder.layer_rows(with_room.pack(grid), with_room)

@@ -7,9 +7,10 @@ from safetensors.torch import load_file, save_file
 
 from hubert_fast.pretrain import features as module
 from hubert_fast.pretrain.audio import normalized
-from hubert_fast.pretrain.codebook import Codebook, nearest_centroids
+from hubert_fast.pretrain.codebook import Codebook
 from hubert_fast.pretrain.features import HubertFeatures, MfccFeatures, ModelLayers, load_model
 from hubert_fast.pretrain.frames import num_frames
+from tests.models.graph_stand_in import StandInCapture
 from tests.pretrain.fabricated_run import save_tiny_weights
 from tests.pretrain.train_tiny import MODEL
 
@@ -110,9 +111,11 @@ def test_a_gpu_gives_the_features_and_the_units_of_the_cpu(weights, monkeypatch)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 def test_a_call_is_started_without_waiting_for_the_gpu(weights):
     layers = ModelLayers(weights, device="cuda", autocast=True)
-    centroids = torch.randn(9, 32, device="cuda")
-    work = module._Work(2, 2, lambda rows: torch.stack([nearest_centroids(each, centroids) for each in rows]))
-    expected = layers._start(waveforms(), work).wait()  # the first compiles the kernels
+    work = layers._graphs_of(
+        ("test",), lambda rows, layout: torch.stack(layers.model.wav2vec2.encoder.layer_rows(rows, layout))
+    )
+    # The first compiles the kernels, the second captures them.
+    expected = [layers._start(waveforms(), work).wait().copy() for _ in range(2)][0]
     torch.cuda.set_sync_debug_mode("error")
     try:
         started = layers._start(waveforms(), work)
@@ -121,21 +124,23 @@ def test_a_call_is_started_without_waiting_for_the_gpu(weights):
     np.testing.assert_array_equal(started.wait(), expected)
 
 
-def test_what_follows_the_front_end_depends_on_no_number(weights):
-    """Fake tensors have no data: whatever asked for some would raise. A CUDA graph may hold it."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    layers = ModelLayers(weights)
-    lengths = torch.tensor(LENGTHS)
-    padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(each) for each in waveforms()], batch_first=True)
-    centroids = torch.randn(9, 32)
-    work = module._Work(2, 3, lambda rows: torch.stack([nearest_centroids(each, centroids) for each in rows]))
-    with torch.inference_mode():
-        features, layout = layers.model.wav2vec2.packed_features(padded, lengths)
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, layout)
-        units = layers._packed_part(mode.from_tensor(features.clone()), fake, work)
-    assert units.shape == (2, sum(map(num_frames, LENGTHS))) and units.dtype == torch.int32
+def test_calls_in_graphs_give_the_same_features_and_units(weights, monkeypatch):
+    monkeypatch.setattr(module, "_CPU_CALL_SECONDS", 0.7)  # calls of several capacities
+    plain, graphed = ModelLayers(weights), ModelLayers(weights)
+    graphed._capture = StandInCapture()
+    given = waveforms()
+    expected = plain(given, first=2)
+    codebooks = {2: _codebook(expected[0]), 3: _codebook(expected[1])}
+    units = plain.assign(given, codebooks)
+    for _ in range(3):  # as they run, captured, and again after others have used the memory
+        graphed._capture.spoil()
+        for layer, utterances in zip(graphed(given, first=2), expected, strict=True):
+            np.testing.assert_allclose(np.concatenate(layer), np.concatenate(utterances), atol=1e-5)
+        graphed._capture.spoil()
+        found = graphed._assign_on_device(given, codebooks, 2, 3)
+        for n in codebooks:
+            np.testing.assert_array_equal(np.concatenate(found[n]), np.concatenate(units[n]))
+    assert graphed._capture.graphs > 2
 
 
 def test_features_are_deterministic_and_autocast_still_gives_float32(weights):
