@@ -2,7 +2,8 @@
 
     python -m benchmarks.host                       as many layers as HuBERT Base has, all narrow
     python -m benchmarks.host --layers 2 --rounds 1
-    python -m benchmarks.host --graphs              an update of `hubert_fast.GraphedStep`, optimizer included
+    python -m benchmarks.host --work update         an update of `hubert_fast.GraphedStep`, optimizer included
+    python -m benchmarks.host --work extraction     units of 300 seconds of audio, as `hubert_fast.pretrain` makes them
 
 The model trains on a CPU with every operator on its GPU kernels: Triton's launcher runs as it does on a GPU, over a driver
 that counts launches and runs nothing (nothing.c); the calls of the CUDA extension are counted and dropped. Sizes are so small
@@ -177,14 +178,14 @@ class _Capture:
         return launch
 
 
-def measure(layers: int, rounds: int, driver: Path, *, graphs: bool = False, layer_drop: float = 0.0) -> Host:
-    """A step is a forward and a backward of `PretrainingObjective`, or an update of `GraphedStep`: after a warm-up one is
-    counted and ``rounds`` are timed.
+def measure(layers: int, rounds: int, driver: Path, *, work: str = "step", layer_drop: float = 0.0) -> Host:
+    """A step is a forward and a backward of `PretrainingObjective`, an update of `GraphedStep` or a call of `ModelLayers`:
+    after a warm-up one is counted and ``rounds`` are timed.
     """
     with _as_on_a_gpu(driver) as (library, calls):
         capture = _Capture(library)
         objective = _objective(layers, layer_drop)
-        step = _update(objective, capture) if graphs else _step(objective)
+        step = {"step": _step, "update": _update, "extraction": _extraction}[work](objective, capture)
         for _ in range(_WARM_UP):
             step()
         before, launched = library.nothing_launches(), capture.launches
@@ -222,7 +223,7 @@ def _batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(_BATCH, samples), labels, torch.tensor([samples, samples - 320])
 
 
-def _step(objective: hubert_fast.PretrainingObjective) -> Callable[[], tuple[float, ...]]:
+def _step(objective: hubert_fast.PretrainingObjective, _: _Capture) -> Callable[[], tuple[float, ...]]:
     """A function that does one step and returns the milliseconds of its forward and of its backward."""
     batch = _batch()
 
@@ -255,11 +256,34 @@ def _update(objective: hubert_fast.PretrainingObjective, capture: _Capture) -> C
     return update
 
 
+def _extraction(objective: hubert_fast.PretrainingObjective, capture: _Capture) -> Callable[[], tuple[float, ...]]:
+    """A function that starts a call for units of one layer, and returns its milliseconds: 30 utterances of 10 s."""
+    import numpy as np
+
+    from hubert_fast.pretrain import features
+    from hubert_fast.pretrain.codebook import Codebook
+
+    with mock.patch.object(features, "load_model", lambda weights: objective.model.eval()):
+        layers = features.ModelLayers(Path(), autocast=True)
+    layers._capture, layers.call_seconds = capture, 300.0
+    waveforms = [np.random.default_rng(i).standard_normal(160_000).astype(np.float32) for i in range(30)]
+    depth, dim = len(objective.model.wav2vec2.encoder.transformer.layers), 32
+    codebooks = {(depth + 1) // 2: Codebook(np.zeros((_CLASSES, dim), dtype=np.float32))}
+
+    def extract() -> tuple[float]:
+        started = time.perf_counter()
+        layers._assign_on_device(waveforms, codebooks, min(codebooks), max(codebooks))
+        return (1e3 * (time.perf_counter() - started),)
+
+    return extract
+
+
 def main(arguments: Optional[list[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.split("\n\n")[0])
     parser.add_argument("--layers", type=int, default=12, help="transformer layers (default: 12)")
     parser.add_argument("--rounds", type=int, default=15, help="steps that are timed (default: 15)")
-    parser.add_argument("--graphs", action="store_true", help="an update of hubert_fast.GraphedStep")
+    works = ("step", "update", "extraction")
+    parser.add_argument("--work", choices=works, default="step", help="what is counted and timed (default: step)")
     parser.add_argument(
         "--layer-drop", type=float, default=0.0, help="probability that a layer is dropped (default: 0)"
     )
@@ -277,7 +301,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
                 parsed.layers,
                 parsed.rounds,
                 build_driver(Path(folder)),
-                graphs=parsed.graphs,
+                work=parsed.work,
                 layer_drop=parsed.layer_drop,
             )
         except RuntimeError as error:
@@ -288,7 +312,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
     )
     print(f"{host.torch_operations} operations of PyTorch ({host.torch_kernels} kernels),", end=" ")
     print(f"{host.graph_launches} launches of graphs")
-    for name, times in zip(("update",) if parsed.graphs else ("forward", "backward"), host.milliseconds):
+    for name, times in zip(("forward", "backward") if parsed.work == "step" else (parsed.work,), host.milliseconds):
         print(f"{name}: median {statistics.median(times):.2f} ms, least {min(times):.2f} ms of {len(times)}")
     return 0
 

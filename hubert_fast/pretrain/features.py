@@ -186,9 +186,9 @@ class ModelLayers:
         if self.normalize_audio:
             waveforms = [normalized(waveform) for waveform in waveforms]
         lengths = torch.tensor([len(waveform) for waveform in waveforms])
-        padded = torch.zeros(len(waveforms), int(lengths.max()), pin_memory=self._device.type == "cuda")
-        for row, waveform in zip(padded, waveforms, strict=True):
-            row[: len(waveform)] = torch.from_numpy(waveform)
+        padded = torch.empty(len(waveforms), int(lengths.max()), pin_memory=self._device.type == "cuda")
+        for row, waveform in zip(padded.numpy(), waveforms, strict=True):
+            row[: len(waveform)], row[len(waveform) :] = waveform, 0.0
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False):
             extractor = self.model.wav2vec2.feature_extractor
             features, frames = extractor(padded.to(self._device, non_blocking=True), lengths)

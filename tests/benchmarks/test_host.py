@@ -34,7 +34,7 @@ def test_a_step_of_two_layers_launches_no_more_than_it_did():
 @pytest.mark.parametrize(("layer_drop", "graphs"), [(0.0, 2), (0.05, 8)])
 def test_an_update_in_graphs_starts_the_front_end_and_a_few_graphs(layer_drop, graphs):
     """With LayerDrop each of two layers has one for its forward and one for its backward."""
-    done = _run("--layers", "2", "--rounds", "1", "--graphs", "--layer-drop", str(layer_drop))
+    done = _run("--layers", "2", "--rounds", "1", "--work", "update", "--layer-drop", str(layer_drop))
     assert done.returncode == 0, done.stderr
     found = re.search(
         r"(\d+) launches of Triton's kernels, (\d+) calls of the extension.*\((\d+) kernels\), (\d+)", done.stdout
