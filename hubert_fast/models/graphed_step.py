@@ -132,9 +132,12 @@ class GraphedStep:
         penalty = penalty / count.clamp(min=1.0)
         return UpdateResult(sums @ self._weights, count, *masked, *unmasked, penalty, norm)
 
-    def gradients(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Forward and backward alone: the gradients of this process are there, as ``grad`` of the parameters."""
-        self._gradients.give(self._accumulate(micro_batches, None, reduce=False))
+    def gradients(self, micro_batches: Sequence[MicroBatch], *, masked_frames: Optional[float] = None) -> None:
+        """Forward and backward alone: this process's gradients become ``grad`` of the parameters.
+
+        They are those of the loss over ``masked_frames`` (None: those of the micro-batches; 1: the loss is a sum).
+        """
+        self._gradients.give(self._accumulate(micro_batches, masked_frames, reduce=False))
 
     def reset(self) -> None:
         """Drop all graphs and their memory. Weights, optimizer and gradients stay."""
