@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _SHARE = 0.9
 _GIB = 2**30
 
-Sizes = Sequence["tuple[int, int]"]  # (rows, samples of each)
+Sizes = Sequence[tuple[int, int]]  # (rows, samples of each)
 Gradients = Callable[["list[Batch]"], Any]
 
 
@@ -64,7 +64,7 @@ def fewest(batches: GlobalBatches, fits: Callable[[Sizes], bool]) -> int:
     return next((each for each in range(1, most) if fits(batches.largest_sizes(each))), most)
 
 
-def predicted(memory: MemoryModel, sizes: Iterable[tuple[int, int]]) -> int:
+def predicted(memory: MemoryModel, sizes: Sizes) -> int:
     """Peak bytes of a step on micro-batches of ``sizes``."""
     return max(memory.peak(memory.largest(*size)) for size in sizes)
 
