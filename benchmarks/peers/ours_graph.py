@@ -15,7 +15,7 @@ from .peer import PeerModel, Setting
 
 
 class GraphModel(ObjectiveModel):
-    """`forward_backward` is that of `GraphedStep`; `loss` is the same, eager. Plans are made once, as data loaders make them ahead."""
+    """`forward_backward` is that of `GraphedStep`; `loss` is the same, eager. A batch is planned once, as ahead of a step."""
 
     overwrites_gradients = True
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from hubert_fast import MicroBatchPlanner
     from hubert_fast.models.masking import MaskGenerator
 
+# Of a batch without a backward, which takes little memory: enough to keep a GPU at work.
+_VALIDATION_SECONDS = 160.0
+
 
 class GlobalBatches:
     """The training batches, without end: from the place of ``state_dict()`` on, this rank's micro-batches of each
@@ -150,9 +153,9 @@ class GlobalBatches:
 class ValidationBatches:
     """The held-out utterances, each time it is iterated over: whole and by falling length, with the same masks every time.
 
-    A batch takes the audio of one training micro-batch (a longer utterance has one of its own) and goes to one rank;
-    its numbers do not depend on the rank that computes it. Each comes as a list of one, as `GlobalBatches` has it.
-    Arguments and errors are those of `GlobalBatches`.
+    A batch takes 160 s of audio, padding included, or ``batch_seconds`` where that is less (a longer utterance has one of
+    its own) and goes to one rank; its numbers do not depend on how many ranks and micro-batches there are. Each comes as a
+    list of one, as `GlobalBatches` has it. Arguments and errors are those of `GlobalBatches`.
     """
 
     def __init__(
@@ -163,12 +166,12 @@ class ValidationBatches:
         masks: MaskGenerator,
         *,
         seed: int,
-        accumulate: int = 1,
         process: Process,
     ) -> None:
         whole = [slice(None)]
         self._utterances = Utterances(cuts, units, config, masks, seed=seed, purpose=VALIDATION, parts=whole)
-        budget = round(config.batch_seconds * SAMPLE_RATE) // (process.world_size * accumulate)
+        # A batch has its masks drawn together: what followed from the machine would give each machine masks of its own.
+        budget = round(min(config.batch_seconds, _VALIDATION_SECONDS) * SAMPLE_RATE)
         plan = batches_of_like_length(self._utterances.samples, budget)
         places = [(Place(0, batch, last=batch + 1 == len(plan)), np.array(rows)) for batch, rows in enumerate(plan)]
         self._places = places[process.rank :: process.world_size]

@@ -18,8 +18,8 @@ from hubert_fast.pretrain.frames import num_frames
 
 _WIDE = 4  # bytes of float32
 _INDEX = 8  # and of int64
-# Of a layer's backward at most 32 parts of a convolution's weight gradient, and frames that a part of layer 0's sums up.
-_WEIGHT_PARTS, _FIRST_LAYER_FRAMES = 32, 128
+# Parts of a convolution's weight gradient at most, and frames at least that a part of layer 0's sums up.
+_WEIGHT_PARTS, _FIRST_LAYER_FRAMES = 32, 256
 # An allowance for the buffers of NCCL, which takes them from the GPU itself.
 _COMMUNICATION = 2**30
 
@@ -30,9 +30,7 @@ class Size(NamedTuple):
     batch: int  # utterances
     samples: int  # of each, padding included
     rows: int  # valid frames
-    kept: Optional[
-        int
-    ]  # rows that are wanted after the last layer; None: all, and those not masked count in the loss too
+    kept: Optional[int]  # rows that are wanted after the last layer; None: all, the loss counts unmasked ones too
 
 
 @dataclass(frozen=True)

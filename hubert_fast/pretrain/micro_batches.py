@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 # Of the memory that is free, the predicted bytes may take this share.
 _SHARE = 0.9
+# More audio than this in a micro-batch is no faster, and the front end's first activations pass 2**31 values at 1,300 s.
+_MOST_SECONDS = 700.0
 _GIB = 2**30
 
-Sizes = Sequence["tuple[int, int]"]  # (rows, samples of each)
+Sizes = Sequence[tuple[int, int]]  # (rows, samples of each)
 Gradients = Callable[["list[Batch]"], Any]
 
 
@@ -53,7 +55,11 @@ def divide(
             world_size=process.world_size,
         )
         free = _free_bytes(process)
-        batches.divide(fewest(batches, lambda sizes: predicted(memory, sizes) <= _SHARE * free))
+
+        def fits(sizes: Sizes) -> bool:
+            return largest_seconds(sizes) <= _MOST_SECONDS and predicted(memory, sizes) <= _SHARE * free
+
+        batches.divide(fewest(batches, fits))
         bytes_ = predicted(memory, batches.largest_sizes(batches.accumulate))
         _say(f"{_described(batches, process)}: {bytes_ / _GIB:.1f} of {free / _GIB:.1f} GiB by prediction", process)
 
@@ -64,7 +70,7 @@ def fewest(batches: GlobalBatches, fits: Callable[[Sizes], bool]) -> int:
     return next((each for each in range(1, most) if fits(batches.largest_sizes(each))), most)
 
 
-def predicted(memory: MemoryModel, sizes: Iterable[tuple[int, int]]) -> int:
+def predicted(memory: MemoryModel, sizes: Sizes) -> int:
     """Peak bytes of a step on micro-batches of ``sizes``."""
     return max(memory.peak(memory.largest(*size)) for size in sizes)
 

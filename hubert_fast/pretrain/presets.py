@@ -1,7 +1,7 @@
 """Named configurations: the paper's recipes, and one that finishes on two CPU cores.
 
 Sources: HuBERT (Hsu et al. 2021), section IV-B and table II for base, large and xlarge. Batches are the paper's for all its
-GPUs together; on fewer, raise ``optimizer.accumulate`` until a micro-batch fits, or lower ``data.batch_seconds``.
+GPUs together; on fewer, ``data.micro_batch_seconds`` divides them into as many micro-batches as fit the memory.
 """
 
 from __future__ import annotations

@@ -118,15 +118,14 @@ def _batches(
     """The training batches and, where utterances are held out, the validation batches."""
     cuts = {split: list(load_manifest(manifest_dir, split)) for split in ("train", "valid")}
 
-    def stream(kind: type[GlobalBatches | ValidationBatches], split: str, **more: Any) -> Any:
+    def stream(kind: type[GlobalBatches | ValidationBatches], split: str) -> Any:
         units = Units(Path(units_dir) / f"{split}.safetensors")
         own = config.data_of(iteration)
-        return kind(cuts[split], units, own, model.mask_generator, seed=config.seed, process=process, **more)
+        return kind(cuts[split], units, own, model.mask_generator, seed=config.seed, process=process)
 
     batches = stream(GlobalBatches, "train")
     divide(batches, config, iteration, model, process)
-    valid = stream(ValidationBatches, "valid", accumulate=batches.accumulate) if cuts["valid"] else None
-    return batches, valid
+    return batches, stream(ValidationBatches, "valid") if cuts["valid"] else None
 
 
 def _require_free_or_resumed(out: Path, description: Mapping[str, Any], resume: bool) -> None:

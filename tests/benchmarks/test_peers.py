@@ -15,6 +15,7 @@ from benchmarks.peers.ours import HubertFast, build_model
 from benchmarks.peers.ours_graph import GraphModel, HubertFastGraph
 from benchmarks.peers.peer import Setting
 from hubert_fast import tf32
+from tests.models.graph_stand_in import replace_capture
 
 CPU = torch.device("cpu")
 TINY = ARCHITECTURES["tiny"]

@@ -34,9 +34,10 @@ def parts(folder):
     return load_manifest(folder / "manifest", "train"), Units(folder / "units.safetensors")
 
 
-def stream(folder, *, kind=GlobalBatches, seed=0, rank=0, world_size=1, accumulate=1, **changes):
+def stream(folder, *, kind=GlobalBatches, seed=0, rank=0, world_size=1, accumulate=None, **changes):
     config, process = dataclasses.replace(CONFIG, **changes), Process(rank=rank, world_size=world_size)
-    return kind(*parts(folder), config, MASKS, seed=seed, accumulate=accumulate, process=process)
+    split = {} if accumulate is None else {"accumulate": accumulate}
+    return kind(*parts(folder), config, MASKS, seed=seed, process=process, **split)
 
 
 def take(batches, count):
@@ -118,6 +119,27 @@ def test_ranks_and_accumulation_split_the_same_global_batch(folder, world_size, 
         assert sum(batch.seconds for batch in micro_batches) == pytest.approx(expected.seconds)
         sizes = [len(batch.ids) for batch in micro_batches]
         assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
+
+
+def test_dividing_anew_goes_on_at_the_same_place(folder):
+    expected = contents(take(stream(folder), 6))
+    batches = stream(folder)
+    iterator = iter(batches)
+    assert contents([next(iterator), next(iterator)]) == expected[:2]
+    batches.divide(4)
+    assert [len(micro_batches) for micro_batches in take(batches, 1)] == [4]
+    batches.load_state_dict({"epoch": 0, "batch": 2})
+    assert contents(take(batches, 4)) == expected[2:]
+    assert len(next(iterator)) == 1  # as it was when it began
+
+
+@pytest.mark.parametrize("accumulate", [1, 3, 4])
+def test_the_largest_micro_batch_is_as_large_as_any(folder, accumulate):
+    batches = stream(folder, accumulate=accumulate)
+    largest = batches.largest_micro_batch()
+    stepped = [batch.waveforms.numel() for micro_batches in take(batches, 40) for batch in micro_batches]
+    assert max(stepped) <= largest.waveforms.numel() <= round(batches.seconds() * 16_000)
+    assert largest.mask.any() and largest.labels.shape == largest.mask.shape
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -219,7 +241,11 @@ def test_validation_holds_every_utterance_whole_and_is_the_same_every_time(folde
     assert sorted(zip(names, lengths, strict=True)) == list(zip(NAMES, LENGTHS))
 
 
-def test_validation_is_dealt_out_over_the_ranks(folder):
-    shares = [list(stream(folder, kind=ValidationBatches, rank=rank, world_size=2)) for rank in range(2)]
+def test_validation_is_dealt_out_over_the_ranks_and_its_numbers_do_not_depend_on_them(folder):
+    whole, *shares = (
+        list(stream(folder, kind=ValidationBatches, rank=rank, world_size=ranks))
+        for ranks, rank in [(1, 0), (2, 0), (2, 1)]
+    )
     merged = {name: row for share in shares for one in share for name, row in rows(one).items()}
-    assert len(merged) == len(LENGTHS) == sum(len(batch.ids) for share in shares for (batch,) in share)
+    assert merged == {name: row for one in whole for name, row in rows(one).items()}
+    assert sum(len(batch.ids) for share in shares for (batch,) in share) == len(LENGTHS)

@@ -68,6 +68,8 @@ def test_command_line_goes_before_file_and_file_before_preset(tmp_path):
     given = settings(f"pretrain --preset large --config {tmp_path / 'mine.toml'} --first.optimizer.steps 20")
     assert (given.seed, given.first.optimizer.steps, given.third) == (3, 20, PRESETS["large"].third)
     assert settings("pretrain --audio x") == PRESETS["base"]
+    assert settings("pretrain --data.micro-batch-seconds 175").data.micro_batch_seconds == 175.0
+    assert settings("pretrain --first.optimizer.accumulate 4").first.optimizer.accumulate == 4
     assert settings("pretrain") == PRESETS["tiny"]
 
 

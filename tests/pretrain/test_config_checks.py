@@ -34,6 +34,7 @@ def test_presets_pass(name):
         ("logging.save_every", 0, "1 or more"),
         ("first.optimizer.steps", -1, "0 or more"),
         ("first.optimizer.accumulate", 0, "1 or more"),
+        ("data.micro_batch_seconds", 0.5, "data.max_seconds=1.0 or more"),
         ("first.optimizer.warmup_fraction", 1.0, r"in \[0, 1\)"),
         ("first.optimizer.learning_rate", 0.0, "more than 0"),
         ("first.optimizer.betas", (0.9, 1.0), r"each in \[0, 1\)"),
@@ -53,6 +54,14 @@ def test_what_is_out_of_range_is_named_with_its_value_and_what_is_accepted(name,
     shown = repr(value).replace("(", r"\(").replace(")", r"\)")
     with pytest.raises(ValueError, match=f"^{name}={shown} must be .*{accepted}"):
         check_config(changed(small_config(), name, value))
+
+
+def test_micro_batches_are_counted_or_given_in_seconds_but_not_both():
+    config = changed(small_config(), "data.micro_batch_seconds", 2.0)
+    check_config(config)
+    check_config(changed(small_config(), "second.optimizer.accumulate", 2))
+    with pytest.raises(ValueError, match="second.optimizer.accumulate=2 must be none .*micro_batch_seconds=2.0 says"):
+        check_config(changed(config, "second.optimizer.accumulate", 2))
 
 
 def test_the_layer_is_of_the_last_iteration_that_has_steps():

@@ -41,6 +41,7 @@ def test_a_file_changes_only_what_it_names(tmp_path):
         ('device = "tpu"', r"device must be one of \['auto', 'cpu', 'cuda'\]; got 'tpu'"),
         ("[first.optimizer]\nbetas = [0.9]", r"first.optimizer.betas must be .*; got \[0.9\]"),
         ("[first]\nbatch_seconds = true", "first.batch_seconds must be float; got True"),
+        ('[data]\nmicro_batch_seconds = "all"', r"micro_batch_seconds must be one of \['auto'\] or float; got 'all'"),
     ],
 )
 def test_a_mistake_in_a_file_is_named_with_the_file(tmp_path, text, message):
@@ -48,6 +49,16 @@ def test_a_mistake_in_a_file_is_named_with_the_file(tmp_path, text, message):
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=f"(?s)mine.toml.*{message}"):
         read_config(path, PretrainConfig())
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("175", 175.0), ("175.5", 175.5), ('"auto"', "auto")])
+def test_seconds_of_a_micro_batch_are_a_number_or_auto(tmp_path, text, seconds):
+    path = tmp_path / "config.toml"
+    path.write_text(f"[data]\nmicro_batch_seconds = {text}\n")
+    read = read_config(path, PretrainConfig())
+    assert read.data.micro_batch_seconds == seconds and type(read.data.micro_batch_seconds) is type(seconds)
+    write_config(path, read)
+    assert read_config(path, PretrainConfig()) == read
 
 
 def test_a_missing_file_is_named(tmp_path):

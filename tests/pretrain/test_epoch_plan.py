@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hubert_fast.pretrain.epoch_plan import plan_epoch, smallest_batch
+from hubert_fast.pretrain.epoch_plan import largest_parts, plan_epoch, smallest_batch
 
 LENGTHS = st.lists(st.integers(400, 10_000), min_size=1, max_size=60)
 
@@ -23,6 +23,16 @@ def test_every_utterance_is_in_one_batch_no_batch_is_small_and_one_is_too_large_
         left_over = len(samples) - len(plan) * fewest
         assert 0 < left_over < fewest  # one batch more would leave some with fewer rows
         assert max(map(len, plan)) <= fewest + -(-left_over // len(plan))
+
+
+@given(LENGTHS, st.integers(1, 20), st.integers(1, 8), st.integers(0, 5))
+def test_no_part_of_a_batch_is_larger_than_the_largest_that_are_foretold(lengths, rows, parts, epoch):
+    samples = np.array(lengths)
+    budget = rows * int(samples.max())
+    largest = largest_parts(samples, budget, parts)
+    for batch in plan_epoch(samples, budget, seed=0, epoch=epoch):
+        dealt = -(-len(batch) // parts)
+        assert dealt * samples[batch].max() <= max(count * length for count, length in largest)
 
 
 @pytest.mark.parametrize("utterances", [400, 401, 1237, 5000])

@@ -80,18 +80,18 @@ class HeldOut:
         return itertools.islice(Batches(), 2)
 
 
-def trainer_at(out, *, dropout=0.0, optimizer=OPTIMIZER, logging=LOGGING, batches=None, autocast=False):
+def trainer_at(out, *, objective=None, dropout=0.0, optimizer=OPTIMIZER, batches=None, autocast=False, **options):
     seed_everything(0)
     return Trainer(
-        Objective(dropout=dropout),
+        objective or Objective(dropout=dropout),
         batches or Batches(),
         HeldOut(),
-        PretrainConfig(autocast=autocast, logging=logging),
+        PretrainConfig(autocast=autocast, logging=LOGGING),
         IterationConfig(optimizer=optimizer),
-        process=Process(),
         out=out,
         description={},
         progress=False,
+        **{"process": Process(), **options},
     )
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
@@ -75,7 +75,8 @@ def train_tiny(
     *,
     model: Mapping[str, Any] = MappingProxyType({}),
     steps: int = 12,
-    accumulate: int = 1,
+    accumulate: int | None = 1,
+    micro_batch_seconds: float | Literal["auto"] = "auto",
     workers: int = 1,
     save_every: int = 2,
     learning_rate: float = 5e-3,
@@ -90,7 +91,7 @@ def train_tiny(
     config = PretrainConfig(
         seed=seed,
         autocast=autocast,
-        data=DataConfig(batch_seconds=5.0, max_seconds=1.0, workers=workers),
+        data=DataConfig(batch_seconds=5.0, micro_batch_seconds=micro_batch_seconds, max_seconds=1.0, workers=workers),
         logging=LoggingConfig(log_every=3, valid_every=6, save_every=save_every),
         first=iteration,
     )
