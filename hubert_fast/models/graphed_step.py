@@ -109,6 +109,7 @@ class GraphedStep:
         self._said_full = False
         self._pointers = self._where_parameters_lie()
         self._pending: list[tuple[dist.Work, Tensor, Tensor]] = []
+        self._agreed_on_use: frozenset[int] = frozenset()
         if process_group is not None:
             self._join(process_group)
 
@@ -171,6 +172,8 @@ class GraphedStep:
         for i, (batch, (seeds, dropped)) in enumerate(zip(micro_batches, draws)):
             reduced = taking_part if reduce and i + 1 == len(micro_batches) else frozenset()
             self._run(batch, seeds, dropped, overwrite, reduced)
+        if reduce:
+            self._agree_on_use(taking_part)
         self._wait()
         return taking_part
 
@@ -350,6 +353,19 @@ class GraphedStep:
         dist.all_reduce(total, group=self._host_group)
         masked_frames, *counts = total.tolist()
         return masked_frames, frozenset(stage for stage, count in enumerate(counts) if count)
+
+    def _agree_on_use(self, taking_part: frozenset[int]) -> None:
+        """Learn which parameters another process has a gradient for: LayerDrop may have spared this one a stage so far.
+
+        Once for each stage: that decides whether an optimizer steps a parameter, which all must do alike.
+        """
+        if taking_part <= self._agreed_on_use:
+            return
+        self._agreed_on_use |= taking_part
+        used = torch.tensor([flag for stage in self._gradients.used for flag in stage], dtype=torch.uint8)
+        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self._host_group)
+        flags = iter(used.bool().tolist())
+        self._gradients.used = [[next(flags) for _ in stage] for stage in self._gradients.used]
 
     def _reduce(self, stage: int) -> None:
         """Begin to sum the gradients of a stage over all processes."""
