@@ -25,23 +25,27 @@ class CudaCapture:
 
     def renew(self) -> None:
         """Begin another pool, for which graphs made before must have been dropped."""
-        self._pool = torch.cuda.MemPool()
+        with torch.cuda.device(self._device):  # a pool lives on the current one
+            self._pool = torch.cuda.MemPool()
 
     @contextmanager
     def ahead(self) -> Iterator[None]:
         """Inside it work is done in the pool, not captured: the first time it compiles kernels and makes handles."""
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool, self._device):
-            with torch.autograd.set_multithreading_enabled(False):
-                yield
-        here.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool, self._device):
+                with torch.autograd.set_multithreading_enabled(False):
+                    yield
+        finally:  # where memory ran out too: what follows may free what this still reads
+            here.wait_stream(self._stream)
 
     def __call__(self, work: Work) -> Work:
         """A function that does on the GPU what ``work`` does now, on the same memory."""
         graph = torch.cuda.CUDAGraph()
         # A thread that pins memory for a data loader meanwhile breaks a capture of mode "global".
         capture = torch.cuda.graph(graph, pool=self._pool.id, stream=self._stream, capture_error_mode="thread_local")
-        with capture, torch.autograd.set_multithreading_enabled(False):
+        # It waits for the current device before it begins.
+        with torch.cuda.device(self._device), capture, torch.autograd.set_multithreading_enabled(False):
             work()
         return graph.replay

@@ -26,15 +26,15 @@ class GradientBuffers:
         self.flat = [_flat(stage) for stage in stages]  # one a stage
         self._views = [list(_views(stage, flat)) for stage, flat in zip(stages, self.flat)]
         # Whether a gradient was ever there: none comes for a parameter that takes no part.
-        self._used = [[False] * len(stage) for stage in stages]
+        self.used = [[False] * len(stage) for stage in stages]
 
     def collect(self, stage: int, gradients: Sequence[Optional[Tensor]], *, overwrite: bool) -> None:
         """Write or add the gradients of a stage; None stands for 0."""
-        used, views = self._used[stage], self._views[stage]
+        used, views = self.used[stage], self._views[stage]
         for place, gradient in enumerate(gradients):
             if gradient is not None:
                 used[place] = True
-            elif overwrite and used[place]:
+            elif overwrite:  # another process may have left a sum there
                 views[place].zero_()
         mine = [view for view, gradient in zip(views, gradients) if gradient is not None]
         theirs = [gradient for gradient in gradients if gradient is not None]
@@ -49,7 +49,7 @@ class GradientBuffers:
 
     def give(self, stages: Collection[int]) -> None:
         """Make the gradients of ``stages`` those of their parameters; those of other stages have none."""
-        for i, (parameters, views, used) in enumerate(zip(self._parameters, self._views, self._used)):
+        for i, (parameters, views, used) in enumerate(zip(self._parameters, self._views, self.used)):
             for parameter, view, was_used in zip(parameters, views, used):
                 parameter.grad = view if was_used and i in stages else None
 

@@ -50,9 +50,10 @@ class GraphedStep:
     """Takes the micro-batches of an update through forward, backward, clipping and the optimizer's step.
 
     On a GPU the packed encoder, the loss and their backward run in CUDA graphs, one set for each capacity: a capacity runs
-    eagerly the first time and is captured the second. A batch that fits no capacity, and every batch on a CPU, runs the same
-    stages eagerly, to the same numbers. Gradients of parameters lie at fixed places; those of a layer that LayerDrop left out
-    of all micro-batches, on all processes, are None when the optimizer steps, so it leaves that layer alone.
+    eagerly the first time, and is captured once every layer has run. A batch that fits no capacity, and every batch on a
+    CPU, runs the same stages eagerly, to the same numbers. Gradients of parameters lie at fixed places; those of a layer
+    that LayerDrop left out of all micro-batches, on all processes, are None when the optimizer steps, so it leaves that
+    layer alone.
 
     Args:
         objective: on its device. Nothing may wrap it, and hooks on its parameters are not called.
@@ -109,6 +110,7 @@ class GraphedStep:
         self._said_full = False
         self._pointers = self._where_parameters_lie()
         self._pending: list[tuple[dist.Work, Tensor, Tensor]] = []
+        self._agreed_on_use: frozenset[int] = frozenset()
         if process_group is not None:
             self._join(process_group)
 
@@ -174,6 +176,8 @@ class GraphedStep:
         for i, (batch, (seeds, dropped)) in enumerate(zip(micro_batches, draws)):
             reduced = taking_part if reduce and i + 1 == len(micro_batches) else frozenset()
             self._run(batch, seeds, dropped, overwrite, reduced)
+        if reduce:
+            self._agree_on_use(taking_part)
         self._wait()
         return taking_part
 
@@ -203,7 +207,7 @@ class GraphedStep:
         with torch.no_grad():
             torch.index_select(features.flatten(0, 1), 0, gather, out=program.rows[:valid])
             program.rows[valid:].zero_()
-        pieces, where = self._pieces(program, overwrite, batch.fits)
+        pieces, where = self._pieces(program, overwrite, batch.fits, dropped)
         with where:
             for piece in pieces:
                 (piece.skip if piece.stage in dropped and piece.skip is not None else piece.run)()
@@ -265,15 +269,17 @@ class GraphedStep:
         return program
 
     def _pieces(
-        self, program: _Program, overwrite: bool, fits: bool
+        self, program: _Program, overwrite: bool, fits: bool, dropped: frozenset[int]
     ) -> tuple[Iterable[Piece], contextlib.AbstractContextManager[None]]:
         """What a pass takes, and where it is to be run."""
         if self._capture is None or not fits:
             return self._pass(program, overwrite).pieces(), contextlib.nullcontext()
         if overwrite in program.captured:
             return program.captured[overwrite], contextlib.nullcontext()
-        if overwrite not in program.seen or self._is_full():
-            program.seen.add(overwrite)
+        # A stage that LayerDrop has left out so far may have kernels that are not compiled: a capture must not do that.
+        run_before = program.run_before.setdefault(overwrite, set())
+        if len(run_before) < len(self._stages) or self._is_full():
+            run_before.update(set(range(len(self._stages))) - dropped)
             return self._pass(program, overwrite).pieces(), self._capture.ahead()
         program.captured[overwrite] = self._captured(program, overwrite)
         return program.captured[overwrite], contextlib.nullcontext()
@@ -354,6 +360,19 @@ class GraphedStep:
         masked_frames, *counts = total.tolist()
         return masked_frames, frozenset(stage for stage, count in enumerate(counts) if count)
 
+    def _agree_on_use(self, taking_part: frozenset[int]) -> None:
+        """Learn which parameters another process has a gradient for: LayerDrop may have spared this one a stage so far.
+
+        Once for each stage: that decides whether an optimizer steps a parameter, which all must do alike.
+        """
+        if taking_part <= self._agreed_on_use:
+            return
+        self._agreed_on_use |= taking_part
+        used = torch.tensor([flag for stage in self._gradients.used for flag in stage], dtype=torch.uint8)
+        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self._host_group)
+        flags = iter(used.bool().tolist())
+        self._gradients.used = [[next(flags) for _ in stage] for stage in self._gradients.used]
+
     def _reduce(self, stage: int) -> None:
         """Begin to sum the gradients of a stage over all processes."""
         flat = self._gradients.flat[stage]
@@ -379,7 +398,7 @@ class _Program:
         self.memory = torch.empty_like(batch.plan, device=rows.device)
         self.tensors = PlanTensors.in_memory(self.memory, batch.capacity, batch.masked_channels)
         # By whether gradients are overwritten.
-        self.seen: set[bool] = set()
+        self.run_before: dict[bool, set[int]] = {}  # the stages that have run
         self.captured: dict[bool, list[Piece]] = {}
 
 

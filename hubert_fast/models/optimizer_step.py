@@ -105,4 +105,4 @@ def _can_be_captured(optimizer: Optimizer) -> bool:
     """Whether the optimizer keeps its state on the device and has nobody who wants to see each step."""
     hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     on_device = all(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    return not hooks and (on_device or type(optimizer) is torch.optim.SGD)
+    return not hooks and on_device

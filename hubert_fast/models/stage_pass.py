@@ -70,6 +70,10 @@ class StagePass:
         self._objective, self._stages, self._head = objective, stages, head
         self._tensors, self._gradients, self._overwrite, self._autocast = tensors, gradients, overwrite, autocast
         self._value = tensors.rows
+        # Whether anything before each stage, and before the head, is trained.
+        self._wanted = [tensors.rows_gradient is not None]
+        for stage in stages:
+            self._wanted.append(self._wanted[-1] or bool(stage.owned))
         self._inputs: list[Optional[Tensor]] = [None] * len(stages)
         self._outputs: list[Optional[Tensor]] = [None] * len(stages)
         self._leaves: list[Sequence[Tensor]] = [()] * len(stages)
@@ -100,7 +104,7 @@ class StagePass:
     def _forward(self, i: int) -> None:
         stage, tensors = self._stages[i], self._tensors
         x = self._value.detach()
-        x.requires_grad_(i > 0 or tensors.rows_gradient is not None)
+        x.requires_grad_(self._wanted[i])
         with self._forward_of(stage.owned) as leaves:
             self._outputs[i] = stage.run(x, tensors.plan, tensors.seeds)
         self._inputs[i], self._leaves[i] = x, leaves
@@ -114,7 +118,7 @@ class StagePass:
             output.data.copy_(skipped(self._inputs[i].detach(), self._tensors.plan, keeps))
 
     def _loss(self) -> None:
-        x = self._value.detach().requires_grad_()
+        x = self._value.detach().requires_grad_(self._wanted[-1])
         objective, tensors = self._objective, self._tensors
         with self._forward_of(self._head) as leaves:
             losses = head_losses(objective, x, tensors.plan)
@@ -123,27 +127,38 @@ class StagePass:
                 (objective.unmasked_weight, losses.unmasked_loss),
             )
             loss = sum(weight * part for weight, part in weighted if part is not None)
-        found = torch.autograd.grad(loss, [x, *leaves], tensors.scale.to(loss.dtype), allow_unused=True)
-        self._gradient = found[0]
-        self._gradients.collect(len(self._stages), found[1:], overwrite=self._overwrite)
+        self._gradient, found = _differentiate(loss, x, leaves, tensors.scale.to(loss.dtype))
+        self._gradients.collect(len(self._stages), found, overwrite=self._overwrite)
         tensors.sums.add_(_in_float64(losses))
 
     def _backward(self, i: int) -> None:
         x, leaves = self._inputs[i], self._leaves[i]
-        wanted = [x, *leaves] if x.requires_grad else leaves
-        found = torch.autograd.grad(self._outputs[i], wanted, self._gradient, allow_unused=True)
-        self._differentiated, self._given, self._gradient = i, self._gradient, found[0]
-        self._gradients.collect(i, found[len(found) - len(leaves) :], overwrite=self._overwrite)
+        gradient, found = _differentiate(self._outputs[i], x, leaves, self._gradient)
+        self._differentiated, self._given, self._gradient = i, self._gradient, gradient
+        self._gradients.collect(i, found, overwrite=self._overwrite)
         self._inputs[i] = self._outputs[i] = None
         if i == 0 and x.requires_grad:
             self._tensors.rows_gradient.copy_(self._gradient)
 
     def _skip_backward(self, i: int) -> None:
         plan, keeps = self._tensors.plan, self._stages[i].keeps
+        if self._gradient is None:
+            return
         if self._differentiated == i:
             self._gradient.copy_(skipped_gradient(self._given, plan, keeps))
         else:
             self._gradient = skipped_gradient(self._gradient, plan, keeps)
+
+
+def _differentiate(
+    output: Tensor, x: Tensor, leaves: Sequence[Tensor], gradient: Optional[Tensor]
+) -> tuple[Optional[Tensor], Sequence[Optional[Tensor]]]:
+    """Gradients of ``x``, None where nobody wants it, and of ``leaves``, given that of ``output``."""
+    if not output.requires_grad:
+        return None, [None] * len(leaves)
+    wanted = [x, *leaves] if x.requires_grad else leaves
+    found = torch.autograd.grad(output, wanted, gradient, allow_unused=True)
+    return (found[0], found[1:]) if x.requires_grad else (None, found)
 
 
 def _in_float64(losses: FrameLosses) -> Tensor:

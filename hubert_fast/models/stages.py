@@ -19,11 +19,15 @@ from hubert_fast.models.plan import StepPlan
 
 
 class Owned(NamedTuple):
-    """A parameter and where it is found."""
+    """A parameter and where it is found: in several modules, where they share it."""
 
-    module: nn.Module
-    name: str
     parameter: nn.Parameter
+    places: list[tuple[nn.Module, str]]
+
+    def put(self, parameter: nn.Parameter) -> None:
+        """Let the modules have ``parameter`` there."""
+        for module, name in self.places:
+            module._parameters[name] = parameter
 
 
 class Stage(NamedTuple):
@@ -103,12 +107,12 @@ def in_place_of(owned: Sequence[Owned]) -> Iterator[list[nn.Parameter]]:
     """
     leaves = [nn.Parameter(each.parameter.detach()) for each in owned]
     for each, leaf in zip(owned, leaves):
-        each.module._parameters[each.name] = leaf
+        each.put(leaf)
     try:
         yield leaves
     finally:
         for each in owned:
-            each.module._parameters[each.name] = each.parameter
+            each.put(each.parameter)
 
 
 def _owned(modules: Iterable[nn.Module]) -> list[Owned]:
@@ -118,5 +122,5 @@ def _owned(modules: Iterable[nn.Module]) -> list[Owned]:
         for module in top.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.requires_grad:
-                    found.setdefault(parameter, Owned(module, name, parameter))
+                    found.setdefault(parameter, Owned(parameter, [])).places.append((module, name))
     return list(found.values())

@@ -1,13 +1,11 @@
 """One process of the DDP and FSDP2 tests: its share of the batch, and the gradients that come out.
 
-Started as a fresh interpreter, ``python -m tests.models.parallel_worker RANK FOLDER``: process groups do not survive a
-fork.
+Started by `tests.models.processes`.
 """
 
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -16,9 +14,9 @@ from torch import Tensor, nn
 
 import hubert_fast
 from tests.models import configurations
+from tests.models.processes import WORLD_SIZE, join
 from tests.models.twins import Batch, num_frames
 
-WORLD_SIZE = 2
 SAMPLES = 8000
 CASES = [(kind, name) for kind in ("ddp", "fsdp2") for name in ("base", "xlarge-bias")]
 
@@ -70,9 +68,7 @@ def gradients_of(wrapped: nn.Module, rank: int) -> dict[str, Tensor]:
 
 def main(rank: int, folder: Path) -> None:
     """Every case in one process: starting one costs more than all of them."""
-    dist.init_process_group(
-        "gloo", f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=90)
-    )
+    join(rank, folder)
     for kind, name in CASES:
         grads = gradients_of(_wrap(build(name), kind), rank)
         if rank == 0:

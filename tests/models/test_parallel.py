@@ -1,18 +1,12 @@
 """DDP and FSDP2 on two gloo processes give the gradients of one process on the whole batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.models.parallel_worker import CASES, WORLD_SIZE, build, whole_batch
+from tests.models.parallel_worker import CASES, build, whole_batch
+from tests.models.processes import WORLD_SIZE, run_all
 from tests.models.twins import assert_gradients_match, gradients
-
-REPOSITORY = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
 
@@ -21,21 +15,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 def averaged(tmp_path_factory):
     """The gradients of both processes, averaged, for each case."""
     folder = tmp_path_factory.mktemp("parallel")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), environment.get("PYTHONPATH", "")])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.models.parallel_worker", str(rank), str(folder)],
-            cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(WORLD_SIZE)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=150)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    run_all("tests.models.parallel_worker", folder)
     return {case: torch.load(folder / "{}-{}.pt".format(*case), weights_only=True) for case in CASES}
 
 
