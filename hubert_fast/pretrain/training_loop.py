@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 
 Log = Callable[[int, Mapping[str, float]], None]
-# (micro-batches, masked frames of all) -> (loss of this rank, norm of the gradients of all)
-Step = Callable[["list[Batch]", float], "tuple[Tensor, Tensor]"]
+# An update of the weights on micro-batches, given the masked frames of all ranks and micro-batches.
+Step = Callable[["list[Batch]", float], None]
 
 
 class Trainer:
@@ -174,15 +174,18 @@ class Trainer:
     def _update(self, step: Step, update: list[Batch], masked_frames: float) -> None:
         """One optimizer step on the loss per masked frame; ``masked_frames`` are those of all ranks and micro-batches."""
         self.learning_rate = self.scheduler.get_last_lr()[0]
-        loss, gradient_norm = step(update, masked_frames)
+        step(update, masked_frames)
+        self.scheduler.step()
+        self.step += 1
+
+    def _watch(self, update: list[Batch], loss: Tensor, gradient_norm: Tensor) -> None:
+        """Take note of this rank's ``loss`` and of the norm of all ranks' gradients, both ``[]``."""
         self.meter.add_update(gradient_norm)
         self.guard.watch(self.step + 1, [name for batch in update for name in batch.ids], loss, gradient_norm)
         if self.process.device.type == "cpu":
             self.guard.check()
-        self.scheduler.step()
-        self.step += 1
 
-    def _eager_step(self, update: list[Batch], masked_frames: float) -> tuple[Tensor, Tensor]:
+    def _eager_step(self, update: list[Batch], masked_frames: float) -> None:
         """DDP averages gradients over ranks, so the sum over ranks needs the factor ``world_size``."""
         scale = self.process.world_size / max(1.0, masked_frames)
         loss = torch.zeros((), device=self.process.device)
@@ -192,10 +195,9 @@ class Trainer:
                 (output.loss * scale).backward()
             self.meter.add_micro_batch(output)
             loss += output.loss.detach()
-        gradient_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        self._watch(update, loss, nn.utils.clip_grad_norm_(self.parameters, self.clip_norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss, gradient_norm
 
     def _graphed_step(self) -> Step:
         """Steps in graphs, for the batches as they are divided now."""
@@ -210,10 +212,10 @@ class Trainer:
         )
         self.batches.plan_with(graphed.planner)
 
-        def step(update: list[Batch], masked_frames: float) -> tuple[Tensor, Tensor]:
+        def step(update: list[Batch], masked_frames: float) -> None:
             result = graphed([batch.planned for batch in update], masked_frames=masked_frames)
             self.meter.add_micro_batch(result)
-            return result.loss, result.gradient_norm
+            self._watch(update, result.loss, result.gradient_norm)
 
         return step
 
