@@ -31,6 +31,7 @@ class CudaCapture:
     @contextmanager
     def ahead(self) -> Iterator[None]:
         """Inside it work is done in the pool, not captured: the first time it compiles kernels and makes handles."""
+        self._make_room()
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
         try:
@@ -39,6 +40,12 @@ class CudaCapture:
                     yield
         finally:  # where memory ran out too: what follows may free what this still reads
             here.wait_stream(self._stream)
+
+    def _make_room(self) -> None:
+        """Give back what other pools hold unused, where little else is free: in a pool torch does not do that by itself."""
+        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        if unused > torch.cuda.mem_get_info(self._device)[0]:
+            torch.cuda.empty_cache()
 
     def __call__(self, work: Work) -> Work:
         """A function that does on the GPU what ``work`` does now, on the same memory."""
