@@ -94,8 +94,9 @@ class GraphedStep:
         self._device = self._parameters[0].device
         self._stages = encoder_stages(objective)
         self._head, self._front = head_parameters(objective), front_end_parameters(objective)
-        owned = [*(stage.owned for stage in self._stages), self._head, self._front]
-        self._gradients = GradientBuffers([[each.parameter for each in stage] for stage in owned])
+        self._owned = [*(stage.owned for stage in self._stages), self._head, self._front]
+        self._frozen = [each for each in objective.parameters() if not each.requires_grad]
+        self._gradients = GradientBuffers([[each.parameter for each in stage] for stage in self._owned])
         self._capture = CudaCapture(self._device) if self._device.type == "cuda" and capacities is not None else None
         self._optimizer = OptimizerStep(optimizer, self._parameters, clip_norm, self._capture)
         # The six sums of `FrameLosses`, and the penalty times the masked frames.
@@ -123,6 +124,7 @@ class GraphedStep:
 
         Raises:
             ValueError: without a micro-batch.
+            RuntimeError: where other parameters are trained than when this was made.
         """
         taking_part = self._accumulate(micro_batches, masked_frames, reduce=self._group is not None)
         self._gradients.give(taking_part)
@@ -156,6 +158,7 @@ class GraphedStep:
         """Gradients of the micro-batches, in their buffers; returns the stages that have some."""
         if not micro_batches:
             raise ValueError("micro_batches must hold one or more; got none")
+        self._require_same_parameters()
         if self._pointers != self._where_parameters_lie():
             self.reset()
         # All draws first, in the order in which a plain loop makes them.
@@ -342,6 +345,20 @@ class GraphedStep:
 
     def _where_parameters_lie(self) -> list[int]:
         return [each.data_ptr() for each in self._parameters]
+
+    def _require_same_parameters(self) -> None:
+        """Refuse a model whose parameters were replaced, frozen or unfrozen since: training would go on with the old ones."""
+        same = all(
+            each.parameter.requires_grad and each.parameter is module._parameters.get(name)
+            for stage in self._owned
+            for each in stage
+            for module, name in each.places
+        )
+        if not same or any(each.requires_grad for each in self._frozen):
+            raise RuntimeError(
+                "objective has other trained parameters than when this GraphedStep was made, as after "
+                "load_state_dict(assign=True) or requires_grad_(): make another"
+            )
 
     # Processes that train together
 
