@@ -338,6 +338,13 @@ def test_a_planner_that_was_pickled_makes_the_same_micro_batch():
     assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(*batches))
 
 
+def test_making_a_step_draws_nothing():
+    objective = build(**RANDOM)
+    before = torch.get_rng_state()
+    GraphedStep(objective, adamw(objective), capacities=ROOM)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 WRONG = {
     "objective must be a PretrainingObjective.*got Sequential": dict(objective=lambda: nn.Sequential(build())),
     "weight on masked or unmasked frames": dict(
