@@ -52,7 +52,8 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         # A thread that pins memory for a data loader meanwhile breaks a capture of mode "global".
         capture = torch.cuda.graph(graph, pool=self._pool.id, stream=self._stream, capture_error_mode="thread_local")
-        # It waits for the current device before it begins.
-        with torch.cuda.device(self._device), capture, torch.autograd.set_multithreading_enabled(False):
+        # It waits for the current device before it begins, and where it fails it leaves its stream the current one.
+        here = torch.cuda.stream(torch.cuda.current_stream(self._device))
+        with here, capture, torch.autograd.set_multithreading_enabled(False):
             work()
         return graph.replay
