@@ -19,12 +19,13 @@ from torch.optim import Optimizer
 
 from hubert_fast.models.capacities import Capacities, Capacity
 from hubert_fast.models.capture import CudaCapture
-from hubert_fast.models.encoder import Seeds
+from hubert_fast.models.encoder import Seeds, Transformer
 from hubert_fast.models.gradient_buffers import GradientBuffers
 from hubert_fast.models.hubert import feature_penalty
 from hubert_fast.models.micro_batch import MicroBatch, MicroBatchPlanner
 from hubert_fast.models.objective import PretrainingObjective
 from hubert_fast.models.optimizer_step import OptimizerStep
+from hubert_fast.models.plain import is_plain
 from hubert_fast.models.plan_tensors import PlanTensors
 from hubert_fast.models.stage_pass import PassTensors, Piece, StagePass
 from hubert_fast.models.stages import encoder_stages, front_end_parameters, head_parameters
@@ -107,7 +108,7 @@ class GraphedStep:
         seeds = objective.model.wav2vec2.encoder.transformer.seed_count
         self._seeds = torch.zeros(seeds, dtype=torch.int64, device=self._device)
         self._rows: Optional[Tensor] = None
-        self._programs: dict[tuple[Capacity, bool], _Program] = {}
+        self._programs: dict[tuple[Capacity, bool, bool], _Program] = {}
         self._said_full = False
         self._pointers = self._where_parameters_lie()
         self._pending: list[tuple[dist.Work, Tensor, Tensor]] = []
@@ -254,7 +255,7 @@ class GraphedStep:
 
     def _program(self, batch: MicroBatch, features: Tensor, with_seeds: bool) -> _Program:
         """The program of the batch's capacity; one of its own where it has no capacity."""
-        key = batch.capacity, with_seeds
+        key = batch.capacity, with_seeds, self._objective.model.wav2vec2.encoder.transformer.training
         if batch.fits and key in self._programs:
             return self._programs[key]
         rows, channels = batch.capacity.rows, features.shape[2]
@@ -426,6 +427,16 @@ def _check(
         raise ValueError(
             f"objective must be a PretrainingObjective, wrapped by nothing; got {type(objective).__name__}"
         )
+    transformer = objective.model.wav2vec2.encoder.transformer
+    for name, module, kind in (
+        ("objective", objective, PretrainingObjective),
+        ("transformer", transformer, Transformer),
+    ):
+        if not is_plain(module, kind):
+            raise ValueError(
+                f"{name} must be a {kind.__name__} without hooks, which a graphed step would not call; got "
+                f"{type(module).__name__}"
+            )
     if not objective.masked_weight and not objective.unmasked_weight:
         raise ValueError("objective must have a weight on masked or unmasked frames; both are 0")
     if clip_norm is not None and not clip_norm > 0:

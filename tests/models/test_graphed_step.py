@@ -345,7 +345,14 @@ def test_making_a_step_draws_nothing():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def _hooked() -> nn.Module:
+    objective = build()
+    objective.model.wav2vec2.encoder.transformer.register_forward_hook(lambda *_: None)
+    return objective
+
+
 WRONG = {
+    "transformer must be a Transformer without hooks": dict(objective=_hooked),
     "objective must be a PretrainingObjective.*got Sequential": dict(objective=lambda: nn.Sequential(build())),
     "weight on masked or unmasked frames": dict(
         objective=lambda: hubert_fast.PretrainingObjective(build().model, masked_weight=0.0)
