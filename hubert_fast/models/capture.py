@@ -49,11 +49,14 @@ class CudaCapture:
 
     def __call__(self, work: Work) -> Work:
         """A function that does on the GPU what ``work`` does now, on the same memory."""
+        self._make_room()
         graph = torch.cuda.CUDAGraph()
-        # A thread that pins memory for a data loader meanwhile breaks a capture of mode "global".
-        capture = torch.cuda.graph(graph, pool=self._pool.id, stream=self._stream, capture_error_mode="thread_local")
-        # It waits for the current device before it begins, and where it fails it leaves its stream the current one.
-        here = torch.cuda.stream(torch.cuda.current_stream(self._device))
-        with here, capture, torch.autograd.set_multithreading_enabled(False):
-            work()
+        with torch.cuda.stream(self._stream), torch.autograd.set_multithreading_enabled(False):
+            # Not `torch.cuda.graph`, which waits for the device and gives back unused memory before each of many captures. A
+            # thread that pins memory for a data loader meanwhile would break a capture of mode "global".
+            graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
         return graph.replay

@@ -22,6 +22,7 @@ from hubert_fast.models.capture import CudaCapture
 from hubert_fast.models.encoder import Seeds, Transformer
 from hubert_fast.models.gradient_buffers import GradientBuffers
 from hubert_fast.models.hubert import feature_penalty
+from hubert_fast.models.masking import MaskGenerator
 from hubert_fast.models.micro_batch import MicroBatch, MicroBatchPlanner
 from hubert_fast.models.objective import PretrainingObjective
 from hubert_fast.models.optimizer_step import OptimizerStep
@@ -89,7 +90,8 @@ class GraphedStep:
         _check(objective, clip_norm, reduce_dtype, most_graphs)
         self.planner = MicroBatchPlanner(objective, capacities)
         self._objective, self._capacities, self._autocast_dtype = objective, capacities, autocast
-        self._group, self._reduce_dtype, self._most_graphs = process_group, reduce_dtype, most_graphs
+        self._group: Optional[dist.ProcessGroup] = None
+        self._reduce_dtype, self._most_graphs = reduce_dtype, most_graphs
         self._host_group: Optional[dist.ProcessGroup] = None
         self._parameters = [each for each in objective.parameters() if each.requires_grad]
         self._device = self._parameters[0].device
@@ -98,7 +100,9 @@ class GraphedStep:
         self._owned = [*(stage.owned for stage in self._stages), self._head, self._front]
         self._frozen = [each for each in objective.parameters() if not each.requires_grad]
         self._gradients = GradientBuffers([[each.parameter for each in stage] for stage in self._owned])
-        self._capture = CudaCapture(self._device) if self._device.type == "cuda" and capacities is not None else None
+        # A generator of another make may draw masks as it is called, on the host: a graph would repeat the first.
+        captures = capacities is not None and is_plain(objective.model.mask_generator, MaskGenerator)
+        self._capture = CudaCapture(self._device) if captures and self._device.type == "cuda" else None
         self._optimizer = OptimizerStep(optimizer, self._parameters, clip_norm, self._capture)
         # The six sums of `FrameLosses`, and the penalty times the masked frames.
         self._sums = torch.zeros(7, dtype=torch.float64, device=self._device)
@@ -114,7 +118,7 @@ class GraphedStep:
         self._pending: list[tuple[dist.Work, Tensor, Tensor]] = []
         self._agreed_on_use: frozenset[int] = frozenset()
         if process_group is not None:
-            self._join(process_group)
+            self.join(process_group)
 
     def __call__(self, micro_batches: Sequence[MicroBatch], *, masked_frames: Optional[float] = None) -> UpdateResult:
         """One update: the optimizer's step on the gradient of the loss per masked frame.
@@ -363,7 +367,9 @@ class GraphedStep:
 
     # Processes that train together
 
-    def _join(self, group: dist.ProcessGroup) -> None:
+    def join(self, group: dist.ProcessGroup) -> None:
+        """Train with the other processes of ``group`` from here on, which all call this; as ``process_group`` does."""
+        self._group = group
         ranks = dist.get_process_group_ranks(group)
         for parameter in self._objective.parameters():
             dist.broadcast(parameter.detach(), src=ranks[0], group=group)

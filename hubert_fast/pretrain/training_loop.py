@@ -27,7 +27,7 @@ from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.finite import FiniteGuard
 from hubert_fast.pretrain.interrupts import StopRequest, TrainingInterrupted
 from hubert_fast.pretrain.metrics_log import Clock, Meter, metrics_log
-from hubert_fast.pretrain.micro_batches import halve_until_they_fit
+from hubert_fast.pretrain.micro_batches import halve_until_they_fit, run_largest
 from hubert_fast.pretrain.random_state import (
     preserved_random_state,
     random_state,
@@ -97,6 +97,7 @@ class Trainer:
         self.autocast = config.autocast
         self.progress = progress
         self.halve, self.graphs = halve, graphs
+        self.graphed: GraphedStep | None = None
         self.reduce_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.reduce_dtype]
         self.meter = Meter(process.device)
         self.guard = FiniteGuard(process.device)
@@ -140,6 +141,8 @@ class Trainer:
         with StopRequest() as stop, self._metrics_log() as log, self._progress_bar() as bar:
             if self.halve and self.step < self.steps:
                 halve_until_they_fit(self.batches, self._gradients, self.optimizer, self.process)
+            elif self.graphs and self.step < self.steps:
+                run_largest(self.batches, self._gradients, self.optimizer, self.process.device)
             step = self._graphed_step() if self.graphs else self._eager_step
             self.clock.restart_window()
             updates = iter(self.batches)
@@ -201,15 +204,9 @@ class Trainer:
 
     def _graphed_step(self) -> Step:
         """Steps in graphs, for the batches as they are divided now."""
-        graphed = GraphedStep(
-            self.objective,
-            self.optimizer,
-            clip_norm=self.clip_norm,
-            capacities=self.batches.capacities(),
-            autocast=torch.bfloat16 if self.autocast else None,
-            process_group=dist.group.WORLD if self.process.world_size > 1 else None,
-            reduce_dtype=self.reduce_dtype,
-        )
+        graphed = self.graphed or self._new_graphed()
+        if self.process.world_size > 1:
+            graphed.join(dist.group.WORLD)
         self.batches.plan_with(graphed.planner)
 
         def step(update: list[Batch], masked_frames: float) -> None:
@@ -219,10 +216,34 @@ class Trainer:
 
         return step
 
+    def _new_graphed(self) -> GraphedStep:
+        return GraphedStep(
+            self.objective,
+            self.optimizer,
+            clip_norm=self.clip_norm,
+            capacities=self.batches.capacities(),
+            autocast=torch.bfloat16 if self.autocast else None,
+            reduce_dtype=self.reduce_dtype,
+        )
+
     def _gradients(self, micro_batches: list[Batch]) -> None:
-        """Add up the gradients of ``micro_batches``, of this rank alone."""
-        for batch in micro_batches:
-            self._forward(self.objective, batch).loss.backward()
+        """Add up the gradients of ``micro_batches``, of this rank alone.
+
+        In graphs, their pool is made for the largest before others come: pieces of memory for smaller ones would not do for it.
+        """
+        if not self.graphs:
+            for batch in micro_batches:
+                self._forward(self.objective, batch).loss.backward()
+            return
+        self.graphed = None  # that of another division, and its memory
+        if self.process.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.graphed = self._new_graphed()
+        planned = [
+            self.graphed.planner(batch.waveforms, batch.labels, batch.audio_lengths, mask=batch.mask)
+            for batch in micro_batches
+        ]
+        self.graphed.gradients(planned)
 
     def _forward(self, objective: nn.Module, batch: Batch) -> Any:
         device = self.process.device
