@@ -20,7 +20,7 @@ from tests.models.graph_stand_in import replace_capture
 from tests.models.processes import WORLD_SIZE, join
 from tests.models.test_graphed_step import RANDOM, ROOM, SAMPLES, adamw, build, data
 
-UPDATES, ACCUMULATE = 6, 2
+UPDATES, ACCUMULATE = 20, 2
 # How the updates are made, and whether the second process starts with other weights.
 KINDS = {
     "ddp": False,
