@@ -3,7 +3,8 @@
     python -m tests.kernels.step_keys          (without TRITON_INTERPRET)
 
 A small batch of HuBERT Base, and in bfloat16 of Large, two layers of each, runs on a CPU with every operator on its
-kernels: the objective with padding, without, and with room for more rows than there are, the model's logits, its features.
+kernels: the objective with padding, without, and with room for more rows than there are, the model's logits, its features,
+and what a graphed step captures.
 The launches are noted instead of made, and nothing is compiled: Triton's launcher is only asked for their keys.
 """
 
@@ -62,6 +63,18 @@ def steps(size: str, dtype: torch.dtype) -> Iterator[list[Launch]]:
                 if training:
                     loss.backward()
             yield launches + backward
+        model.train()
+        room = hubert_fast.Capacities(rows=2 * _FRAMES, sequences=2, max_frames=_FRAMES)
+        graphed = hubert_fast.GraphedStep(
+            objective,
+            torch.optim.SGD(model.parameters()),
+            capacities=room,
+            autocast=None if dtype == torch.float32 else dtype,
+        )
+        planned = graphed.planner(waveforms, labels, padded)
+        with recording(_ARCH) as launches:
+            graphed.gradients([planned])
+        yield launches
 
 
 def main() -> None:
