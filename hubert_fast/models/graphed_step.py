@@ -57,8 +57,8 @@ class GraphedStep:
     that LayerDrop left out of all micro-batches, on all processes, are None when the optimizer steps, so it leaves that
     layer alone.
 
-    Settings of the objective are read here: after changing ``requires_grad``, ``layer_drop``, masks, weights of the loss,
-    device or dtype, make another.
+    Settings of the objective are read here: after changing ``requires_grad``, ``layer_drop``, those of masks, weights of the
+    loss, device or dtype, make another.
 
     Args:
         objective: on its device. Nothing may wrap it, and hooks on its parameters are not called.
