@@ -9,12 +9,12 @@ _MULTIPLE = 16  # of rows: kernels are compiled for multiples of 16 and for othe
 
 
 class Capacity(NamedTuple):
-    """What one graph has room for."""
+    """The sizes that one graph has room for."""
 
-    rows: int
+    rows: int  # valid frames
     kept: Optional[int]  # rows after the last layer; None: all
     sequences: int
-    max_frames: int  # of a sequence
+    max_frames: int  # of the longest sequence
 
     def holds(self, need: Capacity) -> bool:
         """Whether a batch that needs ``need`` fits."""
@@ -25,14 +25,14 @@ class Capacity(NamedTuple):
 
 @dataclass(frozen=True)
 class Capacities:
-    """Rounds up what a batch needs: rows to multiples of 1/32 of ``rows``, rows that are kept to eighths of the rows,
-    sequences to powers of 2.
+    """Rounds up what a batch needs, so that few sizes serve all batches.
 
-    What is added is computed and thrown away: 1.6% of the rows in the mean where batches are between half full and full.
+    Rows go up to multiples of 1/32 of ``rows``, rows that are kept to eighths of the rows, sequences to powers of 2. What is
+    added is computed and thrown away: 1.6% of ``rows`` in the mean where batches are between half full and full.
 
     Args:
-        rows: valid frames of the largest batch.
-        sequences: utterances of the batch with most of them.
+        rows: valid frames of the largest micro-batch; ``n`` samples at 16 kHz have ``(n - 400) // 320 + 1``.
+        sequences: utterances of the micro-batch with most of them.
         max_frames: frames of the longest utterance.
 
     Raises:

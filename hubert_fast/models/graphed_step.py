@@ -1,7 +1,7 @@
 """A whole update of pre-training, in CUDA graphs where there is a GPU: `GraphedStep`.
 
 The host decides all that decides about shapes before a step (`MicroBatchPlanner`), copies it over in one piece and then starts
-graphs: a few instead of some 700 kernels. The front end's shapes are those of the audio, nearly always new, so it runs eagerly.
+graphs: a few instead of hundreds of kernels. The front end's shapes are those of the audio, nearly always new: it runs eagerly.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class UpdateResult(NamedTuple):
-    """What an update of `GraphedStep` came to, on this process's micro-batches. Scalars on the device, float64."""
+    """Loss, counts and norm of an update of `GraphedStep`, of this process's micro-batches. Scalars on the device, float64."""
 
     loss: Tensor  # what `PretrainingLoss` calls so, summed over the micro-batches, as the next six
     masked_count: Tensor
@@ -57,10 +57,13 @@ class GraphedStep:
     that LayerDrop left out of all micro-batches, on all processes, are None when the optimizer steps, so it leaves that
     layer alone.
 
+    Settings of the objective are read here: after changing ``requires_grad``, ``layer_drop``, those of masks, weights of the
+    loss, device or dtype, make another.
+
     Args:
         objective: on its device. Nothing may wrap it, and hooks on its parameters are not called.
-        optimizer: over its parameters, any of torch's. Its step is captured where all of its state lies on the device, which
-            ``fused=True`` and ``capturable=True`` ask for, and runs eagerly elsewhere.
+        optimizer: over its parameters, any of torch's that needs no closure. Its step is captured where all of its state lies
+            on the device, which ``fused=True`` and ``capturable=True`` ask for, and runs eagerly elsewhere.
         clip_norm: largest norm of all gradients of the mean loss over masked frames, positive; None: they are not clipped.
         capacities: sizes that batches are rounded up to. None: nothing is captured, and batches have their own sizes.
         autocast: dtype of forward passes, such as torch.bfloat16. None: that of the weights. Autocast around the call is not
@@ -149,7 +152,7 @@ class GraphedStep:
         self._gradients.give(self._accumulate(micro_batches, masked_frames, reduce=False))
 
     def reset(self) -> None:
-        """Drop all graphs and their memory. Weights, optimizer and gradients stay."""
+        """Drop all graphs and their memory, as after changing a dropout. Weights, optimizer and gradients stay."""
         self._programs.clear()
         self._optimizer.forget()
         self._rows = None

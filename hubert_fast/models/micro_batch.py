@@ -19,7 +19,7 @@ from hubert_fast.models.plan_tensors import packed
 
 
 class MicroBatch(NamedTuple):
-    """What `MicroBatchPlanner` makes of a batch. Its tensors lie on the CPU."""
+    """A batch and its plan, made by `MicroBatchPlanner`. Its tensors lie on the CPU."""
 
     waveforms: Tensor  # [batch, samples] float
     valid_samples: Optional[Tensor]  # [batch] int64, where the feature extractor asks for them
@@ -42,7 +42,7 @@ class MicroBatchPlanner:
     """Makes micro-batches for `GraphedStep`. It knows no weights: a data-loader worker may have it.
 
     Args:
-        objective: that of the step.
+        objective: that of the step. Its settings are read here, once.
         capacities: to which batches are rounded up. None: every batch gets the size that it needs.
     """
 
@@ -59,12 +59,12 @@ class MicroBatchPlanner:
 
     def __call__(
         self,
-        waveforms: Tensor,  # [batch, samples]
-        labels: Tensor,  # [batch, frames]
-        audio_lengths: Optional[Tensor] = None,  # [batch]
+        waveforms: Tensor,  # [batch, samples] float
+        labels: Tensor,  # [batch, frames] integer
+        audio_lengths: Optional[Tensor] = None,  # [batch], samples
         *,
-        mask: Optional[Tensor] = None,  # [batch, frames]
-        channel_mask: Optional[Tensor] = None,  # [batch, dim]
+        mask: Optional[Tensor] = None,  # [batch, frames] bool
+        channel_mask: Optional[Tensor] = None,  # [batch, dim] bool
     ) -> MicroBatch:
         """The micro-batch of a padded batch on the CPU; arguments and errors as those of `HuBERTPretrainModel.forward`.
 
