@@ -112,7 +112,7 @@ def main() -> int:
                     return isolated.LOST
             else:
                 facts.note(PART, item=name, done=True, seconds=round(time.monotonic() - started, 1), **found)
-            gc.collect()
+            _free_what_is_left()
     return 0
 
 
@@ -213,6 +213,7 @@ def _optimizers() -> dict[str, Any]:
         makers["AdamW, capturable"] = lambda each: torch.optim.AdamW(each, _LEARNING_RATE, capturable=True)
     found, well = {}, True
     for name, make_optimizer in makers.items():
+        _free_what_is_left()
         objective = _objective(0.0)
         graphed = _graphed(objective, make_optimizer(objective.parameters()))
         example, times = _example(graphed.step, _lengths(), 0), Times()
@@ -248,7 +249,7 @@ def _timed(layer_drop: float) -> dict[str, Any]:
 
     for batch in batches:
         eager(batch)
-    eager_memory, memory = memory.taken(), _Memory()
+    eager_memory, memory = memory.taken(), _Memory()  # what is left of eager ones is given back
     ours = _objective(layer_drop)
     graphed = _graphed(ours, capacities=_capacities(_even_lengths()))
     examples = [_planned(graphed.step, each) for each in batches]
@@ -296,6 +297,7 @@ def _extraction() -> dict[str, Any]:
     device = torch.device(DEVICE, 0) if ON_GPU else torch.device(DEVICE)
     units, figures = {}, {}
     for name in ("graphed", "eager"):
+        _free_what_is_left()
         with mock.patch.object(features, "load_model", lambda weights: model):
             layers = features.ModelLayers(Path(), device=device, autocast=_AUTOCAST is not None)
         layers.call_seconds = utterances * seconds
@@ -365,6 +367,11 @@ class _Memory:
 
 
 # The parts of an item
+
+
+def _free_what_is_left() -> None:
+    """Collect steps of before, which lie in cycles: PyTorch ends a process that frees a pool while something is captured."""
+    gc.collect()
 
 
 def _objective(layer_drop: float) -> hubert_fast.PretrainingObjective:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -89,6 +90,7 @@ def compare(facts: Facts, run: Run) -> bool:
     """Train the first iteration of ``run``, whose units are there, in graphs and eagerly; whether the losses agree."""
     losses = {}
     for graphs in ("auto", "off"):
+        gc.collect()  # a step of before lies in a cycle, and is not to be freed in the midst of a capture
         try:
             lines, said = _trained(run, graphs)
         except Exception as error:

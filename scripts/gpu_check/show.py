@@ -52,7 +52,8 @@ def render(facts: Facts) -> list[str]:
     lines.append(
         f"predicted: GPU {predictions.STEP_MS[0]} ms ({predictions.STEP_RANGE_MS[0]} to {predictions.STEP_RANGE_MS[1]}), "
         f"eager {low:.0f} to {high:.0f} ms of host time, graph under {predictions.GRAPH_HOST_MS:.0f}; "
-        f"the aim is {predictions.AIM_MS} ms"
+        f"the aim is {predictions.AIM_MS} ms; "
+        f"LayerDrop's graphs add {predictions.UPDATES['time, LayerDrop'].gaps_ms:.2f} ms of gaps"
     )
     return lines + _updates(facts) + _parts(facts)
 
