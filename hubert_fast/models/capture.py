@@ -31,6 +31,7 @@ class CudaCapture:
     @contextmanager
     def ahead(self) -> Iterator[None]:
         """Inside it work is done in the pool, not captured: the first time it compiles kernels and makes handles."""
+        self._make_room()
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
         try:
@@ -40,12 +41,22 @@ class CudaCapture:
         finally:  # where memory ran out too: what follows may free what this still reads
             here.wait_stream(self._stream)
 
+    def _make_room(self) -> None:
+        """Give back what other pools hold unused, where little else is free: in a pool torch does not do that by itself."""
+        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        if unused > torch.cuda.mem_get_info(self._device)[0]:
+            torch.cuda.empty_cache()
+
     def __call__(self, work: Work) -> Work:
         """A function that does on the GPU what ``work`` does now, on the same memory."""
+        self._make_room()
         graph = torch.cuda.CUDAGraph()
-        # A thread that pins memory for a data loader meanwhile breaks a capture of mode "global".
-        capture = torch.cuda.graph(graph, pool=self._pool.id, stream=self._stream, capture_error_mode="thread_local")
-        # It waits for the current device before it begins.
-        with torch.cuda.device(self._device), capture, torch.autograd.set_multithreading_enabled(False):
-            work()
+        with torch.cuda.stream(self._stream), torch.autograd.set_multithreading_enabled(False):
+            # Not `torch.cuda.graph`, which waits for the device and gives back unused memory before each of many captures. A
+            # thread that pins memory for a data loader meanwhile would break a capture of mode "global".
+            graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
         return graph.replay

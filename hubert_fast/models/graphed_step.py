@@ -19,12 +19,14 @@ from torch.optim import Optimizer
 
 from hubert_fast.models.capacities import Capacities, Capacity
 from hubert_fast.models.capture import CudaCapture
-from hubert_fast.models.encoder import Seeds
+from hubert_fast.models.encoder import Seeds, Transformer
 from hubert_fast.models.gradient_buffers import GradientBuffers
 from hubert_fast.models.hubert import feature_penalty
+from hubert_fast.models.masking import MaskGenerator
 from hubert_fast.models.micro_batch import MicroBatch, MicroBatchPlanner
 from hubert_fast.models.objective import PretrainingObjective
 from hubert_fast.models.optimizer_step import OptimizerStep
+from hubert_fast.models.plain import is_plain
 from hubert_fast.models.plan_tensors import PlanTensors
 from hubert_fast.models.stage_pass import PassTensors, Piece, StagePass
 from hubert_fast.models.stages import encoder_stages, front_end_parameters, head_parameters
@@ -88,15 +90,19 @@ class GraphedStep:
         _check(objective, clip_norm, reduce_dtype, most_graphs)
         self.planner = MicroBatchPlanner(objective, capacities)
         self._objective, self._capacities, self._autocast_dtype = objective, capacities, autocast
-        self._group, self._reduce_dtype, self._most_graphs = process_group, reduce_dtype, most_graphs
+        self._group: Optional[dist.ProcessGroup] = None
+        self._reduce_dtype, self._most_graphs = reduce_dtype, most_graphs
         self._host_group: Optional[dist.ProcessGroup] = None
         self._parameters = [each for each in objective.parameters() if each.requires_grad]
         self._device = self._parameters[0].device
         self._stages = encoder_stages(objective)
         self._head, self._front = head_parameters(objective), front_end_parameters(objective)
-        owned = [*(stage.owned for stage in self._stages), self._head, self._front]
-        self._gradients = GradientBuffers([[each.parameter for each in stage] for stage in owned])
-        self._capture = CudaCapture(self._device) if self._device.type == "cuda" and capacities is not None else None
+        self._owned = [*(stage.owned for stage in self._stages), self._head, self._front]
+        self._frozen = [each for each in objective.parameters() if not each.requires_grad]
+        self._gradients = GradientBuffers([[each.parameter for each in stage] for stage in self._owned])
+        # A generator of another make may draw masks as it is called, on the host: a graph would repeat the first.
+        captures = capacities is not None and is_plain(objective.model.mask_generator, MaskGenerator)
+        self._capture = CudaCapture(self._device) if captures and self._device.type == "cuda" else None
         self._optimizer = OptimizerStep(optimizer, self._parameters, clip_norm, self._capture)
         # The six sums of `FrameLosses`, and the penalty times the masked frames.
         self._sums = torch.zeros(7, dtype=torch.float64, device=self._device)
@@ -106,13 +112,13 @@ class GraphedStep:
         seeds = objective.model.wav2vec2.encoder.transformer.seed_count
         self._seeds = torch.zeros(seeds, dtype=torch.int64, device=self._device)
         self._rows: Optional[Tensor] = None
-        self._programs: dict[tuple[Capacity, bool], _Program] = {}
+        self._programs: dict[tuple[Capacity, bool, bool], _Program] = {}
         self._said_full = False
         self._pointers = self._where_parameters_lie()
         self._pending: list[tuple[dist.Work, Tensor, Tensor]] = []
         self._agreed_on_use: frozenset[int] = frozenset()
         if process_group is not None:
-            self._join(process_group)
+            self.join(process_group)
 
     def __call__(self, micro_batches: Sequence[MicroBatch], *, masked_frames: Optional[float] = None) -> UpdateResult:
         """One update: the optimizer's step on the gradient of the loss per masked frame.
@@ -123,6 +129,7 @@ class GraphedStep:
 
         Raises:
             ValueError: without a micro-batch.
+            RuntimeError: where other parameters are trained than when this was made.
         """
         taking_part = self._accumulate(micro_batches, masked_frames, reduce=self._group is not None)
         self._gradients.give(taking_part)
@@ -156,6 +163,7 @@ class GraphedStep:
         """Gradients of the micro-batches, in their buffers; returns the stages that have some."""
         if not micro_batches:
             raise ValueError("micro_batches must hold one or more; got none")
+        self._require_same_parameters()
         if self._pointers != self._where_parameters_lie():
             self.reset()
         # All draws first, in the order in which a plain loop makes them.
@@ -251,7 +259,7 @@ class GraphedStep:
 
     def _program(self, batch: MicroBatch, features: Tensor, with_seeds: bool) -> _Program:
         """The program of the batch's capacity; one of its own where it has no capacity."""
-        key = batch.capacity, with_seeds
+        key = batch.capacity, with_seeds, self._objective.model.wav2vec2.encoder.transformer.training
         if batch.fits and key in self._programs:
             return self._programs[key]
         rows, channels = batch.capacity.rows, features.shape[2]
@@ -343,9 +351,25 @@ class GraphedStep:
     def _where_parameters_lie(self) -> list[int]:
         return [each.data_ptr() for each in self._parameters]
 
+    def _require_same_parameters(self) -> None:
+        """Refuse a model whose parameters were replaced, frozen or unfrozen since: training would go on with the old ones."""
+        same = all(
+            each.parameter.requires_grad and each.parameter is module._parameters.get(name)
+            for stage in self._owned
+            for each in stage
+            for module, name in each.places
+        )
+        if not same or any(each.requires_grad for each in self._frozen):
+            raise RuntimeError(
+                "objective has other trained parameters than when this GraphedStep was made, as after "
+                "load_state_dict(assign=True) or requires_grad_(): make another"
+            )
+
     # Processes that train together
 
-    def _join(self, group: dist.ProcessGroup) -> None:
+    def join(self, group: dist.ProcessGroup) -> None:
+        """Train with the other processes of ``group`` from here on, which all call this; as ``process_group`` does."""
+        self._group = group
         ranks = dist.get_process_group_ranks(group)
         for parameter in self._objective.parameters():
             dist.broadcast(parameter.detach(), src=ranks[0], group=group)
@@ -409,6 +433,16 @@ def _check(
         raise ValueError(
             f"objective must be a PretrainingObjective, wrapped by nothing; got {type(objective).__name__}"
         )
+    transformer = objective.model.wav2vec2.encoder.transformer
+    for name, module, kind in (
+        ("objective", objective, PretrainingObjective),
+        ("transformer", transformer, Transformer),
+    ):
+        if not is_plain(module, kind):
+            raise ValueError(
+                f"{name} must be a {kind.__name__} without hooks, which a graphed step would not call; got "
+                f"{type(module).__name__}"
+            )
     if not objective.masked_weight and not objective.unmasked_weight:
         raise ValueError("objective must have a weight on masked or unmasked frames; both are 0")
     if clip_norm is not None and not clip_norm > 0:

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from hubert_fast.models.capture import Work
 
-_MOST_GRAPHS = 16  # sets of parameters that take part
+# Graphs, each for a set of parameters and settings of the optimizer, and such sets that are remembered.
+_MOST_GRAPHS, _MOST_SEEN = 16, 4096
 
 
 class OptimizerStep:
@@ -36,9 +37,9 @@ class OptimizerStep:
         self._capture = capture if _can_be_captured(optimizer) else None
         device = parameters[0].device
         self.norm = torch.zeros((), device=device)
-        self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, Work] = {}
+        self.forget()
         optimizer.register_load_state_dict_post_hook(lambda _: self.forget())
 
     def __call__(self, taking_part: Hashable) -> Tensor:
@@ -51,6 +52,8 @@ class OptimizerStep:
             self._run()
             return self.norm.clone()
         key = (taking_part, self._settings())
+        if len(self._rates) != len(self._optimizer.param_groups) or len(self._seen) >= _MOST_SEEN:
+            self.forget()
         for rate, group in zip(self._rates, self._optimizer.param_groups):
             rate.fill_(group["lr"])
         if key not in self._seen or self._is_full(key):
@@ -68,6 +71,7 @@ class OptimizerStep:
         """Drop the graphs: what they read lies elsewhere now."""
         self._seen.clear()
         self._graphs.clear()
+        self._rates = [torch.zeros_like(self.norm) for _ in self._optimizer.param_groups]
 
     def _run(self) -> None:
         if self._clip_norm is None:

@@ -105,20 +105,33 @@ def halve_until_they_fit(
         _say(f"micro-batches of {batches.seconds():.1f} s took {peak / _GIB:.1f} GiB in a trial", process)
 
 
-def _runs_out(
+def run_largest(
     batches: GlobalBatches, gradients: Gradients, optimizer: torch.optim.Optimizer, device: torch.device
-) -> bool:
+) -> None:
+    """Compute the gradients of the largest micro-batch that may come, and throw them away. No random number is used up.
+
+    Raises:
+        torch.OutOfMemoryError: where it does not fit.
+    """
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     # From the second on, the gradients of those before lie beside what is kept of a micro-batch.
     micro_batches = [batches.largest_micro_batch()] * min(2, batches.accumulate)
     try:
         _try(lambda: gradients(micro_batches), [] if optimizer.state else parameters, device)
+    finally:
+        for each in parameters:
+            each.grad = None
+
+
+def _runs_out(
+    batches: GlobalBatches, gradients: Gradients, optimizer: torch.optim.Optimizer, device: torch.device
+) -> bool:
+    try:
+        run_largest(batches, gradients, optimizer, device)
         runs_out = False
     except torch.OutOfMemoryError:
         runs_out = True
     # Here the error, and with it the tensors of all that it came through, is gone.
-    for each in parameters:
-        each.grad = None
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return runs_out

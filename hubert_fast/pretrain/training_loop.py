@@ -27,7 +27,7 @@ from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.finite import FiniteGuard
 from hubert_fast.pretrain.interrupts import StopRequest, TrainingInterrupted
 from hubert_fast.pretrain.metrics_log import Clock, Meter, metrics_log
-from hubert_fast.pretrain.micro_batches import halve_until_they_fit
+from hubert_fast.pretrain.micro_batches import halve_until_they_fit, run_largest
 from hubert_fast.pretrain.random_state import (
     preserved_random_state,
     random_state,
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 
 Log = Callable[[int, Mapping[str, float]], None]
-# (micro-batches, masked frames of all) -> (loss of this rank, norm of the gradients of all)
-Step = Callable[["list[Batch]", float], "tuple[Tensor, Tensor]"]
+# An update of the weights on micro-batches, given the masked frames of all ranks and micro-batches.
+Step = Callable[["list[Batch]", float], None]
 
 
 class Trainer:
@@ -97,6 +97,7 @@ class Trainer:
         self.autocast = config.autocast
         self.progress = progress
         self.halve, self.graphs = halve, graphs
+        self.graphed: GraphedStep | None = None
         self.reduce_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.reduce_dtype]
         self.meter = Meter(process.device)
         self.guard = FiniteGuard(process.device)
@@ -140,6 +141,8 @@ class Trainer:
         with StopRequest() as stop, self._metrics_log() as log, self._progress_bar() as bar:
             if self.halve and self.step < self.steps:
                 halve_until_they_fit(self.batches, self._gradients, self.optimizer, self.process)
+            elif self.graphs and self.step < self.steps:
+                run_largest(self.batches, self._gradients, self.optimizer, self.process.device)
             step = self._graphed_step() if self.graphs else self._eager_step
             self.clock.restart_window()
             updates = iter(self.batches)
@@ -174,15 +177,18 @@ class Trainer:
     def _update(self, step: Step, update: list[Batch], masked_frames: float) -> None:
         """One optimizer step on the loss per masked frame; ``masked_frames`` are those of all ranks and micro-batches."""
         self.learning_rate = self.scheduler.get_last_lr()[0]
-        loss, gradient_norm = step(update, masked_frames)
+        step(update, masked_frames)
+        self.scheduler.step()
+        self.step += 1
+
+    def _watch(self, update: list[Batch], loss: Tensor, gradient_norm: Tensor) -> None:
+        """Take note of this rank's ``loss`` and of the norm of all ranks' gradients, both ``[]``."""
         self.meter.add_update(gradient_norm)
         self.guard.watch(self.step + 1, [name for batch in update for name in batch.ids], loss, gradient_norm)
         if self.process.device.type == "cpu":
             self.guard.check()
-        self.scheduler.step()
-        self.step += 1
 
-    def _eager_step(self, update: list[Batch], masked_frames: float) -> tuple[Tensor, Tensor]:
+    def _eager_step(self, update: list[Batch], masked_frames: float) -> None:
         """DDP averages gradients over ranks, so the sum over ranks needs the factor ``world_size``."""
         scale = self.process.world_size / max(1.0, masked_frames)
         loss = torch.zeros((), device=self.process.device)
@@ -192,35 +198,52 @@ class Trainer:
                 (output.loss * scale).backward()
             self.meter.add_micro_batch(output)
             loss += output.loss.detach()
-        gradient_norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        self._watch(update, loss, nn.utils.clip_grad_norm_(self.parameters, self.clip_norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss, gradient_norm
 
     def _graphed_step(self) -> Step:
         """Steps in graphs, for the batches as they are divided now."""
-        graphed = GraphedStep(
+        graphed = self.graphed or self._new_graphed()
+        if self.process.world_size > 1:
+            graphed.join(dist.group.WORLD)
+        self.batches.plan_with(graphed.planner)
+
+        def step(update: list[Batch], masked_frames: float) -> None:
+            result = graphed([batch.planned for batch in update], masked_frames=masked_frames)
+            self.meter.add_micro_batch(result)
+            self._watch(update, result.loss, result.gradient_norm)
+
+        return step
+
+    def _new_graphed(self) -> GraphedStep:
+        return GraphedStep(
             self.objective,
             self.optimizer,
             clip_norm=self.clip_norm,
             capacities=self.batches.capacities(),
             autocast=torch.bfloat16 if self.autocast else None,
-            process_group=dist.group.WORLD if self.process.world_size > 1 else None,
             reduce_dtype=self.reduce_dtype,
         )
-        self.batches.plan_with(graphed.planner)
-
-        def step(update: list[Batch], masked_frames: float) -> tuple[Tensor, Tensor]:
-            result = graphed([batch.planned for batch in update], masked_frames=masked_frames)
-            self.meter.add_micro_batch(result)
-            return result.loss, result.gradient_norm
-
-        return step
 
     def _gradients(self, micro_batches: list[Batch]) -> None:
-        """Add up the gradients of ``micro_batches``, of this rank alone."""
-        for batch in micro_batches:
-            self._forward(self.objective, batch).loss.backward()
+        """Add up the gradients of ``micro_batches``, of this rank alone.
+
+        In graphs, their pool is made for the largest before others come: pieces of memory for smaller ones would not do for it.
+        """
+        if not self.graphs:
+            for batch in micro_batches:
+                self._forward(self.objective, batch).loss.backward()
+            return
+        self.graphed = None  # that of another division, and its memory
+        if self.process.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.graphed = self._new_graphed()
+        planned = [
+            self.graphed.planner(batch.waveforms, batch.labels, batch.audio_lengths, mask=batch.mask)
+            for batch in micro_batches
+        ]
+        self.graphed.gradients(planned)
 
     def _forward(self, objective: nn.Module, batch: Batch) -> Any:
         device = self.process.device

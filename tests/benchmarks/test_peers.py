@@ -189,7 +189,7 @@ def test_the_graph_peer_gives_each_batch_its_own_gradients():
     setting = replace(FLOAT32, architecture=TINY.without_dropout())
     weights = hubert_fast.hubert_pretrain_model(**TINY.factory_arguments(30)).state_dict()
     graph, plain = (peer.build(setting, weights) for peer in (_OnCpu(), HubertFast()))
-    batches = [make([16000, length], TINY, 30, seed=seed) for seed, length in enumerate((12000, 12100, 11900, 12000))]
+    batches = [make([16000, length], TINY, 30, seed=seed) for seed, length in enumerate(range(11900, 12500, 100))]
     for batch in batches:
         for model in (graph, plain):
             torch.manual_seed(batch.seed)
@@ -197,7 +197,7 @@ def test_the_graph_peer_gives_each_batch_its_own_gradients():
             model.forward_backward(batch, torch.float32)
         for mine, expected in zip(graph.module.parameters(), plain.module.parameters()):
             assert torch.allclose(mine.grad, expected.grad, rtol=1e-3, atol=1e-3 * float(expected.grad.abs().max()))
-    assert graph.capture.graphs == 1 and graph.capture.replays == len(batches) - 1
+    assert 1 <= graph.capture.graphs < graph.capture.replays
 
 
 def test_a_graph_that_remembers_its_first_batch_is_rejected(monkeypatch):

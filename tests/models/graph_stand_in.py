@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hubert_fast.models.optimizer_step import _can_be_captured
+
 
 class _Recorder(TorchDispatchMode):
     """Notes operations; ``pool`` gathers what they allocate, ``before`` what else they write to, as it was."""
@@ -83,5 +85,7 @@ def _place(tensor: Tensor) -> int:
 def replace_capture(step: Any) -> StandInCapture:
     """Let ``step``, a `GraphedStep` on a CPU, capture all that it would on a GPU."""
     capture = StandInCapture()
-    step._capture = step._optimizer._capture = capture
+    step._capture = capture
+    if _can_be_captured(step._optimizer._optimizer):
+        step._optimizer._capture = capture
     return capture

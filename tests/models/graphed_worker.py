@@ -38,9 +38,7 @@ Update = Callable[[list[Micro], float], None]
 def by_ddp(objective: nn.Module) -> Update:
     """As in `hubert_fast.pretrain.training_loop`."""
     optimizer = adamw(objective)
-    parallel = nn.parallel.DistributedDataParallel(
-        objective, find_unused_parameters=True, gradient_as_bucket_view=True
-    )
+    parallel = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=True, gradient_as_bucket_view=True)
 
     def update(micro: list[Micro], masked_frames: float) -> None:
         for i, (_, plan, waveforms) in enumerate(micro):

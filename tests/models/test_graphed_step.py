@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import pickle
+from collections.abc import Callable
 from typing import Any, Optional
 
 import pytest
@@ -47,7 +51,7 @@ def adamw(objective: nn.Module) -> torch.optim.Optimizer:
 
 def plain_update(objective, optimizer, batches, plans, *, autocast: bool = False) -> tuple[Tensor, Tensor]:
     """One update by hand; returns the loss and the norm of the gradients."""
-    scale = 1 / sum(int(plan.masked.sum()) for plan in plans)
+    scale = 1 / max(1, sum(int(plan.masked.sum()) for plan in plans))
     total = torch.zeros((), dtype=torch.float64)
     optimizer.zero_grad()
     for (waveforms, _, _), plan in zip(batches, plans):
@@ -69,17 +73,35 @@ def train_both(
     same_capacity: bool = True,
     dtype: torch.dtype = torch.float32,
     autocast: bool = False,
+    prepare: Callable[[nn.Module], Any] = lambda objective: None,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adamw,
+    before: Callable[[int, nn.Module, torch.optim.Optimizer], Any] = lambda *_: None,
+    batch: Callable[..., tuple[Tensor, Tensor, Tensor]] = data,
+    most_graphs: int = 32,
     **changes: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], GraphedStep]:
-    """The weights after ``updates`` by a plain loop and by a graphed step, on the same batches and random numbers."""
-    theirs, ours = build(dtype=dtype, **changes), build(dtype=dtype, **changes)
-    by_hand, optimizer = adamw(theirs), adamw(ours)
+    """The weights after ``updates`` by a plain loop and by a graphed step, on the same batches and random numbers.
+
+    ``prepare`` is given each of the two objectives; ``before`` each update, its objective and its optimizer.
+    """
+    theirs = build(dtype=dtype, **changes)
+    prepare(theirs)
+    ours = build(dtype=dtype, **changes)
+    prepare(ours)
+    by_hand, by_graphs = optimizer(theirs), optimizer(ours)
     step = GraphedStep(
-        ours, optimizer, clip_norm=1.0, capacities=capacities, autocast=torch.bfloat16 if autocast else None
+        ours,
+        by_graphs,
+        clip_norm=1.0,
+        capacities=capacities,
+        autocast=torch.bfloat16 if autocast else None,
+        most_graphs=most_graphs,
     )
     stand_in = replace_capture(step) if capture else None
     for update in range(updates):
-        batches = [data(100 * update + i, dtype) for i in range(accumulate)]
+        before(update, theirs, by_hand)
+        before(update, ours, by_graphs)
+        batches = [batch(100 * update + i, dtype) for i in range(accumulate)]
         torch.manual_seed(update)
         planned = [step.planner(*each) for each in batches]
         torch.manual_seed(update)
@@ -140,3 +162,221 @@ def test_dead_rows_change_nothing_but_rounding(dtype, tolerance):
     weights = train_both(20, 1, same_capacity=False, dtype=dtype, encoder_layer_drop=0.5)[:2]
     theirs, ours = (torch.cat([each.flatten() for each in state.values()]) for state in weights)
     assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+def _replace_mask_generator(objective: nn.Module) -> None:
+    class Doubling(hubert_fast.models.masking.MaskGenerator):
+        def forward(self, x, padding_mask=None, *, mask=None):
+            return 2 * super().forward(x, padding_mask, mask=mask)[0], mask
+
+    objective.model.mask_generator.__class__ = Doubling
+
+
+def _replace_feed_forward(objective: nn.Module) -> None:
+    layer = objective.model.wav2vec2.encoder.transformer.layers[1]
+    layer.feed_forward = nn.Sequential(layer.feed_forward, nn.Linear(64, 64))
+
+
+def _share_within_a_layer(objective: nn.Module) -> None:
+    attention = objective.model.wav2vec2.encoder.transformer.layers[0].attention
+    attention.q_proj.weight = attention.k_proj.weight
+
+
+PREPARED = {
+    "front end frozen": lambda objective: objective.model.wav2vec2.feature_extractor.requires_grad_(False),
+    "head alone trained": lambda objective: (
+        objective.requires_grad_(False),
+        objective.model.logit_generator.requires_grad_(True),
+    ),
+    "upper layers and head trained": lambda objective: (
+        objective.requires_grad_(False),
+        objective.model.logit_generator.requires_grad_(True),
+        objective.model.wav2vec2.encoder.transformer.layers[1:].requires_grad_(True),
+    ),
+    "mask generator replaced": _replace_mask_generator,
+    "feed-forward replaced": _replace_feed_forward,
+    "parameter shared within a layer": _share_within_a_layer,
+    "eval": lambda objective: objective.eval(),
+}
+
+
+@pytest.mark.parametrize("name", PREPARED)
+def test_frozen_shared_and_replaced_parts_are_trained_as_in_a_loop(name):
+    # A module in the place of one of ours draws its dropout masks as it runs: on a CPU from LayerDrop's generator.
+    drops = {"encoder_layer_drop": 0.5} if "replaced" in name else RANDOM
+    theirs, ours, _ = train_both(6, 1, capture=True, prepare=PREPARED[name], **drops)
+    assert_equal(theirs, ours)
+
+
+def _with_rows_of_no_frame(seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    waveforms, labels, lengths = data(seed, dtype)
+    return waveforms, labels, torch.tensor([SAMPLES, 0, 399])
+
+
+BATCHES = {
+    "rows without a frame": dict(batch=_with_rows_of_no_frame),
+    "nothing masked": dict(mask_prob=0.0),
+    "nothing masked, the rest learnt": dict(mask_prob=0.0, unmasked_weight=0.5),
+    "nothing masked, sizes of their own": dict(mask_prob=0.0, capacities=None),
+    "some fit no capacity": dict(capacities=Capacities(rows=50, sequences=3, max_frames=num_frames(SAMPLES))),
+}
+
+
+@pytest.mark.parametrize("capture", [False, True], ids=["as-it-runs", "captured"])
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches_out_of_the_ordinary_change_nothing_of_that(name, capture):
+    theirs, ours, _ = train_both(8, 2, capture=capture, encoder_layer_drop=0.2, **BATCHES[name])
+    assert_equal(theirs, ours)
+
+
+def _short_and_long_in_turn(seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    waveforms, labels, _ = data(seed, dtype)
+    return waveforms, labels, torch.tensor([SAMPLES, 6400, 6400] if seed % 200 else [SAMPLES, 3000, 3000])
+
+
+def test_capacities_above_the_most_graphs_run_eagerly_and_say_so_once(caplog):
+    with caplog.at_level(logging.WARNING):
+        theirs, ours, step = train_both(6, 1, capture=True, most_graphs=1, batch=_short_and_long_in_turn)
+    assert_equal(theirs, ours)
+    assert len(step._programs) > 1 and sum(bool(each.captured) for each in step._programs.values()) == 1
+    assert [record.message for record in caplog.records if "most_graphs=1" in record.message] == [
+        "most_graphs=1 capacities are captured; steps of others run eagerly"
+    ]
+
+
+def _two_groups(objective: nn.Module) -> torch.optim.Optimizer:
+    parameters = [*objective.parameters()]
+    groups = [{"params": parameters[::2], "lr": 2**-9}, {"params": parameters[1::2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, 2**-10, fused=True)
+
+
+OPTIMIZERS = {
+    "two groups": _two_groups,
+    "SGD with momentum": lambda objective: torch.optim.SGD(objective.parameters(), 2**-5, momentum=0.5),
+    "fused SGD": lambda objective: torch.optim.SGD(objective.parameters(), 2**-5, fused=True),
+    "AdamW that is not fused": lambda objective: torch.optim.AdamW(objective.parameters(), 2**-10),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_step_as_in_a_loop(name):
+    theirs, ours, _ = train_both(8, 1, capture=True, optimizer=OPTIMIZERS[name], encoder_layer_drop=0.5)
+    assert_equal(theirs, ours)
+
+
+def test_learning_rates_and_weight_decay_that_change_reach_a_captured_step():
+    def before(update: int, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        scheduler = vars(optimizer).setdefault(
+            "scheduler", torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 2.0 ** -(i % 3))
+        )
+        if update:
+            scheduler.step()
+        optimizer.param_groups[0]["weight_decay"] = 0.01 if update < 6 else 0.5
+
+    theirs, ours, _ = train_both(12, 1, capture=True, before=before)
+    assert_equal(theirs, ours)
+
+
+def test_states_that_are_loaded_between_updates_are_gone_on_from():
+    def before(update: int, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if update == 4:
+            objective.saved = copy.deepcopy((objective.state_dict(), optimizer.state_dict()))
+        if update == 8:
+            model, state = objective.saved
+            objective.load_state_dict(model)
+            optimizer.load_state_dict(state)
+
+    theirs, ours, _ = train_both(12, 1, capture=True, before=before)
+    assert_equal(theirs, ours)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda objective: objective.load_state_dict(copy.deepcopy(objective.state_dict()), assign=True),
+        lambda objective: objective.model.wav2vec2.feature_extractor.requires_grad_(False),
+    ],
+    ids=["assigned", "frozen"],
+)
+def test_parameters_that_are_replaced_or_frozen_later_are_refused(change):
+    objective = build()
+    step = GraphedStep(objective, adamw(objective))
+    batch = step.planner(*data(0))
+    step([batch])
+    change(objective)
+    with pytest.raises(RuntimeError, match="make another"):
+        step([batch])
+
+
+def test_a_layer_that_is_left_out_keeps_its_weights_and_its_optimizer_state():
+    objective = build(encoder_layer_drop=0.5)
+    optimizer = adamw(objective)
+    step = GraphedStep(objective, optimizer, capacities=ROOM)
+    replace_capture(step)
+    transformer = objective.model.wav2vec2.encoder.transformer
+    drawn = [False, False, False]
+    transformer.draw_dropped_layers = lambda: drawn
+    batch = step.planner(*data(0))
+    for _ in range(3):
+        step([batch])
+    drawn = [False, True, False]
+    layer = transformer.layers[1]
+    for _ in range(3):
+        before = copy.deepcopy([(each, optimizer.state[each]) for each in layer.parameters()])
+        step([batch])
+        for each, (was, state) in zip(layer.parameters(), before):
+            assert torch.equal(each, was) and all(torch.equal(state[k], v) for k, v in optimizer.state[each].items())
+            assert each.grad is None
+
+
+def test_a_planner_that_was_pickled_makes_the_same_micro_batch():
+    planner = GraphedStep(build(**RANDOM), adamw(build()), capacities=ROOM).planner
+    batches = []
+    for each in (planner, pickle.loads(pickle.dumps(planner))):
+        torch.manual_seed(0)
+        batches.append(each(*data(0)))
+    assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(*batches))
+
+
+def test_making_a_step_draws_nothing():
+    objective = build(**RANDOM)
+    before = torch.get_rng_state()
+    GraphedStep(objective, adamw(objective), capacities=ROOM)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def _hooked() -> nn.Module:
+    objective = build()
+    objective.model.wav2vec2.encoder.transformer.register_forward_hook(lambda *_: None)
+    return objective
+
+
+WRONG = {
+    "transformer must be a Transformer without hooks": dict(objective=_hooked),
+    "objective must be a PretrainingObjective.*got Sequential": dict(objective=lambda: nn.Sequential(build())),
+    "weight on masked or unmasked frames": dict(
+        objective=lambda: hubert_fast.PretrainingObjective(build().model, masked_weight=0.0)
+    ),
+    "clip_norm must be positive or None; got 0.0": dict(clip_norm=0.0),
+    "reduce_dtype must be .*; got torch.float16": dict(reduce_dtype=torch.float16),
+    "most_graphs must be at least 0; got -1": dict(most_graphs=-1),
+    "objective must have parameters to train.*got": dict(objective=lambda: build().requires_grad_(False)),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_settings_out_of_range_are_named(message):
+    settings = {**WRONG[message]}
+    objective = settings.pop("objective", build)()
+    with pytest.raises(ValueError, match=message):
+        GraphedStep(objective, adamw(objective), **settings)
+
+
+def test_a_planner_names_what_is_not_on_the_cpu_and_a_step_wants_a_micro_batch():
+    objective = build()
+    step = GraphedStep(objective, adamw(objective))
+    waveforms, labels, lengths = data(0)
+    with pytest.raises(ValueError, match="labels must be on the CPU; got meta"):
+        step.planner(waveforms, labels.to("meta"), lengths)
+    with pytest.raises(ValueError, match="micro_batches must hold one or more; got none"):
+        step([])
