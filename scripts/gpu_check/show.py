@@ -52,9 +52,10 @@ def render(facts: Facts) -> list[str]:
     lines.append(
         f"predicted: GPU {predictions.STEP_MS[0]} ms ({predictions.STEP_RANGE_MS[0]} to {predictions.STEP_RANGE_MS[1]}), "
         f"eager {low:.0f} to {high:.0f} ms of host time, graph under {predictions.GRAPH_HOST_MS:.0f}; "
-        f"the aim is {predictions.AIM_MS} ms"
+        f"the aim is {predictions.AIM_MS} ms; "
+        f"LayerDrop's graphs add {predictions.UPDATES['time, LayerDrop'].gaps_ms:.2f} ms of gaps"
     )
-    return lines + _parts(facts)
+    return lines + _updates(facts) + _parts(facts)
 
 
 def _steps(found: list[dict[str, Any]]) -> list[str]:
@@ -67,6 +68,36 @@ def _steps(found: list[dict[str, Any]]) -> list[str]:
         rate, ratio = each["audio_s"] / each["ms"] * 1e3, each["ms"] / steps["hubert_fast"]["ms"]
         lines.append(f"{name:28} {each['ms']:8.2f} {each['host_ms']:8.2f} {rate:10,.0f} {ratio:7.2f}")
     return lines
+
+
+def _updates(facts: Facts) -> list[str]:
+    """Updates in graphs beside eager ones, and beside what the host was predicted to need."""
+    timed = [each for each in facts.of("graphs") if "eager_ms" in each]
+    if not timed:
+        return []
+    lines = [
+        f"{'update: clipping, optimizer too':34} {'ms':>8} {'audio s/s':>10} {'host ms':>8} {'predicted':>9} "
+        f"{'launches':>9} {'predicted':>9} {'graphs':>7} {'made in s':>9}"
+    ]
+    for each in timed:
+        predicted = predictions.UPDATES[each["item"]]
+        for side, prefix, host_ms in (("graphs", "", predicted.host_ms), ("eager", "eager_", predictions.HOST_MS[0])):
+            ms, measured = each[f"{prefix}ms"], each[f"{prefix}host_ms"]
+            line = f"{each['item'].replace('time', side):34} {ms:8.2f} {each['audio_s'] / ms * 1e3:10,.0f} "
+            line += f"{measured:8.2f} {host_ms:9.2f}"
+            if side == "graphs":
+                graphs, seconds = (each[name] + each[f"optimizer_{name}"] for name in ("graphs", "capture_s"))
+                line += f" {each['launches']:9.1f} {predicted.launches:9d} {graphs:7d} {seconds:9.2f}"
+            lines.append(line)
+    taken = {side: timed[0].get(name) for side, name in (("eager", "eager_memory_gib"), ("graphs", "memory_gib"))}
+    if all(taken.values()):
+        sides = [f"{side} {_gib(each)}" for side, each in taken.items()]
+        lines.append(f"GiB: predicted {timed[0]['predicted_gib']:.2f}; {'; '.join(sides)}")
+    return lines
+
+
+def _gib(taken: dict[str, float]) -> str:
+    return ", ".join(f"{value:.2f} {name}" for name, value in taken.items())
 
 
 def _parts(facts: Facts) -> list[str]:

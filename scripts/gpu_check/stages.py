@@ -50,6 +50,8 @@ STAGES = {
               module("smoke"), shows=("smoke",)),
         Stage("step", "whole steps: ours, ours in a graph, torchaudio; kernels by time", 75, module("step"),
               shows=("step", "profile", "kernel")),
+        Stage("graphs", "updates in CUDA graphs: as a plain loop's, how fast, what is captured; extraction", 60,
+              module("graphs"), shows=("graphs",)),
         Stage("determinism", "two runs from one seed, equal to the bit", 30, module("determinism"), shows=("determinism",)),
         Stage("tests", "pytest -m gpu but for the kernels' own, in parallel", 130,
               module("gpu_tests", "most"), shows=("tests", "failed test")),
@@ -74,7 +76,7 @@ STAGES = {
 
 PARTS = {
     "install": ("install", "warm", "environment"),
-    "a": ("install", "warm", "environment", "smoke", "step", "determinism", "tests", "kernels"),
+    "a": ("install", "warm", "environment", "smoke", "step", "graphs", "determinism", "tests", "kernels"),
     "b": ("large", "peers", "operators", "converge", "memcheck", "racecheck", "pretrain"),
     "sanitize": ("memcheck", "racecheck"),
 }

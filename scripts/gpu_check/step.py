@@ -32,6 +32,7 @@ from scripts.gpu_check.device import DEVICE, ON_GPU
 from scripts.gpu_check.facts import Facts, facts_of_process
 from scripts.gpu_check.models import DTYPE, NUM_CLASSES, architecture, full_batches, leave_out_broken, setting
 from scripts.gpu_check.profile import profile
+from scripts.gpu_check.timing import Times
 
 SIDES = {
     "ours": ("hubert_fast", "torchaudio", "hubert_fast graph"),
@@ -56,8 +57,7 @@ _NOTED_AFTER = (1, 3, 6, _ROUNDS)
 class _Side:
     name: str
     step: TrainingStep
-    seconds: list[float] = field(default_factory=list)
-    host_seconds: list[float] = field(default_factory=list)
+    times: Times = field(default_factory=Times)
 
 
 def main() -> int:
@@ -104,7 +104,7 @@ def _measure(facts: Facts, which: str) -> None:
                 facts.note(part, peer=side.name, rounds=number, audio_s=batches[0].audio_seconds, **figures)
     ours = next((side for side in sides if side.name == "hubert_fast"), None)
     for _ in items.left(["profile"] if which == "ours" and ours is not None else []):
-        profile(facts, ours.step, batches, chosen, statistics.median(ours.seconds))
+        profile(facts, ours.step, batches, chosen, statistics.median(ours.times.whole))
 
 
 def _weights(chosen: Setting) -> dict[str, torch.Tensor]:
@@ -183,24 +183,11 @@ def _round(side: _Side, batches, chosen: Setting) -> None:
     """A step on each batch. Every round draws the same masks: other numbers of masked frames may want another graph."""
     torch.manual_seed(0)
     for batch in batches:
-        synchronize(DEVICE)
-        started = time.perf_counter()
-        side.step(batch, chosen.dtype)
-        side.host_seconds.append(time.perf_counter() - started)
-        synchronize(DEVICE)
-        side.seconds.append(time.perf_counter() - started)
+        side.times.take(side.step, batch, chosen.dtype)
 
 
 def _figures(side: _Side, flops: float) -> dict[str, float]:
-    ordered, count = sorted(side.seconds), len(side.seconds)
-    median = statistics.median(ordered)
-    return {
-        "ms": 1e3 * median,
-        "p20_ms": 1e3 * ordered[count // 5],
-        "p80_ms": 1e3 * ordered[4 * count // 5],
-        "host_ms": 1e3 * statistics.median(side.host_seconds),
-        "tflops": flops / median / 1e12,
-    }
+    return {**side.times.figures(), "tflops": flops / statistics.median(side.times.whole) / 1e12}
 
 
 if __name__ == "__main__":

@@ -17,10 +17,14 @@ from torch.autograd import DeviceType
 
 import hubert_fast
 from benchmarks import predictions
+from hubert_fast.models.stage_pass import StagePass
+from hubert_fast.pretrain.distributed import Process
+from hubert_fast.pretrain.pipeline import open_run
 from scripts.gpu_check import environment as environment_stage
-from scripts.gpu_check import gpu_tests, isolated, models, profile, sanitize, show, smoke, stages
+from scripts.gpu_check import gpu_tests, graphs, isolated, models, pretrain, profile, sanitize, show, smoke, stages
 from scripts.gpu_check.facts import Facts
 from scripts.gpu_check.running import Runner, Stage
+from tests.pretrain.small_run import small_config, small_folder
 from tools.aot import __main__ as aot
 
 ROOT = Path(__file__).parents[2]
@@ -184,10 +188,11 @@ def test_every_stage_ends_well_on_a_cpu(whole):
 def test_every_part_leaves_its_facts(whole):
     parts = {each["part"] for each in whole.facts.all()}
     assert parts >= {"environment", "extension", "backends", "smoke", "step", "profile", "part", "kernel", "stages",
-                     "determinism", "tests", "step peers", "converge", "sanitize"}  # fmt: skip
+                     "graphs", "determinism", "tests", "step peers", "converge", "sanitize"}  # fmt: skip
     checks = whole.facts.of("smoke")
     assert {each["item"] for each in checks} == {each.name for each in smoke.checks()}
     assert all(each["ok"] for each in checks), checks
+    assert {each["item"] for each in whole.facts.of("graphs") if each.get("ok", True)} == set(graphs.ITEMS)
     assert whole.facts.of("determinism")[0]["equal"]
     assert whole.facts.of("converge")[-1]["ok"]
     assert {"hubert_fast", "torchaudio"} <= {each["peer"] for each in whole.facts.of("step") if "ms" in each}
@@ -276,6 +281,34 @@ def test_a_wrong_gradient_of_one_operator_is_found_and_named(monkeypatch, scale)
     assert smoke._compare(checks["mask_fill, float32"])["ok"]
 
 
+def test_a_wrong_gradient_of_a_stage_in_graphs_is_found_and_named(monkeypatch):
+    backward = StagePass._backward
+
+    def wrong(self, i):
+        backward(self, i)
+        self._gradients.flat[i].mul_(1.05 if i == 1 else 1.0)
+
+    monkeypatch.setattr(StagePass, "_backward", wrong)
+    found = graphs._gradients(0.0)
+    assert not found["ok"]
+    assert {
+        item: [name for name, error in errors.items() if error > 0.01] for item, errors in found["wrong"].items()
+    } == (dict.fromkeys(("as it runs", "captured", "another capacity", "another batch"), ["layer 0"]))
+
+
+def test_an_item_in_graphs_that_fails_on_a_gpu_leaves_the_others_to_a_new_process(facts, monkeypatch):
+    def fail():
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(graphs, "ITEMS", {"first": fail, "second": lambda: {"ok": True}})
+    monkeypatch.setattr(graphs, "ON_GPU", True)
+    monkeypatch.setattr(sys, "argv", ["graphs", str(facts.out), "here"])
+    assert (graphs.main(), graphs.main()) == (isolated.LOST, 0)
+    first, second = facts.of("graphs")
+    assert first["failed"] == "RuntimeError: operation not permitted when stream is capturing"
+    assert second["item"] == "second" and second["done"]
+
+
 def test_operators_that_are_broken_run_by_pytorch_from_then_on(facts):
     facts.note("smoke", item="all, bfloat16", done=True, ok=False)
     facts.note("smoke", item="masked_attention, bfloat16", done=True, ok=False)
@@ -359,6 +392,22 @@ def test_measured_stands_beside_predicted(facts):
     assert re.search(r"^attention +48 +48 +0\.90 +2\.90 +3\.25$", text, re.MULTILINE)
 
 
+def test_an_update_in_graphs_stands_beside_its_prediction(facts):
+    facts.note("step", peer="hubert_fast", rounds=12, audio_s=175.0, ms=50.0, host_ms=48.0)
+    memory = {"allocated": 6.0, "reserved": 7.0, "device": 7.5}
+    facts.note(
+        "graphs", item="time, LayerDrop", audio_s=175.0, ms=25.0, host_ms=4.0, eager_ms=50.0, eager_host_ms=49.0,
+        launches=27.5, graphs=51, capture_s=1.0, optimizer_graphs=4, optimizer_capture_s=0.5, predicted_gib=6.57,
+        memory_gib=memory, eager_memory_gib=memory,
+    )  # fmt: skip
+    text = "\n".join(show.render(facts))
+    predicted = predictions.UPDATES["time, LayerDrop"]
+    row = rf"^graphs, LayerDrop +25\.00 +7,000 +4\.00 +{predicted.host_ms:.2f} +27\.5 +{predicted.launches} +55 +1\.50$"
+    assert re.search(row, text, re.MULTILINE)
+    assert re.search(r"^eager, LayerDrop +50\.00 +3,500 +49\.00 +45\.00$", text, re.MULTILINE)
+    assert "GiB: predicted 6.57; eager 6.00 allocated, 7.00 reserved, 7.50 device; graphs 6.00" in text
+
+
 _SANITIZER = """#!/bin/sh
 echo "========= COMPUTE-SANITIZER"
 echo "========= Invalid __global__ read of size 4 bytes"
@@ -427,6 +476,32 @@ def test_a_run_that_was_stopped_tells_what_it_has(facts, tmp_path):
     note_run(facts, tmp_path / "run")
     (found,) = facts.of("pretrain")
     assert found["last_loss"] == 4.0 and found["audio_seconds_per_second"] == 40.0
+
+
+def test_the_trainer_in_graphs_and_without_is_compared(facts, tmp_path):
+    run = open_run(
+        tmp_path / "run",
+        small_config(),
+        Process(),
+        audio=small_folder(tmp_path / "speech"),
+        resume=False,
+        progress=False,
+    )
+    run.scan()
+    run.units(1)
+    assert pretrain.compare(facts, run)
+    auto, off, verdict = facts.of("pretrain")
+    assert (auto["graphs"], off["graphs"]) == ("auto", "off")
+    assert auto["steps"] == off["steps"] == 2 and auto["audio_seconds_per_second"] > 0
+    assert verdict["ok"] and len(verdict["auto"]) == len(verdict["off"]) == 2
+
+
+def test_what_the_trainer_says_of_memory_is_read():
+    said = [
+        "micro-batches of up to 175.0 s, 1 of each of 1 process: 6.6 of 138.0 GiB by prediction",
+        "micro-batches of 175.0 s took 6.1 GiB in a trial",
+    ]
+    assert pretrain._gib(said) == {"predicted_gib": 6.6, "trial_gib": 6.1}
 
 
 def test_smoke_compares_with_the_reference_in_float64():

@@ -1,0 +1,604 @@
+"""Updates in CUDA graphs (`hubert_fast.GraphedStep`): are they those of a plain loop, how fast, and what is captured.
+
+    python -m scripts.gpu_check.graphs OUT         # an item that fails is noted, and a new process does the others
+    python -m scripts.gpu_check.graphs OUT here    # in this process
+
+HuBERT Base, bfloat16, 175 s of audio, 500 classes, dropout on. A plain loop is given the same capacities, so that both compute
+rows of the same number. On a CPU, which tries the script, the tests' stand-in captures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import hubert_fast
+from benchmarks.batches import SAMPLE_RATE, Batch, even, make
+from benchmarks.lost_device import first_line
+from hubert_fast import tf32
+from hubert_fast.models.optimizer_step import _can_be_captured
+from scripts.gpu_check import isolated
+from scripts.gpu_check.device import DEVICE, ON_GPU
+from scripts.gpu_check.facts import facts_of_process
+from scripts.gpu_check.models import DTYPE, NUM_CLASSES, architecture, leave_out_broken
+from scripts.gpu_check.timing import Times
+
+PART = "graphs"
+LAYER_DROP = 0.05  # of the published recipe
+
+_AUTOCAST = torch.bfloat16 if DTYPE == "bfloat16" else None
+_CLIP_NORM = 10.0
+_LEARNING_RATE = 2**-11  # float32, in which a graph reads it, holds it exactly
+# Relative, of the gradients of a group of parameters and of a loss. Both sides run the same kernels on the same shapes.
+_NEAR_GRADIENT, _NEAR_LOSS = 0.01, 0.01
+_UPDATES = 20 if ON_GPU else 6
+_ROUNDS = 6 if ON_GPU else 1
+# After so many runs even layers that are dropped half of the time have all run once, and the capacity is captured.
+_MOST_RUNS = 60
+
+_Gradients = dict[str, Optional[Tensor]]
+
+
+class _Capture:
+    """Counts the graphs that ``made_by`` makes, the seconds that takes, and their launches."""
+
+    def __init__(self, made_by: Any) -> None:
+        self._made_by = made_by
+        self.graphs, self.seconds, self.launches = 0, 0.0, 0
+
+    def ahead(self) -> AbstractContextManager[None]:
+        return self._made_by.ahead()
+
+    def renew(self) -> None:
+        self._made_by.renew()
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        started = time.perf_counter()
+        graph = self._made_by(work)
+        self.seconds += time.perf_counter() - started
+        self.graphs += 1
+
+        def launch() -> None:
+            self.launches += 1
+            graph()
+
+        return launch
+
+
+class _Graphed(NamedTuple):
+    step: hubert_fast.GraphedStep
+    capture: _Capture  # of forward and backward
+    optimizers: _Capture
+
+
+class _Example(NamedTuple):
+    """A batch, and what a step's planner made of it."""
+
+    batch: Batch
+    planned: hubert_fast.MicroBatch
+
+
+def main() -> int:
+    facts = facts_of_process()
+    if sys.argv[2:] != ["here"]:
+        code = isolated.run(facts, PART, "scripts.gpu_check.graphs", "here", item_seconds=20, first_seconds=40)
+        wrong = [each["item"] for each in facts.of(PART) if "failed" in each or each.get("ok") is False]
+        if wrong:
+            print(f"error: {', '.join(wrong)}")
+        return code or int(bool(wrong))
+    leave_out_broken(facts)
+    with tf32.allowed(True):
+        for name in isolated.Items(facts, PART).left(ITEMS):
+            started = time.monotonic()
+            try:
+                found = ITEMS[name]()
+            except Exception as error:
+                traceback.print_exc()
+                facts.note(PART, item=name, failed=first_line(error))
+                if ON_GPU:  # a capture that broke off leaves PyTorch's allocator in its midst
+                    return isolated.LOST
+            else:
+                facts.note(PART, item=name, done=True, seconds=round(time.monotonic() - started, 1), **found)
+            _free_what_is_left()
+    return 0
+
+
+# What is compared
+
+
+def _gradients(layer_drop: float) -> dict[str, Any]:
+    """Those of a graphed step, as it runs, captured, and replayed on another batch after one of another capacity."""
+    objective = _objective(layer_drop)
+    graphed = _graphed(objective)
+    first, second = _of_one_capacity(graphed.step)
+    shorter = _example(graphed.step, _lengths(0.7), 0)
+    found = {"as it runs": _compared(objective, graphed.step, [first])}
+    runs = 1 + _until_captured(graphed, [first])
+    graphs = graphed.capture.graphs
+    found["captured"] = _compared(objective, graphed.step, [first])
+    _until_captured(graphed, [shorter])
+    found["another capacity"] = _compared(objective, graphed.step, [shorter])
+    found["another batch"] = _compared(objective, graphed.step, [second])
+    twice = [_of_graphs(objective, graphed.step, [second], seed=5) for _ in range(2)]
+    repeats = all(_equal(twice[0][name], twice[1][name]) for name in twice[0])
+    return _verdict(found, repeats, repeats=repeats, graphs=graphs, runs_before_capture=runs)
+
+
+def _accumulated() -> dict[str, Any]:
+    """Two micro-batches an update, of one capacity: the first runs as it is, the second captures."""
+    objective = _objective(0.0)
+    graphed = _graphed(objective)
+    both = _of_one_capacity(graphed.step)
+    found = {str(number): _compared(objective, graphed.step, both) for number in (1, 2, 3)}
+    found["in the other order"] = _compared(objective, graphed.step, both[::-1])
+    return _verdict(found, graphs=graphed.capture.graphs)
+
+
+def _fits_none() -> dict[str, Any]:
+    """A batch that is larger than every capacity, before and after a capacity was captured."""
+    objective = _objective(0.0)
+    graphed = _graphed(objective)
+    longer = _example(graphed.step, _lengths(1.1), 0)
+    found = {"before": _compared(objective, graphed.step, [longer])}
+    _until_captured(graphed, [_example(graphed.step, _lengths(), 0)])
+    graphs = graphed.capture.graphs
+    found["after"] = _compared(objective, graphed.step, [longer])
+    eager = not longer.planned.fits and graphed.capture.graphs == graphs
+    return _verdict(found, eager, eager=eager)
+
+
+def _full() -> dict[str, Any]:
+    """One capacity may be captured; another runs eagerly from then on."""
+    objective = _objective(0.0)
+    graphed = _graphed(objective, most_graphs=1)
+    first, shorter = _example(graphed.step, _lengths(), 0), _example(graphed.step, _lengths(0.7), 0)
+    _until_captured(graphed, [first])
+    graphs = graphed.capture.graphs
+    found = {f"other, {number}": _compared(objective, graphed.step, [shorter]) for number in (1, 2, 3)}
+    found["first"] = _compared(objective, graphed.step, [first])
+    return _verdict(found, graphed.capture.graphs == graphs, graphs=graphs)
+
+
+def _updates() -> dict[str, Any]:
+    """Losses and weights after the same updates by a graphed step and by a plain loop."""
+    ours, theirs = _objective(LAYER_DROP), _objective(LAYER_DROP)
+    graphed, by_hand = _graphed(ours), _adamw(theirs)
+    examples = [*_of_one_capacity(graphed.step), _example(graphed.step, _lengths(0.7), 0)]
+    before = _flat(theirs)
+    losses: dict[str, list[Tensor]] = {"graphed": [], "plain": []}
+    for number in range(_UPDATES):
+        example = examples[number % len(examples)]
+        torch.manual_seed(number)
+        result = graphed.step([example.planned])
+        losses["graphed"].append(result.loss / result.masked_count)
+        torch.manual_seed(number)
+        losses["plain"].append(_plain_gradients(theirs, [example]))
+        nn.utils.clip_grad_norm_(theirs.parameters(), _CLIP_NORM)
+        by_hand.step()
+    mine, plain = (torch.stack([each.double() for each in losses[side]]).cpu() for side in ("graphed", "plain"))
+    away, after = (mine / plain - 1).abs(), _flat(theirs)
+    weights_away = float((_flat(ours) - after).norm() / (after - before).norm())
+    return {
+        "ok": bool(away.max() <= _NEAR_LOSS),
+        "updates": _UPDATES,
+        "graphs": graphed.capture.graphs,
+        "loss_away": float(away.max()),
+        "weights_away": weights_away,  # of the way that the plain ones went
+        "graphed": mine.tolist(),
+        "plain": plain.tolist(),
+    }
+
+
+def _optimizers() -> dict[str, Any]:
+    """What is captured of each optimizer, and what it costs the host where nothing is."""
+    makers: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+        "AdamW, fused": lambda each: torch.optim.AdamW(each, _LEARNING_RATE, fused=True),
+        "AdamW": lambda each: torch.optim.AdamW(each, _LEARNING_RATE, foreach=True),
+        "SGD, fused": lambda each: torch.optim.SGD(each, _LEARNING_RATE, momentum=0.9, fused=True),
+    }
+    if ON_GPU:
+        makers["AdamW, capturable"] = lambda each: torch.optim.AdamW(each, _LEARNING_RATE, capturable=True)
+    found, well = {}, True
+    for name, make_optimizer in makers.items():
+        _free_what_is_left()
+        objective = _objective(0.0)
+        graphed = _graphed(objective, make_optimizer(objective.parameters()))
+        example, times = _example(graphed.step, _lengths(), 0), Times()
+        for _ in range(3):
+            graphed.step([example.planned])
+        for _ in range(3):
+            times.take(graphed.step, [example.planned])
+        finite = bool(_flat(objective).isfinite().all())
+        well &= finite and (graphed.optimizers.graphs > 0) == (name != "AdamW")
+        found[name] = {"graphs": graphed.optimizers.graphs, "finite": finite, **times.figures()}
+    return {"ok": well, **found}
+
+
+# What is timed
+
+
+def _timed(layer_drop: float) -> dict[str, Any]:
+    """An update, graphed and eager in turn; its memory."""
+    batches = [make(_even_lengths(), architecture("base"), NUM_CLASSES, seed=number) for number in range(4)]
+    batches = [_pinned(each) for each in batches]
+    memory = _Memory()
+    theirs = _objective(layer_drop)
+    by_hand = _adamw(theirs)
+
+    def eager(batch: Batch) -> None:
+        with _in_autocast():
+            waveforms, labels = (each.to(DEVICE, non_blocking=True) for each in (batch.waveforms, batch.labels))
+            output = theirs(waveforms, labels, batch.lengths, mask=batch.mask)
+        (output.loss / int(batch.mask.sum())).backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), _CLIP_NORM)
+        by_hand.step()
+        by_hand.zero_grad(set_to_none=True)
+
+    for batch in batches:
+        eager(batch)
+    eager_memory, memory = memory.taken(), _Memory()  # what is left of eager ones is given back
+    ours = _objective(layer_drop)
+    graphed = _graphed(ours, capacities=_capacities(_even_lengths()))
+    examples = [_planned(graphed.step, each) for each in batches]
+    _until_all_captured(graphed, examples)
+    graphed_memory = memory.taken()
+    capture, optimizers = graphed.capture, graphed.optimizers
+    capture.launches = optimizers.launches = 0
+    times = {"graphed": Times(), "eager": Times()}
+    sides = {"graphed": lambda i: graphed.step([examples[i].planned]), "eager": lambda i: eager(batches[i])}
+    for number in range(_ROUNDS):
+        for name, call in sides.items():
+            torch.manual_seed(number)  # the same layers are dropped on both sides
+            for i in range(len(batches)):
+                times[name].take(call, i)
+    return {
+        "audio_s": batches[0].audio_seconds,
+        **times["graphed"].figures(),
+        **{f"eager_{name}": value for name, value in times["eager"].figures().items()},
+        "capacities": len({each.planned.capacity for each in examples}),
+        "launches": (capture.launches + optimizers.launches) / len(times["graphed"].whole),
+        "graphs": capture.graphs,
+        "capture_s": capture.seconds,
+        "optimizer_graphs": optimizers.graphs,
+        "optimizer_capture_s": optimizers.seconds,
+        "memory_gib": graphed_memory,
+        "eager_memory_gib": eager_memory,
+        "predicted_gib": _predicted_bytes(ours, batches[0]) / 2**30,
+    }
+
+
+def _extraction() -> dict[str, Any]:
+    """Units of layer 6 for calls of 300 s of audio."""
+    from hubert_fast.pretrain import features
+    from hubert_fast.pretrain.codebook import Codebook
+
+    seconds, utterances, calls = (10.0, 30, 8) if ON_GPU else (0.5, 2, 3)
+    model = _objective(0.0).model.eval()
+    layer = min(6, len(model.wav2vec2.encoder.transformer.layers))
+    dim = model.wav2vec2.encoder.transformer.pos_conv_embed.embed_dim
+    rng = np.random.default_rng(0)
+    waveforms = [
+        rng.standard_normal(round(seconds * SAMPLE_RATE)).astype(np.float32) for _ in range(utterances * calls)
+    ]
+    codebooks = {layer: Codebook(rng.standard_normal((NUM_CLASSES, dim)).astype(np.float32))}
+    device = torch.device(DEVICE, 0) if ON_GPU else torch.device(DEVICE)
+    units, figures = {}, {}
+    for name in ("graphed", "eager"):
+        _free_what_is_left()
+        with mock.patch.object(features, "load_model", lambda weights: model):
+            layers = features.ModelLayers(Path(), device=device, autocast=_AUTOCAST is not None)
+        layers.call_seconds = utterances * seconds
+        capture = _Capture(_made_by(layers._capture)) if name == "graphed" else None
+        layers._capture = capture
+        layers._start = started = _Host(layers._start)
+        call = waveforms, codebooks, layer, layer
+        units[name] = np.concatenate(layers._assign_on_device(*call)[layer])  # compiles and captures
+        started.seconds.clear()
+        times = Times()
+        for _ in range(2):
+            times.take(layers._assign_on_device, *call)
+        whole = min(times.whole)
+        figures[name] = {
+            "audio_seconds_per_second": utterances * calls * seconds / whole,
+            "ms_a_call": 1e3 * whole / calls,
+            "host_ms_a_call": 1e3 * float(np.median(started.seconds)),
+            "graphs": 0 if capture is None else capture.graphs,
+        }
+    # A bfloat16 frame between two centroids may go to the other one where rows are rounded up.
+    alike = float((units["graphed"] == units["eager"]).mean())
+    return {"ok": alike >= 0.98, "alike": alike, "layer": layer, **figures}
+
+
+class _Host:
+    """``call``, whose seconds on the host are kept."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+        self.seconds: list[float] = []
+
+    def __call__(self, *arguments: Any) -> Any:
+        started = time.perf_counter()
+        result = self._call(*arguments)
+        self.seconds.append(time.perf_counter() - started)
+        return result
+
+
+class _Memory:
+    """What PyTorch holds, and the device, from here on."""
+
+    def __init__(self) -> None:
+        self._before = self._held()
+        if ON_GPU:
+            torch.cuda.reset_peak_memory_stats()
+
+    def taken(self) -> Optional[dict[str, float]]:
+        """GiB more than at the beginning: the peak of what was allocated, what is reserved, what the device lacks.
+
+        The last has the graphs themselves too, which lie in memory of the driver.
+        """
+        if not ON_GPU:
+            return None
+        peak = torch.cuda.max_memory_allocated()
+        now = {"allocated": peak, **{name: value for name, value in self._held().items() if name != "allocated"}}
+        return {name: (value - self._before[name]) / 2**30 for name, value in now.items()}
+
+    def _held(self) -> dict[str, int]:
+        gc.collect()
+        if not ON_GPU:
+            return {}
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        reserved = torch.cuda.memory_reserved()
+        return {"allocated": torch.cuda.memory_allocated(), "reserved": reserved, "device": total - free}
+
+
+# The parts of an item
+
+
+def _free_what_is_left() -> None:
+    """Collect steps of before, which lie in cycles: PyTorch ends a process that frees a pool while something is captured."""
+    gc.collect()
+
+
+def _objective(layer_drop: float) -> hubert_fast.PretrainingObjective:
+    """The same weights every time."""
+    arguments = {**architecture("base").factory_arguments(NUM_CLASSES), "encoder_layer_drop": layer_drop}
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = hubert_fast.hubert_pretrain_model(**arguments)
+    return hubert_fast.PretrainingObjective(model.train())
+
+
+def _adamw(objective: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(objective.parameters(), _LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6, fused=True)
+
+
+def _graphed(
+    objective: hubert_fast.PretrainingObjective,
+    optimizer: Optional[torch.optim.Optimizer] = None,
+    *,
+    capacities: Optional[hubert_fast.Capacities] = None,
+    most_graphs: int = 32,
+) -> _Graphed:
+    optimizer = optimizer or _adamw(objective)
+    step = hubert_fast.GraphedStep(
+        objective,
+        optimizer,
+        clip_norm=_CLIP_NORM,
+        capacities=capacities or _capacities(_lengths()),
+        autocast=_AUTOCAST,
+        most_graphs=most_graphs,
+    )
+    made_by = _made_by(step._capture)
+    step._capture, optimizers = _Capture(made_by), _Capture(made_by)
+    step._optimizer._capture = optimizers if _can_be_captured(optimizer) else None
+    return _Graphed(step, step._capture, optimizers)
+
+
+def _made_by(capture: Any) -> Any:
+    """What captures: on a CPU the tests' stand-in."""
+    if ON_GPU:
+        return capture
+    from tests.models.graph_stand_in import StandInCapture
+
+    return StandInCapture()
+
+
+def _lengths(scale: float = 1.0) -> list[int]:
+    """Of the utterances of a padded batch, in samples: 175 s of 11 to 14 s each."""
+    count, least, most = (14, 11.0, 14.0) if ON_GPU else (3, 0.35, 0.5)
+    return [round(scale * SAMPLE_RATE * (least + (most - least) * i / (count - 1))) for i in range(count)]
+
+
+def _even_lengths() -> list[int]:
+    return even(14, 12.5) if ON_GPU else even(2, 0.5)
+
+
+def _capacities(lengths: list[int]) -> hubert_fast.Capacities:
+    frames = [architecture("base").frames_of(each) for each in lengths]
+    return hubert_fast.Capacities(rows=sum(frames), sequences=len(frames), max_frames=max(frames))
+
+
+def _example(step: hubert_fast.GraphedStep, lengths: list[int], seed: int) -> _Example:
+    return _planned(step, _pinned(make(lengths, architecture("base"), NUM_CLASSES, seed=seed)))
+
+
+def _planned(step: hubert_fast.GraphedStep, batch: Batch) -> _Example:
+    planned = step.planner(batch.waveforms, batch.labels, batch.lengths, mask=batch.mask)
+    return _Example(batch, planned.pin_memory() if ON_GPU else planned)
+
+
+def _pinned(batch: Batch) -> Batch:
+    """Its audio and labels page-locked, as a data loader's."""
+    if not ON_GPU:
+        return batch
+    return dataclasses.replace(batch, waveforms=batch.waveforms.pin_memory(), labels=batch.labels.pin_memory())
+
+
+def _of_one_capacity(step: hubert_fast.GraphedStep) -> list[_Example]:
+    """Two batches that one graph serves: how many frames are masked is random."""
+    first = _example(step, _lengths(), 0)
+    others = (_example(step, _lengths(), seed) for seed in range(1, 50))
+    return [first, next(each for each in others if each.planned.capacity == first.planned.capacity)]
+
+
+def _until_captured(graphed: _Graphed, examples: Sequence[_Example]) -> int:
+    """Run ``examples`` until their capacity is captured; returns how often they ran before."""
+    graphs = graphed.capture.graphs
+    for runs in range(_MOST_RUNS):
+        graphed.step.gradients([each.planned for each in examples])
+        if graphed.capture.graphs > graphs:
+            return runs
+    raise RuntimeError(f"a capacity was not captured in {_MOST_RUNS} runs")
+
+
+def _until_all_captured(graphed: _Graphed, examples: Sequence[_Example]) -> None:
+    """Take updates until no more graphs of forward and backward are made, nor of the optimizer where all layers take part."""
+    quiet = 0
+    for _ in range(_MOST_RUNS):
+        before = graphed.capture.graphs
+        for each in examples:
+            graphed.step([each.planned])
+        quiet = quiet + 1 if graphed.capture.graphs == before and before else 0
+        if quiet == 2:
+            return
+    raise RuntimeError(f"capacities were still captured after {_MOST_RUNS} rounds")
+
+
+def _in_autocast() -> torch.autocast:
+    return torch.autocast(DEVICE, _AUTOCAST or torch.bfloat16, enabled=_AUTOCAST is not None)
+
+
+def _plain_gradients(objective: hubert_fast.PretrainingObjective, examples: Sequence[_Example]) -> Tensor:
+    """Those of the loss per masked frame, by autograd over the whole objective; returns the loss."""
+    objective.zero_grad(set_to_none=True)
+    frames = sum(each.planned.masked_frames for each in examples)
+    total = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    for batch, planned in examples:
+        plan = objective.plan(
+            batch.labels,
+            batch.lengths,
+            samples=batch.waveforms.shape[1],
+            device=DEVICE,
+            mask=batch.mask,
+            rows=planned.capacity.rows if planned.fits else None,
+            kept=planned.capacity.kept if planned.fits else None,
+        )
+        with _in_autocast():
+            loss = objective(batch.waveforms.to(DEVICE), plan=plan).loss
+        (loss * (1 / frames)).backward()
+        total += loss.detach() / frames
+    return total
+
+
+def _of(objective: nn.Module) -> _Gradients:
+    named = objective.named_parameters()
+    return {name: None if each.grad is None else each.grad.detach().clone() for name, each in named}
+
+
+def _of_graphs(
+    objective: nn.Module, step: hubert_fast.GraphedStep, examples: Sequence[_Example], *, seed: int
+) -> _Gradients:
+    torch.manual_seed(seed)
+    step.gradients([each.planned for each in examples])
+    return _of(objective)
+
+
+class _Comparison(NamedTuple):
+    equal: bool  # to the bit
+    errors: dict[str, float]  # relative, by group of parameters
+
+
+def _compared(
+    objective: hubert_fast.PretrainingObjective, step: hubert_fast.GraphedStep, examples: Sequence[_Example]
+) -> _Comparison:
+    """The graphed step's gradients beside those of the objective, with the same random numbers."""
+    mine = _of_graphs(objective, step, examples, seed=3)
+    torch.manual_seed(3)
+    _plain_gradients(objective, examples)
+    theirs = _of(objective)
+    sums: dict[str, list[float]] = {}
+    for name in theirs:
+        away, whole = sums.setdefault(_group(name), [0.0, 0.0])
+        if (mine[name] is None) != (theirs[name] is None):
+            away = float("inf")
+        elif theirs[name] is not None:
+            away += float((mine[name].double() - theirs[name].double()).square().sum())
+            whole += float(theirs[name].double().square().sum())
+        sums[_group(name)] = [away, whole]
+    errors = {group: (away / whole) ** 0.5 if whole else away for group, (away, whole) in sums.items()}
+    return _Comparison(all(_equal(mine[name], theirs[name]) for name in theirs), errors)
+
+
+def _equal(one: Optional[Tensor], other: Optional[Tensor]) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
+
+
+def _group(name: str) -> str:
+    layer = re.search(r"transformer\.layers\.(\d+)\.", name)
+    if layer:
+        return f"layer {layer[1]}"
+    groups = ("feature_extractor", "feature_projection", "pos_conv_embed", "mask_generator", "logit_generator")
+    return next((each for each in groups if each in name), "last norm")
+
+
+def _verdict(found: dict[str, _Comparison], also: bool = True, **more: Any) -> dict[str, Any]:
+    """``also``: whether all else is as it should be."""
+    worst = {name: max(each.errors.items(), key=lambda item: _finite_or_inf(item[1])) for name, each in found.items()}
+    near = all(error <= _NEAR_GRADIENT for _, error in worst.values())
+    wrong = {name: found[name].errors for name, (_, error) in worst.items() if not error <= _NEAR_GRADIENT}
+    equal = {name: each.equal for name, each in found.items()}
+    return {"ok": near and also, **more, "equal": equal, "worst": worst, "wrong": wrong}
+
+
+def _finite_or_inf(error: float) -> float:
+    return error if error == error else float("inf")
+
+
+def _flat(objective: nn.Module) -> Tensor:
+    return torch.cat([each.detach().double().flatten() for each in objective.parameters()])
+
+
+def _predicted_bytes(objective: hubert_fast.PretrainingObjective, batch: Batch) -> int:
+    from hubert_fast.pretrain.config import ModelConfig
+    from hubert_fast.pretrain.memory_model import MemoryModel
+
+    arguments = architecture("base").factory_arguments(NUM_CLASSES)
+    names = {each.name for each in dataclasses.fields(ModelConfig)}
+    config = ModelConfig(**{name: value for name, value in arguments.items() if name in names})
+    memory = MemoryModel(config, sum(each.numel() for each in objective.parameters()), _AUTOCAST is not None)
+    return memory.peak(memory.largest(*batch.waveforms.shape))
+
+
+ITEMS: dict[str, Callable[[], dict[str, Any]]] = {
+    "gradients": lambda: _gradients(0.0),
+    "time": lambda: _timed(0.0),
+    "updates": _updates,
+    "time, LayerDrop": lambda: _timed(LAYER_DROP),
+    "gradients, LayerDrop 0.5": lambda: _gradients(0.5),
+    "two micro-batches": _accumulated,
+    "a batch that fits no capacity": _fits_none,
+    "optimizers": _optimizers,
+    "most_graphs": _full,
+    "extraction": _extraction,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
