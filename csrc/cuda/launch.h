@@ -38,7 +38,8 @@ inline void require(bool condition, const char* name, const char* what) {
 __device__ inline int thread_index() { return static_cast<int>(threadIdx.x); }
 __device__ inline std::int64_t block_index() { return blockIdx.x; }
 
-__device__ inline float warp_sum(float value) {
+template <class T>
+__device__ T warp_sum(T value) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
   return value;
