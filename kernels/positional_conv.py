@@ -40,28 +40,37 @@ PARTS = 64
 _VARYING = ["rows", "sequences", "runs"]  # from batch to batch: nothing is compiled anew for them
 
 
+@triton.jit
+def _first_run(offset, sequence, FOLD: tl.constexpr):
+    """The first run of the sequences that start at rows ``offset``; a run of one frame is its row."""
+    return offset if FOLD == 1 else offset // FOLD + sequence
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def _runs(offsets, table, rows, sequences, runs, FOLD: tl.constexpr, BLOCK: tl.constexpr):
     """For each run its first row, where its sequence starts and where its frames end: ``table`` [3, runs] int32.
 
-    Runs of dead rows have a sequence that starts where they end, so they see nothing; runs too many start and end at ``rows``.
+    Where a sequence's runs begin, `_first_run`, leaves room for those of all before it and follows from its offset alone, so
+    that each run finds its sequence by itself, in a binary search. Dead rows are searched as one sequence more. Their runs have
+    a sequence that starts where they end, so they see nothing; runs too many start and end at ``rows``.
     """
     run = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first = tl.zeros([BLOCK], tl.int32) + rows
-    start, end = first, first
-    before = 0
-    for sequence in range(sequences):
-        low, high = tl.load(offsets + sequence).to(tl.int32), tl.load(offsets + sequence + 1).to(tl.int32)
-        count = (high - low + FOLD - 1) // FOLD
-        inside = (run >= before) & (run < before + count)
-        first = tl.where(inside, low + (run - before) * FOLD, first)
-        start, end = tl.where(inside, low, start), tl.where(inside, high, end)
-        before += count
-    dead = tl.load(offsets + sequences).to(tl.int32) + (run - before) * FOLD
-    first = tl.where((run >= before) & (dead < rows), dead, first)
-    tl.store(table + run, first, mask=run < runs)
-    tl.store(table + runs + run, start, mask=run < runs)
-    tl.store(table + 2 * runs + run, end, mask=run < runs)
+    sequence = tl.zeros([BLOCK], tl.int32)  # the last that is known to begin no later than the run
+    count = sequences + 1  # from there on, one of these is the run's
+    while count > 1:
+        middle = sequence + count // 2
+        begins = _first_run(tl.load(offsets + middle), middle, FOLD)
+        sequence = tl.where(begins <= run, middle, sequence)
+        count -= count // 2
+    live = sequence < sequences
+    start = tl.load(offsets + sequence).to(tl.int32)
+    end = tl.load(offsets + sequence + 1, mask=live, other=0).to(tl.int32)
+    end = tl.where(live, end, rows)
+    first = start + (run - _first_run(start, sequence, FOLD)) * FOLD
+    inside = first < end
+    tl.store(table + run, tl.where(inside, first, rows), mask=run < runs)
+    tl.store(table + runs + run, tl.where(inside & live, start, rows), mask=run < runs)
+    tl.store(table + 2 * runs + run, tl.where(inside, end, rows), mask=run < runs)
 
 
 @triton.jit
@@ -240,9 +249,9 @@ def backward(
 
 
 def _run_table(offsets: Tensor, rows: int, fold: int) -> Tensor:
-    """``[3, runs]`` int32; see `_runs`. Every sequence but the last may end in a run that is not full, dead rows too."""
+    """``[3, runs]`` int32; see `_runs`. Every sequence may leave a run unused, and so may the dead rows."""
     sequences = offsets.shape[0] - 1
-    runs = rows if fold == 1 else cdiv(rows, fold) + sequences + 1
+    runs = rows if fold == 1 else rows // fold + sequences + 1
     table = offsets.new_empty(3, runs, dtype=torch.int32)
     arguments = {"offsets": offsets, "table": table, "rows": rows, "sequences": sequences, "runs": runs, "FOLD": fold}
     launch(_runs, lambda a: (cdiv(runs, a["BLOCK"]),), arguments, [Blocks({"BLOCK": 128})])

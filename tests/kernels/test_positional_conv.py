@@ -76,23 +76,33 @@ def test_tiles_of_a_gpu_are_as_precise_as_pytorch(width, tiles_of_a_gpu):
     assert_as_precise(OPERATOR, embed(lengths, 1), draw, torch.bfloat16, name="triton", seeds=1)
 
 
+def _assert_runs(lengths, dead, fold):
+    """The table has each run of a loop over the sequences once, those of dead rows without a sequence, and else nothing."""
+    rows, low = sum(lengths) + dead, 0
+    expected = []
+    for length in lengths:
+        expected += [(first, low, low + length) for first in range(low, low + length, fold)]
+        low += length
+    expected += [(first, rows, rows) for first in range(low, rows, fold)]
+    table = kernels._run_table(offsets_of(lengths).to(DEVICE), rows, fold).T.tolist()
+    assert [tuple(each) for each in table if each != [rows, rows, rows]] == expected
+    assert fold > 1 or len(table) == rows  # a row's run is found without a search
+
+
 @given(
-    lengths=st.lists(st.integers(0, 12), min_size=0, max_size=5), dead=st.integers(0, 6), fold=st.integers(1, 6)
+    lengths=st.lists(st.just(0) | st.integers(0, 12), min_size=0, max_size=9), empty=st.integers(0, 300),
+    dead=st.integers(0, 6), fold=st.integers(1, 6),
 )  # fmt: skip
-@settings(max_examples=30)
-def test_runs_cover_each_row_once_and_stay_within_a_sequence(lengths, dead, fold):
-    rows, live = sum(lengths) + dead, sum(lengths)
-    table = kernels._run_table(offsets_of(lengths).to(DEVICE), rows, fold).cpu()
-    frames = [range(int(first), min(int(first) + fold, int(end))) for first, end in zip(table[0], table[2])]
-    assert sorted(frame for each in frames for frame in each) == list(range(rows))
-    sequence = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)).tolist()
-    offsets = offsets_of(lengths).tolist()
-    for run_, start, end in zip(frames, table[1].tolist(), table[2].tolist()):
-        if run_ and run_.start < live:
-            assert {sequence[frame] for frame in run_} == {sequence[run_.start]}
-            assert (start, end) == tuple(offsets[sequence[run_.start]:][:2])  # fmt: skip
-        else:
-            assert start == end == rows  # sees nothing
+@example(lengths=[0, 0, 7, 0, 0, 0, 3, 0], empty=250, dead=40, fold=5)
+@example(lengths=[], empty=0, dead=0, fold=3)
+@settings(max_examples=40)
+def test_runs_are_those_of_a_loop_over_the_sequences(lengths, empty, dead, fold):
+    _assert_runs([*lengths, *empty * [0]], dead, fold)
+
+
+@pytest.mark.parametrize("fold", [1, 5])
+def test_runs_of_as_many_sequences_as_attention_takes(fold):
+    _assert_runs([3, *16_000 * [0, 1, 0, 0], *1_533 * [0]], 17, fold)
 
 
 def test_groups_of_the_published_models_fill_a_tile():
