@@ -31,7 +31,7 @@ from hubert_fast.kernels.cosine_scores import (
     score_blocks,
     selected_frames,
 )
-from hubert_fast.kernels.launch import Blocks, architecture, cdiv, launch
+from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, cdiv, launch
 from hubert_fast.kernels.unit_rows import parts_shape, unit_rows_backward
 from hubert_fast.reference.cosine_logits import TEMPERATURE
 
@@ -42,7 +42,8 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 # The score of a class that is left out: its power is 0, and so is its product with that power.
 _EXCLUDED = tl.constexpr(-10000.0)
-_FINISH_ROWS = 1024
+# Of a program that adds up losses: three minutes of audio have 4,021 masked frames. More are added in parts.
+_FINISH_ROWS = 4096
 
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -72,7 +73,10 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor, Tensor], li
     }
     blocks = score_blocks(architecture(scored.frames), scored.frame_parts)
     launch(_partial_sums, lambda sizes: (cdiv(rows, sizes["BLOCK_R"]), splits), given, blocks)
-    loss, correct = scored.empty(), scored.empty(dtype=torch.int64)
+    block = 64 if architecture(scored.frames) == INTERPRETER else _FINISH_ROWS
+    parts = max(1, cdiv(rows, block))
+    shape = (parts,) if parts > 1 else ()
+    loss, correct = scored.empty(*shape), scored.empty(*shape, dtype=torch.int64)
     lse = scored.empty(rows)
     given = {
         "partial": partial,
@@ -84,9 +88,11 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor, Tensor], li
         "rows": rows,
         "classes": scored.classes,
         "splits": splits,
-        "BLOCK": _FINISH_ROWS,
+        "BLOCK": block,
     }
-    launch(_finish, lambda _: (1,), given, [Blocks(warps=8)])
+    launch(_finish, lambda _: (parts,), given, [Blocks(warps=32)])
+    if parts > 1:
+        loss, correct = loss.sum(), correct.sum()
     return (loss, correct), [lse, inverse_norms, scored.parts, scored.groups] if save else []
 
 
@@ -165,36 +171,33 @@ def _finish(
     labels,  # [frames] int64
     index,  # [rows] int64 or None
     lse,  # [rows] float32, written
-    loss,  # [] float32, written
-    correct,  # [] int64, written
+    loss,  # [programs] float32, written
+    correct,  # [programs] int64, written
     rows,
     classes,
     splits,
     BLOCK: tl.constexpr,
 ):
-    """One program adds up everything, in order: a few numbers a frame."""
+    """A program adds up a few numbers of each of BLOCK frames."""
     kind_stride = splits * rows
-    losses = tl.zeros([BLOCK], tl.float32)
-    hits = tl.zeros([BLOCK], tl.int64)
-    for first in range(0, rows, BLOCK):
-        positions = first + tl.arange(0, BLOCK)
-        inside = positions < rows
-        _, label = selected_frames(labels, index, positions, rows, classes)
-        sums = tl.zeros([BLOCK], tl.float32)
-        greatest = tl.full([BLOCK], float("-inf"), tl.float32)
-        positive = tl.full([BLOCK], float("-inf"), tl.float32)
-        for split in range(0, splits):
-            pointers = partial + split * rows + positions
-            sums += tl.load(pointers, mask=inside, other=0.0)
-            greatest = tl.maximum(greatest, tl.load(pointers + kind_stride, mask=inside, other=0.0))
-            positive = tl.maximum(positive, tl.load(pointers + 2 * kind_stride, mask=inside, other=0.0))
-        counted = label >= 0
-        sums = tl.where(counted, tl.log2(tl.where(counted, sums, 1.0)), float("inf"))
-        tl.store(lse + positions, sums, mask=inside)
-        losses += tl.where(counted, sums - positive, 0.0)
-        hits += (counted & (positive >= greatest)).to(tl.int64)
-    tl.store(loss, tl.sum(losses, 0) * _LN2)
-    tl.store(correct, tl.sum(hits, 0))
+    positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = positions < rows
+    _, label = selected_frames(labels, index, positions, rows, classes)
+    sums = tl.zeros([BLOCK], tl.float32)
+    greatest = tl.full([BLOCK], float("-inf"), tl.float32)
+    positive = tl.full([BLOCK], float("-inf"), tl.float32)
+    for split in range(0, splits):
+        pointers = partial + split * rows + positions
+        sums += tl.load(pointers, mask=inside, other=0.0)
+        greatest = tl.maximum(greatest, tl.load(pointers + kind_stride, mask=inside, other=0.0))
+        positive = tl.maximum(positive, tl.load(pointers + 2 * kind_stride, mask=inside, other=0.0))
+    counted = label >= 0
+    sums = tl.where(counted, tl.log2(tl.where(counted, sums, 1.0)), float("inf"))
+    tl.store(lse + positions, sums, mask=inside)
+    losses = tl.where(counted, sums - positive, 0.0)
+    hits = (counted & (positive >= greatest)).to(tl.int64)
+    tl.store(loss + tl.program_id(0), tl.sum(losses, 0) * _LN2)
+    tl.store(correct + tl.program_id(0), tl.sum(hits, 0))
 
 
 def backward(
