@@ -254,7 +254,8 @@ def _run_table(offsets: Tensor, rows: int, fold: int) -> Tensor:
     runs = rows if fold == 1 else rows // fold + sequences + 1
     table = offsets.new_empty(3, runs, dtype=torch.int32)
     arguments = {"offsets": offsets, "table": table, "rows": rows, "sequences": sequences, "runs": runs, "FOLD": fold}
-    launch(_runs, lambda a: (cdiv(runs, a["BLOCK"]),), arguments, [Blocks({"BLOCK": 128})])
+    block = 1024 if architecture(offsets) == INTERPRETER else 128
+    launch(_runs, lambda a: (cdiv(runs, a["BLOCK"]),), arguments, [Blocks({"BLOCK": block})])
     return table
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton", minversion="3.6")
@@ -15,7 +15,7 @@ from hubert_fast.ops.masked_attention import masked_attention  # noqa: E402
 from tests.kernels import dropout_twin  # noqa: E402
 from tests.kernels.device import DEVICE  # noqa: E402
 from tests.ops import comparison  # noqa: E402
-from tests.ops.test_masked_attention import OPERATOR, attend, offsets_of, qkv_of  # noqa: E402
+from tests.ops.test_masked_attention import EMPTY, OPERATOR, attend, keys_of, offsets_of, qkv_of  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEED = -1234567890123456789
@@ -41,12 +41,18 @@ def _assert_as_precise(dtype, shape, function, seeds=3):
 
 @settings(max_examples=10)
 @given(
-    lengths=st.lists(st.integers(0, 50), min_size=1, max_size=3), dead=st.integers(0, 20), heads=st.integers(1, 2),
-    head_dim=st.integers(8, 100), keys=st.none() | st.lists(st.floats(0, 1), min_size=3, max_size=3),
-    p=st.sampled_from([0.0, 0.1, 0.7]), dtype=st.sampled_from(DTYPES), more_frames=st.integers(0, 40),
+    lengths=st.lists(st.integers(0, 50), min_size=1, max_size=3), empty=EMPTY, dead=st.integers(0, 20),
+    heads=st.integers(1, 2), head_dim=st.integers(8, 100),
+    keys=st.none() | st.lists(st.floats(0, 1), min_size=3, max_size=3), p=st.sampled_from([0.0, 0.1, 0.7]),
+    dtype=st.sampled_from(DTYPES), more_frames=st.integers(0, 90),
 )  # fmt: skip
-def test_as_precise_as_pytorch_for_any_shape(lengths, dead, heads, head_dim, keys, p, dtype, more_frames):
-    keys = None if keys is None else [int(share * length) for share, length in zip(keys, lengths)]
+@example(
+    lengths=[0, 45, 0, 3], empty=60, dead=13, heads=2, head_dim=16, keys=[0.0, 0.5], p=0.1, dtype=torch.bfloat16,
+    more_frames=90,
+)  # fmt: skip
+def test_as_precise_as_pytorch_for_any_shape(lengths, empty, dead, heads, head_dim, keys, p, dtype, more_frames):
+    lengths = [*lengths, *empty * [0]]
+    keys = keys_of(lengths, keys)
     function = attend(lengths, keys, p=p, seed=SEED, more_frames=more_frames)
     _assert_as_precise(dtype, (sum(lengths) + dead, heads, head_dim), function, seeds=2)
 
@@ -134,18 +140,18 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type != "cuda", reason="needs 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (16, 80), (4, 128), (3, 24)])
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("keys", [None, [779, 512, 0, 0, 4]], ids=["all-keys", "key-lengths"])
+@pytest.mark.parametrize("keys", [None, [779, 512, 0, 0, 4, *200 * [0]]], ids=["all-keys", "key-lengths"])
 class TestOnGpu:
     pytestmark = gpu
+    lengths = [779, 513, 0, 1, 128, *200 * [0]]
 
     def test_as_precise_as_pytorch_at_a_training_steps_shapes(self, heads, head_dim, dtype, p, keys):
-        lengths = [779, 513, 0, 1, 128]
-        _assert_as_precise(dtype, (sum(lengths) + 77, heads, head_dim), attend(lengths, keys, p=p, seed=SEED))
+        function = attend(self.lengths, keys, p=p, seed=SEED, more_frames=500)
+        _assert_as_precise(dtype, (sum(self.lengths) + 77, heads, head_dim), function)
 
     def test_results_repeat_to_the_bit(self, heads, head_dim, dtype, p, keys):
-        lengths = [779, 513, 0, 1, 128]
-        qkv = _qkv(sum(lengths), heads, head_dim, dtype=dtype)
-        first, *others = (_run(attend(lengths, keys, p=p, seed=SEED), qkv, qkv[:, 0]) for _ in range(4))
+        qkv = _qkv(sum(self.lengths), heads, head_dim, dtype=dtype)
+        first, *others = (_run(attend(self.lengths, keys, p=p, seed=SEED), qkv, qkv[:, 0]) for _ in range(4))
         assert all(all(map(torch.equal, first, each)) for each in others)
 
 

@@ -22,6 +22,14 @@ def offsets_of(lengths):
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
+def keys_of(lengths, shares):
+    """The keys of each sequence: a share of its rows, or with no shares None. Sequences past the last share have 0, all."""
+    if shares is None:
+        return None
+    keys = [int(share * length) for share, length in zip(shares, lengths)]
+    return keys + [0] * (len(lengths) - len(keys))
+
+
 def attend(lengths, keys=None, *, p=0.0, seed=0, more_frames=0):
     """The operator as a function of qkv, with the same dropout on every call."""
 
@@ -35,27 +43,40 @@ def attend(lengths, keys=None, *, p=0.0, seed=0, more_frames=0):
     return function
 
 
+# What a plan with a capacity ends in: sequences without a row.
+EMPTY = st.sampled_from([0, 1, 60])
+
+
 @given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4), dead=st.integers(0, 9), heads=st.integers(1, 4),
-    head_dim=st.integers(1, 24), keys=st.none() | st.lists(st.floats(0, 1), min_size=4, max_size=4),
-    p=st.sampled_from([0.0, 0.1, 0.5, 0.99]), seed=st.integers(0, 1000),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4), empty=EMPTY, dead=st.integers(0, 9),
+    heads=st.integers(1, 4), head_dim=st.integers(1, 24),
+    keys=st.none() | st.lists(st.floats(0, 1), min_size=4, max_size=4), p=st.sampled_from([0.0, 0.1, 0.5, 0.99]),
+    more_frames=st.integers(0, 100), seed=st.integers(0, 1000),
 )  # fmt: skip
-def test_backends_agree_for_any_shape_with_and_without_dropout(lengths, dead, heads, head_dim, keys, p, seed):
-    keys = None if keys is None else [int(share * length) for share, length in zip(keys, lengths)]
-    assert_twins(OPERATOR, attend(lengths, keys, p=p, seed=seed), [qkv_of(sum(lengths) + dead, heads, head_dim, seed)])
+def test_backends_agree_for_any_shape_with_and_without_dropout(
+    lengths, empty, dead, heads, head_dim, keys, p, more_frames, seed
+):
+    lengths = [*lengths, *empty * [0]]
+    keys = keys_of(lengths, keys)
+    function = attend(lengths, keys, p=p, seed=seed, more_frames=more_frames)
+    assert_twins(OPERATOR, function, [qkv_of(sum(lengths) + dead, heads, head_dim, seed)])
 
 
 @pytest.mark.parametrize(
     ("lengths", "keys"),
-    [([9, 9, 9], None), ([9, 9, 9], [9, 0, 4]), ([5, 0, 12, 1], None), ([12, 3], [2, 3]), ([5, 12], [0, 7])],
-)
+    [
+        ([9, 9, 9], None), ([9, 9, 9], [9, 0, 4]), ([5, 0, 12, 1], None), ([12, 3], [2, 3]), ([5, 12], [0, 7]),
+        ([0, 5, 0, 12, *40 * [0]], [0, 3, 0, 12, *40 * [0]]),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("dead", [0, 3, 18])
-def test_padded_attention_of_other_devices_equals_the_reference(lengths, keys, dead):
+@pytest.mark.parametrize("more_frames", [0, 50])
+def test_padded_attention_of_other_devices_equals_the_reference(lengths, keys, dead, more_frames):
     """The formulation for GPUs, run on the CPU."""
     key_lengths = None if keys is None else torch.tensor(keys)
 
     def padded(qkv):
-        return kernels.padded_attention(qkv, offsets_of(lengths), key_lengths, max(lengths), 0.0)
+        return kernels.padded_attention(qkv, offsets_of(lengths), key_lengths, max(lengths) + more_frames, 0.0)
 
     inputs = [qkv_of(sum(lengths) + dead)]
     both = (run(OPERATOR, "reference", each, inputs) for each in (padded, attend(lengths, keys)))

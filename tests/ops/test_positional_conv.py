@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hubert_fast import backend
 from hubert_fast.ops.positional_conv import positional_conv
 from tests.ops.comparison import assert_as_precise, assert_twins, device_of, on_every_backend
+from tests.ops.test_masked_attention import EMPTY
 
 OPERATOR = "positional_conv"
 
@@ -36,13 +37,14 @@ def embed(lengths, groups=2, *, spare_frames=0):
 
 
 @given(
-    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(any), dead=st.integers(0, 5),
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(any), empty=EMPTY, dead=st.integers(0, 5),
     groups=st.integers(1, 3), group_channels=st.integers(1, 5), taps=st.integers(1, 24), normalised=st.booleans(),
-    spare_frames=st.integers(0, 2), seed=st.integers(0, 1000),
+    spare_frames=st.integers(0, 60), seed=st.integers(0, 1000),
 )  # fmt: skip
 def test_backends_agree_for_any_shape(
-    lengths, dead, groups, group_channels, taps, normalised, spare_frames, seed
+    lengths, empty, dead, groups, group_channels, taps, normalised, spare_frames, seed
 ):  # fmt: skip
+    lengths = [*lengths, *empty * [0]]
     arguments = inputs(sum(lengths) + dead, groups, group_channels, taps, normalised=normalised, seed=seed)
     assert_twins(OPERATOR, embed(lengths, groups, spare_frames=spare_frames), arguments)
 
