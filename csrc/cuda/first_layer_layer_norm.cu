@@ -4,8 +4,17 @@
 namespace hubert_fast::cuda {
 namespace {
 
-// Block j: the covariances of tap j with every tap, and row j of the filters; tap `kernel` stands for the bias. A block makes
-// the means of all taps for itself, in the same order as every other, so that none waits.
+// A tap of every channel's filter, or, as tap number `kernel`, the bias.
+struct Tap {
+  const float* first;  // null: zeros
+  int stride;
+  __device__ Tap(const FirstLayer& layer, const float* weight, const float* bias, int k)
+      : first(k < layer.kernel ? weight + k : bias), stride(k < layer.kernel ? layer.kernel : 1) {}
+  __device__ double operator()(int channel) const { return first == nullptr ? 0.0 : first[channel * stride]; }
+};
+
+// Block j: the covariances of tap j with every tap, and row j of the filters. A block makes the means of all taps for itself,
+// in the same order as every other, so that none waits.
 __global__ void __launch_bounds__(kThreads)
     layer_norm_kernel(FirstLayer layer, const float* weight, const float* bias, const float* norm_weight,
                       double* statistics, float* filters) {
@@ -14,30 +23,28 @@ __global__ void __launch_bounds__(kThreads)
   const int kernel = layer.kernel, channels = layer.channels;
   const int j = static_cast<int>(block_index()), warp = thread_index() / 32, lane = thread_index() % 32;
   const LayerNormStatistics at{kernel};
-  auto tap = [&](int c, int k) -> double {
-    if (k < kernel) return weight[c * kernel + k];
-    return bias == nullptr ? 0.0 : bias[c];
-  };
   auto mean_of = [&](auto value) {  // over channels, by a warp
     double sum = 0.0;
     for (int c = lane; c < channels; c += 32) sum += value(c);
     return warp_sum(sum) / channels;
   };
   for (int k = warp; k <= kernel; k += kWarps) {
-    const double result = mean_of([&](int c) { return tap(c, k); });
+    const double result = mean_of(Tap(layer, weight, bias, k));
     if (lane == 0) mean[k] = result;
   }
   __syncthreads();
+  const Tap own(layer, weight, bias, j);
   if (thread_index() == 0) statistics[j < kernel ? at.mean() + j : at.mean_bias()] = mean[j];
   for (int k = warp; k <= kernel; k += kWarps) {
-    const double result = mean_of([&](int c) { return (tap(c, j) - mean[j]) * (tap(c, k) - mean[k]); });
+    const Tap other(layer, weight, bias, k);
+    const double result = mean_of([&](int c) { return (own(c) - mean[j]) * (other(c) - mean[k]); });
     if (lane > 0) continue;
     if (j < kernel && k < kernel) statistics[j * kernel + k] = result;
     if (j < kernel && k == kernel) statistics[at.cross() + j] = result;
     if (j == kernel && k == kernel) statistics[at.constant()] = result;
   }
   for (int c = thread_index(); c < channels; c += kThreads) {
-    filters[j * channels + c] = static_cast<float>((tap(c, j) - mean[j]) * norm_weight[c]);
+    filters[j * channels + c] = static_cast<float>((own(c) - mean[j]) * norm_weight[c]);
   }
 }
 
