@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,8 +20,10 @@ class CudaCapture:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device(device.type, index)
+        self._stream = torch.cuda.Stream(self._device)
+        self._reserved = 0  # bytes, after memory was last given back
         self.renew()
 
     def renew(self) -> None:
@@ -35,23 +38,35 @@ class CudaCapture:
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
         try:
-            with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool, self._device):
-                with torch.autograd.set_multithreading_enabled(False):
-                    yield
+            with self._alone(), torch.cuda.use_mem_pool(self._pool, self._device):
+                yield
         finally:  # where memory ran out too: what follows may free what this still reads
             here.wait_stream(self._stream)
 
     def _make_room(self) -> None:
-        """Give back what other pools hold unused, where little else is free: in a pool torch does not do that by itself."""
-        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        if unused > torch.cuda.mem_get_info(self._device)[0]:
+        """Give back what other pools hold unused, where little else is free: for a pool torch does not do that by itself."""
+        reserved = torch.cuda.memory_reserved(self._device)
+        unused = reserved - torch.cuda.memory_allocated(self._device)
+        if reserved > self._reserved and unused > torch.cuda.mem_get_info(self._device)[0]:
             torch.cuda.empty_cache()
+            self._reserved = torch.cuda.memory_reserved(self._device)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside it work goes to the stream of captures, from this thread alone, and no dead pool is given back: that aborts."""
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.stream(self._stream), torch.autograd.set_multithreading_enabled(False):
+                yield
+        finally:
+            if collects:
+                gc.enable()
 
     def __call__(self, work: Work) -> Work:
         """A function that does on the GPU what ``work`` does now, on the same memory."""
-        self._make_room()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream), torch.autograd.set_multithreading_enabled(False):
+        with self._alone():
             # Not `torch.cuda.graph`, which waits for the device and gives back unused memory before each of many captures. A
             # thread that pins memory for a data loader meanwhile would break a capture of mode "global".
             graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")

@@ -91,6 +91,7 @@ class GraphedStep:
         most_graphs: int = 32,
     ) -> None:
         _check(objective, clip_norm, reduce_dtype, most_graphs)
+        _check_types(capacities, autocast)
         self.planner = MicroBatchPlanner(objective, capacities)
         self._objective, self._capacities, self._autocast_dtype = objective, capacities, autocast
         self._group: Optional[dist.ProcessGroup] = None
@@ -99,6 +100,7 @@ class GraphedStep:
         self._parameters = [each for each in objective.parameters() if each.requires_grad]
         self._device = self._parameters[0].device
         self._stages = encoder_stages(objective)
+        self._layer_drop = objective.model.wav2vec2.encoder.transformer.layer_drop
         self._head, self._front = head_parameters(objective), front_end_parameters(objective)
         self._owned = [*(stage.owned for stage in self._stages), self._head, self._front]
         self._frozen = [each for each in objective.parameters() if not each.requires_grad]
@@ -116,7 +118,7 @@ class GraphedStep:
         self._seeds = torch.zeros(seeds, dtype=torch.int64, device=self._device)
         self._rows: Optional[Tensor] = None
         self._programs: dict[tuple[Capacity, bool, bool], _Program] = {}
-        self._said_full = False
+        self._said_full = self._said_too_large = False
         self._pointers = self._where_parameters_lie()
         self._pending: list[tuple[dist.Work, Tensor, Tensor]] = []
         self._agreed_on_use: frozenset[int] = frozenset()
@@ -131,7 +133,7 @@ class GraphedStep:
             masked_frames: of all micro-batches of all processes. None: they are counted here.
 
         Raises:
-            ValueError: without a micro-batch.
+            ValueError: for anything but one or more micro-batches of ``planner``.
             RuntimeError: where other parameters are trained than when this was made.
         """
         taking_part = self._accumulate(micro_batches, masked_frames, reduce=self._group is not None)
@@ -157,6 +159,8 @@ class GraphedStep:
         self._optimizer.forget()
         self._rows = None
         self._pointers = self._where_parameters_lie()
+        self._stages = encoder_stages(self._objective)
+        self._layer_drop = self._objective.model.wav2vec2.encoder.transformer.layer_drop
         if self._capture is not None:
             self._capture.renew()
 
@@ -164,10 +168,10 @@ class GraphedStep:
         self, micro_batches: Sequence[MicroBatch], masked_frames: Optional[float], *, reduce: bool
     ) -> frozenset[int]:
         """Gradients of the micro-batches, in their buffers; returns the stages that have some."""
-        if not micro_batches:
-            raise ValueError("micro_batches must hold one or more; got none")
+        _check_micro_batches(micro_batches, self._capacities)
         self._require_same_parameters()
-        if self._pointers != self._where_parameters_lie():
+        transformer = self._objective.model.wav2vec2.encoder.transformer
+        if self._pointers != self._where_parameters_lie() or self._layer_drop != transformer.layer_drop:
             self.reset()
         # All draws first, in the order in which a plain loop makes them.
         draws = [self._draw() for _ in micro_batches]
@@ -283,6 +287,9 @@ class GraphedStep:
         self, program: _Program, overwrite: bool, fits: bool, dropped: frozenset[int]
     ) -> tuple[Iterable[Piece], contextlib.AbstractContextManager[None]]:
         """What a pass takes, and where it is to be run."""
+        if self._capture is not None and not fits and not self._said_too_large:
+            self._said_too_large = True
+            _log.warning("a batch of %s fits no capacity of %s and runs eagerly", program.capacity, self._capacities)
         if self._capture is None or not fits:
             return self._pass(program, overwrite).pieces(), contextlib.nullcontext()
         if overwrite in program.captured:
@@ -458,3 +465,24 @@ def _check(
     devices = {each.device for each in parameters}
     if len(devices) != 1:
         raise ValueError(f"objective must have parameters to train, on one device; got {sorted(map(str, devices))}")
+
+
+def _check_types(capacities: Optional[Capacities], autocast: Optional[torch.dtype]) -> None:
+    if capacities is not None and not isinstance(capacities, Capacities):
+        raise ValueError(f"capacities must be Capacities or None; got {capacities!r}")
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast must be torch.bfloat16, torch.float16 or None; got {autocast!r}")
+
+
+def _check_micro_batches(micro_batches: Sequence[MicroBatch], capacities: Optional[Capacities]) -> None:
+    if isinstance(micro_batches, MicroBatch) or not all(isinstance(each, MicroBatch) for each in micro_batches):
+        raise ValueError(f"micro_batches must be a list of MicroBatch; got {type(micro_batches).__name__}")
+    if not micro_batches:
+        raise ValueError("micro_batches must hold one or more; got none")
+    largest = 0 if capacities is None else capacities.largest_rows
+    for each in micro_batches:
+        if each.fits and each.capacity.rows > largest:
+            raise ValueError(
+                f"micro_batches must be planned with the capacities of the step ({capacities}), as its planner does; got "
+                f"{each.capacity}"
+            )

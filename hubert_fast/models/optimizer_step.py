@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Optional
@@ -40,7 +41,9 @@ class OptimizerStep:
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, Work] = {}
         self.forget()
-        optimizer.register_load_state_dict_post_hook(lambda _: self.forget())
+        # Weakly: the optimizer may outlive this, and graphs keep memory.
+        forget = weakref.WeakMethod(self.forget)
+        optimizer.register_load_state_dict_post_hook(lambda _: (forget() or _nothing)())
 
     def __call__(self, taking_part: Hashable) -> Tensor:
         """One step with the gradients at hand; ``taking_part`` tells which parameters have one.
@@ -110,3 +113,7 @@ def _can_be_captured(optimizer: Optimizer) -> bool:
     hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     on_device = all(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     return not hooks and on_device
+
+
+def _nothing() -> None:
+    return None

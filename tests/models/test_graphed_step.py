@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -378,5 +380,34 @@ def test_a_planner_names_what_is_not_on_the_cpu_and_a_step_wants_a_micro_batch()
     waveforms, labels, lengths = data(0)
     with pytest.raises(ValueError, match="labels must be on the CPU; got meta"):
         step.planner(waveforms, labels.to("meta"), lengths)
+    with pytest.raises(ValueError, match="micro_batches must be a list of MicroBatch; got MicroBatch"):
+        step(GraphedStep(build(), adamw(build())).planner(*data(0)))
+    other = Capacities(rows=2000, sequences=3, max_frames=700)
+    planned = hubert_fast.MicroBatchPlanner(build(), other)(*data(0))
+    with pytest.raises(ValueError, match="micro_batches must be planned with the capacities of the step"):
+        step([planned])
     with pytest.raises(ValueError, match="micro_batches must hold one or more; got none"):
         step([])
+
+
+def test_layer_drop_that_is_switched_on_later_leaves_layers_out():
+    objective = build(encoder_layer_drop=0.0)
+    step = GraphedStep(objective, adamw(objective), capacities=ROOM)
+    replace_capture(step)
+    batch = step.planner(*data(0))
+    for _ in range(3):
+        step([batch])
+    transformer = objective.model.wav2vec2.encoder.transformer
+    transformer.layer_drop = 1.0
+    before = [each.clone() for each in transformer.layers.parameters()]
+    step([batch])
+    assert all(map(torch.equal, transformer.layers.parameters(), before))
+
+
+def test_a_step_that_is_let_go_is_freed_though_its_optimizer_lives_on():
+    objective = build()
+    optimizer = adamw(objective)
+    step = weakref.ref(GraphedStep(objective, optimizer))
+    gc.collect()
+    assert step() is None
+    optimizer.load_state_dict(optimizer.state_dict())
