@@ -3,6 +3,10 @@
 import os
 from importlib.util import find_spec
 
+# Before torch is imported: workers side by side, each with a thread for every core, would wait for one another most of the time.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
