@@ -90,7 +90,7 @@ class DataConfig:
     batch_seconds: float = 2800.0
     """audio of a global batch: all ranks and all accumulated micro-batches together, padding included"""
     micro_batch_seconds: Union[Literal["auto"], float] = "auto"
-    """audio of a micro-batch of one rank, padding included; auto: as much as a GPU's memory holds, on a CPU all"""
+    """audio of a micro-batch of one rank, padding included; auto: as a GPU's memory allows, on a CPU its whole share"""
     max_seconds: float = 15.6
     """longer utterances are cropped to this, at random, on a frame boundary"""
     min_seconds: float = 2.0
