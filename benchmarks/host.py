@@ -179,8 +179,9 @@ class _Capture:
 
 
 def measure(layers: int, rounds: int, driver: Path, *, work: str = "step", layer_drop: float = 0.0) -> Host:
-    """A step is a forward and a backward of `PretrainingObjective`, an update of `GraphedStep` or a call of `ModelLayers`:
-    after a warm-up one is counted and ``rounds`` are timed.
+    """Counts and times of ``work``: after a warm-up one call is counted and ``rounds`` are timed.
+
+    "step" is a forward and a backward of `PretrainingObjective`, "update" a `GraphedStep`, "extraction" a call of `ModelLayers`.
     """
     with _as_on_a_gpu(driver) as (library, calls):
         capture = _Capture(library)
@@ -281,12 +282,11 @@ def _extraction(objective: hubert_fast.PretrainingObjective, capture: _Capture) 
 def main(arguments: Optional[list[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.split("\n\n")[0])
     parser.add_argument("--layers", type=int, default=12, help="transformer layers (default: 12)")
-    parser.add_argument("--rounds", type=int, default=15, help="steps that are timed (default: 15)")
+    parser.add_argument("--rounds", type=int, default=15, help="calls that are timed (default: 15)")
     works = ("step", "update", "extraction")
-    parser.add_argument("--work", choices=works, default="step", help="what is counted and timed (default: step)")
-    parser.add_argument(
-        "--layer-drop", type=float, default=0.0, help="probability that a layer is dropped (default: 0)"
-    )
+    work = "step: a forward and a backward; update: GraphedStep, optimizer included; extraction: units (default: step)"
+    parser.add_argument("--work", choices=works, default="step", help=work)
+    parser.add_argument("--layer-drop", type=float, default=0.0, help="LayerDrop's probability, in [0, 1] (default: 0)")
     parsed = parser.parse_args(arguments)
     if min(parsed.layers, parsed.rounds) < 1:
         parser.error(f"--layers and --rounds must be at least 1; got {parsed.layers} and {parsed.rounds}")

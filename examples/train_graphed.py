@@ -128,7 +128,8 @@ def main() -> None:
     held_out = padded([speech[i] for i in batches.pop(len(batches) // 2)])
     epoch_updates = len(batches) // (processes * accumulate)
     if epoch_updates == 0:
-        parser.error(f"{len(batches)} micro-batches are too few for {processes} processes x {accumulate}")
+        needed = f"{processes * accumulate} (processes x {accumulate})"
+        parser.error(f"--audio must give {needed} micro-batches beside the held-out one; got {len(batches)}")
 
     model = TINY.build(CLASSES) if args.tiny else hubert_pretrain_base(num_classes=CLASSES)
     objective = PretrainingObjective(model.to(device).train())

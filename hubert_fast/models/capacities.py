@@ -27,8 +27,8 @@ class Capacity(NamedTuple):
 class Capacities:
     """Rounds up what a batch needs, so that few sizes serve all batches.
 
-    Rows go up to multiples of 1/32 of ``rows``, rows that are kept to eighths of the rows, sequences to powers of 2. What is
-    added is computed and thrown away: 1.6% of ``rows`` in the mean where batches are between half full and full.
+    Rows go up to multiples of 1/32 of ``rows``, rows that are kept to eighths of the rows, sequences to powers of 2. Added rows
+    are computed and thrown away; docs/cuda-graphs.md counts them.
 
     Args:
         rows: valid frames of the largest micro-batch; ``n`` samples at 16 kHz have ``(n - 400) // 320 + 1``.

@@ -35,7 +35,10 @@ _log = logging.getLogger(__name__)
 
 
 class UpdateResult(NamedTuple):
-    """Loss, counts and norm of an update of `GraphedStep`, of this process's micro-batches. Scalars on the device, float64."""
+    """Loss, counts and gradient norm of an update of `GraphedStep`: scalars on the device.
+
+    All are float64 and of this process's micro-batches, but ``gradient_norm``.
+    """
 
     loss: Tensor  # what `PretrainingLoss` calls so, summed over the micro-batches, as the next six
     masked_count: Tensor
@@ -57,8 +60,8 @@ class GraphedStep:
     that LayerDrop left out of all micro-batches, on all processes, are None when the optimizer steps, so it leaves that
     layer alone.
 
-    Settings of the objective are read here: after changing ``requires_grad``, ``layer_drop``, those of masks, weights of the
-    loss, device or dtype, make another.
+    Settings of the objective are read here: after changing ``requires_grad``, those of masks, weights of the loss, device or
+    dtype, make another.
 
     Args:
         objective: on its device. Nothing may wrap it, and hooks on its parameters are not called.
@@ -66,11 +69,11 @@ class GraphedStep:
             on the device, which ``fused=True`` and ``capturable=True`` ask for, and runs eagerly elsewhere.
         clip_norm: largest norm of all gradients of the mean loss over masked frames, positive; None: they are not clipped.
         capacities: sizes that batches are rounded up to. None: nothing is captured, and batches have their own sizes.
-        autocast: dtype of forward passes, such as torch.bfloat16. None: that of the weights. Autocast around the call is not
-            looked at.
+        autocast: dtype of forward passes, torch.bfloat16 or torch.float16 (no gradient is scaled); None: that of the weights.
+            Autocast around the call is not looked at.
         process_group: of processes that train together, each with a `GraphedStep` of its own; their weights are made equal to
             those of the first. Gradients are summed, stage by stage while the backward goes on.
-        reduce_dtype: that gradients are summed in, torch.float32 or torch.bfloat16.
+        reduce_dtype: dtype in which gradients are summed over processes, torch.float32 or torch.bfloat16.
         most_graphs: capacities that are captured at most; others run eagerly.
 
     Raises:
@@ -133,7 +136,7 @@ class GraphedStep:
             masked_frames: of all micro-batches of all processes. None: they are counted here.
 
         Raises:
-            ValueError: for anything but one or more micro-batches of ``planner``.
+            ValueError: for anything but a list of one or more micro-batches that the step has room for.
             RuntimeError: where other parameters are trained than when this was made.
         """
         taking_part = self._accumulate(micro_batches, masked_frames, reduce=self._group is not None)
@@ -147,7 +150,7 @@ class GraphedStep:
         return UpdateResult(sums @ self._weights, count, *masked, *unmasked, penalty, norm)
 
     def gradients(self, micro_batches: Sequence[MicroBatch], *, masked_frames: Optional[float] = None) -> None:
-        """Forward and backward alone: this process's gradients become ``grad`` of the parameters.
+        """Forward and backward alone: the gradients of this process's micro-batches become ``grad`` of the parameters.
 
         They are those of the loss over ``masked_frames`` (None: those of the micro-batches; 1: the loss is a sum).
         """

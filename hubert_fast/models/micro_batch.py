@@ -39,11 +39,11 @@ class MicroBatch(NamedTuple):
 
 
 class MicroBatchPlanner:
-    """Makes micro-batches for `GraphedStep`. It knows no weights: a data-loader worker may have it.
+    """Makes micro-batches for `GraphedStep`, in data-loader workers too: it has no weights.
 
     Args:
         objective: that of the step. Its settings are read here, once.
-        capacities: to which batches are rounded up. None: every batch gets the size that it needs.
+        capacities: those of the step, sizes that batches are rounded up to. None: every batch has the size that it needs.
     """
 
     def __init__(self, objective: PretrainingObjective, capacities: Optional[Capacities] = None) -> None:

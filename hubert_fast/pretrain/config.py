@@ -90,8 +90,7 @@ class DataConfig:
     batch_seconds: float = 2800.0
     """audio of a global batch: all ranks and all accumulated micro-batches together, padding included"""
     micro_batch_seconds: Union[Literal["auto"], float] = "auto"
-    """audio of a micro-batch of one rank, padding included; auto: what the memory of a GPU holds, on a CPU the rank's
-    whole share of a global batch. How a batch is split changes its numbers by rounding alone"""
+    """audio of a micro-batch of one rank, padding included; auto: as a GPU's memory allows, on a CPU its whole share"""
     max_seconds: float = 15.6
     """longer utterances are cropped to this, at random, on a frame boundary"""
     min_seconds: float = 2.0
@@ -193,7 +192,7 @@ class PretrainConfig:
     graphs: Literal["auto", "off"] = "auto"
     """auto: training steps on a GPU run in CUDA graphs; off: eagerly, to the same numbers but for rounding"""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """what gradients are summed in over GPUs where steps run in graphs"""
+    """dtype in which gradients are summed over GPUs, where steps run in graphs"""
     data: DataConfig = DataConfig()
     logging: LoggingConfig = LoggingConfig()
     first: IterationConfig = IterationConfig()
