@@ -123,6 +123,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING)  # says which capacities are captured
     torch.manual_seed(rank)  # masks and dropout of its own; the weights will be those of rank 0
 
+    if args.audio is not None and not any(args.audio.rglob("*.wav")):
+        parser.error(f"--audio must be a folder with wav files; got {args.audio}")
     speech = Speech(args.audio, longest=SAMPLE_RATE if args.tiny else 15 * SAMPLE_RATE)
     batches = divided(speech.samples, most=micro_batch_seconds * SAMPLE_RATE)
     held_out = padded([speech[i] for i in batches.pop(len(batches) // 2)])

@@ -47,6 +47,14 @@ def check_mask(mask: Tensor, batch: int, frames: int) -> None:
         raise ValueError(f"mask must be bool of shape [{batch}, {frames}]; got {mask.dtype} {tuple(mask.shape)}")
 
 
+def check_channel_mask(mask: Tensor, batch: int, channels: int) -> None:
+    """Raises ValueError unless ``mask`` is a bool for each channel of each sequence."""
+    if mask.dtype != torch.bool or mask.shape != (batch, channels):
+        raise ValueError(
+            f"channel_mask must be bool of shape [{batch}, {channels}]; got {mask.dtype} {tuple(mask.shape)}"
+        )
+
+
 def check_values(good: Tensor, requirement: str, given: Tensor) -> None:
     """Raises ValueError with ``requirement`` where ``good`` is not all True; on a GPU the device itself asserts it."""
     if good.device.type == "cpu" and not torch.compiler.is_compiling():

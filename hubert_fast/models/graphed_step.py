@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Optional
@@ -95,6 +96,7 @@ class GraphedStep:
     ) -> None:
         _check(objective, clip_norm, reduce_dtype, most_graphs)
         _check_types(capacities, autocast)
+        _check_optimizer(objective, optimizer)
         self.planner = MicroBatchPlanner(objective, capacities)
         self._objective, self._capacities, self._autocast_dtype = objective, capacities, autocast
         self._group: Optional[dist.ProcessGroup] = None
@@ -172,6 +174,8 @@ class GraphedStep:
     ) -> frozenset[int]:
         """Gradients of the micro-batches, in their buffers; returns the stages that have some."""
         _check_micro_batches(micro_batches, self._capacities)
+        if masked_frames is not None and not 0 <= masked_frames < math.inf:
+            raise ValueError(f"masked_frames must be at least 0 and finite; got {masked_frames}")
         self._require_same_parameters()
         transformer = self._objective.model.wav2vec2.encoder.transformer
         if self._pointers != self._where_parameters_lie() or self._layer_drop != transformer.layer_drop:
@@ -475,6 +479,14 @@ def _check_types(capacities: Optional[Capacities], autocast: Optional[torch.dtyp
         raise ValueError(f"capacities must be Capacities or None; got {capacities!r}")
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"autocast must be torch.bfloat16, torch.float16 or None; got {autocast!r}")
+
+
+def _check_optimizer(objective: PretrainingObjective, optimizer: Optimizer) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
+    stepped = {each for group in optimizer.param_groups for each in group["params"]}
+    if stepped.isdisjoint(objective.parameters()):
+        raise ValueError(f"optimizer must step parameters of objective; got one over {len(stepped)} others")
 
 
 def _check_micro_batches(micro_batches: Sequence[MicroBatch], capacities: Optional[Capacities]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hubert_fast.models.capacities import Capacities, Capacity
-from hubert_fast.models.checks import check_audio, check_labels, check_mask
+from hubert_fast.models.checks import check_audio, check_channel_mask, check_labels, check_mask
 from hubert_fast.models.feature_extractor import output_lengths
 from hubert_fast.models.masking import MaskGenerator
 from hubert_fast.models.objective import PretrainingObjective
@@ -87,7 +87,9 @@ class MicroBatchPlanner:
             mask = self._masks.draw(batch, frames, lengths)
         else:
             check_mask(mask, batch, frames)
-        if channel_mask is None and is_plain(self._masks, MaskGenerator):
+        if channel_mask is not None:
+            check_channel_mask(channel_mask, batch, len(self._masks.mask_embedding))
+        elif is_plain(self._masks, MaskGenerator):
             channel_mask = self._masks.draw_channels(batch)
         settings = PlanSettings(self._masked_only)
         plan = make_plan(labels, lengths, mask, channel_mask, torch.device("cpu"), self._classes, settings)

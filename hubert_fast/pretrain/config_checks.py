@@ -45,6 +45,8 @@ def _check_data(data: DataConfig) -> None:
     _require(data.max_seconds >= 0.025, "data.max_seconds", data.max_seconds, "0.025 (one frame) or more")
     _check_batch("data.batch_seconds", data.batch_seconds, data.max_seconds)
     if data.micro_batch_seconds != "auto":
+        finite = data.micro_batch_seconds < float("inf")
+        _require(finite, "data.micro_batch_seconds", data.micro_batch_seconds, "auto or a finite number")
         _check_batch("data.micro_batch_seconds", data.micro_batch_seconds, data.max_seconds)
     in_range = 0 <= data.min_seconds < LONGEST_SECONDS
     _require(in_range, "data.min_seconds", data.min_seconds, f"in [0, {LONGEST_SECONDS:g})")

@@ -332,7 +332,7 @@ def test_a_layer_that_is_left_out_keeps_its_weights_and_its_optimizer_state():
 
 
 def test_a_planner_that_was_pickled_makes_the_same_micro_batch():
-    planner = GraphedStep(build(**RANDOM), adamw(build()), capacities=ROOM).planner
+    planner = hubert_fast.MicroBatchPlanner(build(**RANDOM), ROOM)
     batches = []
     for each in (planner, pickle.loads(pickle.dumps(planner))):
         torch.manual_seed(0)
@@ -362,6 +362,11 @@ WRONG = {
     "clip_norm must be positive or None; got 0.0": dict(clip_norm=0.0),
     "reduce_dtype must be .*; got torch.float16": dict(reduce_dtype=torch.float16),
     "most_graphs must be at least 0; got -1": dict(most_graphs=-1),
+    "autocast must be torch.bfloat16, .*; got 'bf16'": dict(autocast="bf16"),
+    "capacities must be Capacities or None; got 8743": dict(capacities=8743),
+    "optimizer must step parameters of objective; got one over 1 others": dict(
+        optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    ),
     "objective must have parameters to train.*got": dict(objective=lambda: build().requires_grad_(False)),
 }
 
@@ -371,7 +376,7 @@ def test_settings_out_of_range_are_named(message):
     settings = {**WRONG[message]}
     objective = settings.pop("objective", build)()
     with pytest.raises(ValueError, match=message):
-        GraphedStep(objective, adamw(objective), **settings)
+        GraphedStep(objective, settings.pop("optimizer", adamw(objective)), **settings)
 
 
 def test_a_planner_names_what_is_not_on_the_cpu_and_a_step_wants_a_micro_batch():
@@ -381,11 +386,17 @@ def test_a_planner_names_what_is_not_on_the_cpu_and_a_step_wants_a_micro_batch()
     with pytest.raises(ValueError, match="labels must be on the CPU; got meta"):
         step.planner(waveforms, labels.to("meta"), lengths)
     with pytest.raises(ValueError, match="micro_batches must be a list of MicroBatch; got MicroBatch"):
-        step(GraphedStep(build(), adamw(build())).planner(*data(0)))
+        step(step.planner(*data(0)))
     other = Capacities(rows=2000, sequences=3, max_frames=700)
     planned = hubert_fast.MicroBatchPlanner(build(), other)(*data(0))
     with pytest.raises(ValueError, match="micro_batches must be planned with the capacities of the step"):
         step([planned])
+    with pytest.raises(ValueError, match="masked_frames must be at least 0 and finite; got nan"):
+        step([step.planner(*data(0))], masked_frames=float("nan"))
+    with pytest.raises(ValueError, match=r"channel_mask must be bool of shape \[3, 64\]; got torch.bool \(2, 64\)"):
+        step.planner(*data(0), channel_mask=torch.zeros(2, 64, dtype=torch.bool))
+    with pytest.raises(ValueError, match="rows must be an integer of at least 1; got 1.5"):
+        Capacities(rows=1.5, sequences=1, max_frames=1)
     with pytest.raises(ValueError, match="micro_batches must hold one or more; got none"):
         step([])
 
