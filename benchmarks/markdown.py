@@ -18,8 +18,8 @@ Memory is the peak, weights, gradients and optimizer included. MFU is the model'
 large matrix product in that dtype in the same run; what the loss does not need counts too, though ours leaves some of it out.
 LayerDrop is off, dropout is on; the audio is noise. On a GPU float32 means products and convolutions in TF32 on all sides.
 
-`hubert_fast` is the objective, `hubert_fast swapped in` what changing the import alone gives, `hubert_fast graph` the objective
-in a CUDA graph. `torchaudio` runs its recipe, `torchaudio masked only` leaves out the logits that the recipe's loss does not
+`hubert_fast` is the objective, `hubert_fast swapped in` what changing the import alone gives, `hubert_fast graph` its
+`GraphedStep`. `torchaudio` runs its recipe, `torchaudio masked only` leaves out the logits that the recipe's loss does not
 use."""
 
 
