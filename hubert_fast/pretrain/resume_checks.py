@@ -8,8 +8,8 @@ from hubert_fast.pretrain.checkpoint import list_checkpoints
 from hubert_fast.pretrain.config import PretrainConfig
 from hubert_fast.pretrain.config_file import differences
 
-# An evaluation with other settings is made anew; the others decide no number of the result.
-_ALWAYS_FREE = ("device", "logging.", "data.workers", "data.micro_batch_seconds", "evaluation.")
+# An evaluation with other settings is made anew; the others decide no number of the result but by rounding.
+_ALWAYS_FREE = ("device", "graphs", "logging.", "data.workers", "data.micro_batch_seconds", "evaluation.")
 _OF_THE_SCAN = ("seed", "data.min_seconds", "data.valid_fraction")
 _ITERATIONS = ("first", "second", "third")
 

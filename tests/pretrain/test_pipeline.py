@@ -154,7 +154,7 @@ def test_what_has_no_output_yet_may_change_when_a_run_is_resumed(folder, tmp_pat
 def test_what_decides_no_number_may_always_change(folder, tmp_path):
     there = ["manifest/summary.json", "iteration1/units/summary.json", "iteration1/train/model.safetensors"]
     run = run_with(folder, tmp_path / "run", there)
-    changes = {"device": "auto", "data.workers": 1, "logging.save_every": 7, "evaluation.clusters": 9}
+    changes = {"device": "auto", "graphs": "off", "data.workers": 1, "logging.save_every": 7, "evaluation.clusters": 9}
     opened(run, changed(small_config(), "data.micro_batch_seconds", 2.0), resume=True)
     config = small_config()
     for name, value in (changes | {"first.optimizer.accumulate": 2}).items():
