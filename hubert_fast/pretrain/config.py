@@ -91,7 +91,7 @@ class DataConfig:
     """audio of a global batch: all ranks and all accumulated micro-batches together, padding included"""
     micro_batch_seconds: Union[Literal["auto"], float] = "auto"
     """audio of a micro-batch of one rank, padding included; auto: what the memory of a GPU holds, on a CPU the rank's
-    whole share of a global batch. How a batch is split changes its numbers by rounding alone"""
+    whole share of a global batch. How a batch is split changes its numbers by rounding and by what dropout draws"""
     max_seconds: float = 15.6
     """longer utterances are cropped to this, at random, on a frame boundary"""
     min_seconds: float = 2.0
@@ -191,7 +191,8 @@ class PretrainConfig:
     autocast: bool = True
     """bfloat16 autocast in training and feature extraction"""
     graphs: Literal["auto", "off"] = "auto"
-    """auto: training steps on a GPU run in CUDA graphs; off: eagerly, to the same numbers but for rounding"""
+    """auto: training steps on a GPU run in CUDA graphs; off: eagerly, to the same numbers but for rounding and for
+    which channels are masked, where ``mask_channel_prob`` is not 0"""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """what gradients are summed in over GPUs where steps run in graphs"""
     data: DataConfig = DataConfig()
