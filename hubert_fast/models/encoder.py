@@ -371,6 +371,8 @@ class Encoder(nn.Module):
     def draw_seeds(self, device: torch.device) -> Optional[Tensor]:
         """Random numbers for `Seeds.of`, from the default generator of ``device``; None where nothing is dropped."""
         projection = self.feature_projection
+        if not hasattr(self.transformer, "draw_seeds"):
+            return None  # what stands in the transformer's place draws for itself
         if self.training and type(projection) is FeatureProjection and type(projection.dropout) is nn.Dropout:
             if rate(projection.dropout) > 0.0:
                 return self.transformer.new_seeds(device)

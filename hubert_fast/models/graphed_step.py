@@ -170,7 +170,12 @@ class GraphedStep:
             self._capture.renew()
 
     def _accumulate(
-        self, micro_batches: Sequence[MicroBatch], masked_frames: Optional[float], *, reduce: bool
+        self,
+        micro_batches: Sequence[MicroBatch],
+        masked_frames: Optional[float],
+        *,
+        reduce: bool,
+        every_layer: bool = False,
     ) -> frozenset[int]:
         """Gradients of the micro-batches, in their buffers; returns the stages that have some."""
         _check_micro_batches(micro_batches, self._capacities)
@@ -182,6 +187,8 @@ class GraphedStep:
             self.reset()
         # All draws first, in the order in which a plain loop makes them.
         draws = [self._draw() for _ in micro_batches]
+        if every_layer:
+            draws = [(seeds, frozenset()) for seeds, _ in draws]
         last = len(self._stages) + 1
         here = frozenset(stage for stage in range(last + 1) if not all(stage in dropped for _, dropped in draws))
         if masked_frames is None:

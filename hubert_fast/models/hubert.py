@@ -129,9 +129,11 @@ class HuBERTPretrainModel(nn.Module):
         features = self.scaled_gradient(features)
         penalty = feature_penalty(features)
         encoder = self.wav2vec2.encoder
-        seeds = Seeds.of(encoder.draw_seeds(features.device))
+        drawn = encoder.draw_seeds(features.device)
+        seeds = Seeds.of(drawn)
         x = encoder.masked_rows(features, plan, self.mask_generator, seeds.projection)
-        hidden = encoder.transformer(x, plan.layout, plan.keep, seeds)
+        arguments = (x, plan.layout, plan.keep) if drawn is None else (x, plan.layout, plan.keep, seeds)
+        hidden = encoder.transformer(*arguments)
         return Encoded(HeadInput(hidden, plan.labels, plan.masked, plan.unmasked), penalty)
 
     def scaled_gradient(self, features: Tensor) -> Tensor:

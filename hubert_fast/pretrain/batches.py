@@ -96,8 +96,11 @@ class GlobalBatches:
     def capacities(self) -> Capacities:
         """What micro-batches need at most."""
         lengths, parts = self._utterances.samples, self._process.world_size * self.accumulate
-        rows = max(count * num_frames(samples) for count, samples in self.largest_sizes(self.accumulate))
+        largest = self.largest_sizes(self.accumulate)
+        rows = max(count * num_frames(samples) for count, samples in largest)
         sequences = math.ceil(min(len(lengths), self._budget // int(lengths.min())) / parts)
+        # Batches into which few utterances are dealt evenly have rows beyond the budget.
+        sequences = max(sequences, largest[0][0])
         return Capacities(rows=rows, sequences=sequences, max_frames=num_frames(int(lengths.max())))
 
     def plan_with(self, planner: MicroBatchPlanner) -> None:

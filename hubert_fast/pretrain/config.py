@@ -190,7 +190,8 @@ class PretrainConfig:
     autocast: bool = True
     """bfloat16 autocast in training and feature extraction"""
     graphs: Literal["auto", "off"] = "auto"
-    """auto: training steps on a GPU run in CUDA graphs; off: eagerly, to the same numbers but for rounding"""
+    """auto: training steps on a GPU run in CUDA graphs; off: eagerly, to the same numbers but for rounding and for
+    which channels are masked, where ``mask_channel_prob`` is not 0"""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype in which gradients are summed over GPUs, where steps run in graphs"""
     data: DataConfig = DataConfig()

@@ -101,10 +101,10 @@ class ModelLayers:
         self, waveforms: list[np.ndarray], *, first: int = 1, last: int | None = None
     ) -> list[list[np.ndarray]]:
         """Layers ``first`` to ``last`` (None: of the model), ``result[layer - first][utterance]``: float32 ``[frames, dim]``."""
-        key = "layers", first, last
+        key, encoder = ("layers", first, last), self.model.wav2vec2.encoder
 
         def work(rows: Tensor, layout: Rows) -> Tensor:
-            layers = self.model.wav2vec2.encoder.layer_rows(rows, layout, first=first, last=last)
+            layers = encoder.layer_rows(rows, layout, first=first, last=last)
             return torch.stack([layer.float() for layer in layers])
 
         return self._results(waveforms, self._graphs_of(key, work))
@@ -124,9 +124,10 @@ class ModelLayers:
         self, waveforms: list[np.ndarray], codebooks: Mapping[int, Codebook], first: int, last: int
     ) -> dict[int, list[np.ndarray]]:
         centroids = {n: self._on_device(each) for n, each in codebooks.items()}
+        encoder = self.model.wav2vec2.encoder
 
         def work(rows: Tensor, layout: Rows) -> Tensor:
-            layers = self.model.wav2vec2.encoder.layer_rows(rows, layout, first=first, last=last)
+            layers = encoder.layer_rows(rows, layout, first=first, last=last)
             return torch.stack([nearest_centroids(layers[n - first], each) for n, each in centroids.items()])
 
         key = "units", *((n, id(each)) for n, each in centroids.items())
@@ -140,7 +141,10 @@ class ModelLayers:
         return self._centroids[id(codebook)][1]
 
     def _graphs_of(self, key: tuple[Any, ...], work: Callable[[Tensor, Rows], Tensor]) -> GraphedRows:
-        """``work`` in graphs, which are those of the ``work`` that came first with this ``key``."""
+        """``work`` in graphs, which are those of the ``work`` that came first with this ``key``.
+
+        It must not refer to this object: in a cycle, memory of the GPU would wait for Python's collector.
+        """
         if key not in self._graphed:
             frames = round(self.call_seconds * SAMPLE_RATE) // FRAME_SHIFT
             longest = round(_LONGEST_SECONDS * SAMPLE_RATE) // FRAME_SHIFT
@@ -149,9 +153,11 @@ class ModelLayers:
         return self._graphed[key]
 
     def _in_autocast(self, work: Callable[[Tensor, Rows], Tensor]) -> Callable[[Tensor, Rows], Tensor]:
+        device, enabled = self._device.type, self.autocast
+
         def run(rows: Tensor, layout: Rows) -> Tensor:
             # Without its cache: what a graph finds there would be a constant of it.
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False):
+            with torch.autocast(device, torch.bfloat16, enabled=enabled, cache_enabled=False):
                 return work(rows, layout)
 
         return run

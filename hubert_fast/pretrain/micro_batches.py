@@ -129,7 +129,9 @@ def _runs_out(
     try:
         run_largest(batches, gradients, optimizer, device)
         runs_out = False
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # libraries have errors of their own for it
+        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+            raise
         runs_out = True
     # Here the error, and with it the tensors of all that it came through, is gone.
     if device.type == "cuda":

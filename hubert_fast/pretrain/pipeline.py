@@ -5,6 +5,7 @@ Each stage leaves files in the run directory and is skipped where its files are 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ class Run:
             self._require(directory / "units" / "summary.json", "units")
             return resume or weights_path(directory / "train").exists()
 
-        return train(
+        outcome = train(
             self.config,
             self.settings(number),
             manifest_dir=self.manifest,
@@ -101,6 +102,8 @@ class Run:
             resume=self.process.on_main(resumes),
             progress=self.progress,
         )
+        gc.collect()  # imports inside the first training keep its frames, and so all of its memory on a GPU, in a cycle
+        return outcome
 
     def evaluate(self, number: int) -> None:
         """Scores of iteration ``number`` on the held-out part."""

@@ -243,7 +243,7 @@ class Trainer:
             self.graphed.planner(batch.waveforms, batch.labels, batch.audio_lengths, mask=batch.mask)
             for batch in micro_batches
         ]
-        self.graphed.gradients(planned)
+        self.graphed.gradients(planned, every_layer=True)
 
     def _forward(self, objective: nn.Module, batch: Batch) -> Any:
         device = self.process.device

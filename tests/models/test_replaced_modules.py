@@ -82,6 +82,19 @@ def test_a_module_in_anothers_place_is_called_and_a_hook_changes_what_it_returns
         assert (relative_error(_loss(model), plain) < 1e-10) == same
 
 
+class _Selected(nn.Module):
+    """A transformer of somebody else's: no layers, and no attribute of ours."""
+
+    def forward(self, x, layout, keep=None):
+        return x if keep is None else x.index_select(0, keep)
+
+
+def test_another_transformer_is_called_with_rows_where_they_lie_and_which_are_kept():
+    model = _model(encoder_projection_dropout=0.1)
+    model.wav2vec2.encoder.transformer = _Selected()
+    assert _loss(model).isfinite()
+
+
 @pytest.mark.parametrize("place", ["pos_conv_embed", "conv", "feature projection"])
 def test_dead_rows_reach_no_valid_frame_through_a_module_that_is_called(place):
     model = _model()

@@ -249,3 +249,13 @@ def test_validation_is_dealt_out_over_the_ranks_and_its_numbers_do_not_depend_on
     merged = {name: row for share in shares for one in share for name, row in rows(one).items()}
     assert merged == {name: row for one in whole for name, row in rows(one).items()}
     assert sum(len(batch.ids) for share in shares for (batch,) in share) == len(LENGTHS)
+
+
+def test_capacities_hold_the_rows_of_few_utterances_that_are_dealt_evenly(tmp_path):
+    """Five of a length where a batch holds three: one batch of all, beyond the budget."""
+    numbered_folder(tmp_path, [8000] * 5)
+    batches = stream(tmp_path, batch_seconds=1.5, accumulate=2)
+    (micro_batches,) = take(batches, 1)
+    capacities = batches.capacities()
+    assert [len(batch.ids) for batch in micro_batches] == [3, 2]
+    assert capacities.sequences >= 3 and capacities.rows >= 3 * num_frames(8000)

@@ -27,7 +27,8 @@ def test_assign_equals_scikit_learn(frames):
 def test_a_device_assigns_the_nearest_centroid_too_and_the_lowest_index_on_a_tie(device):
     features = noise(frames=5000)
     centroids = np.concatenate([features[:40], features[:40], np.zeros((1, 5), np.float32)])
-    units = nearest_centroids(torch.from_numpy(features).to(device), torch.from_numpy(centroids).to(device))
+    with torch.autocast(device, torch.bfloat16):  # as extraction calls it
+        units = nearest_centroids(torch.from_numpy(features).to(device), torch.from_numpy(centroids).to(device))
     distances = np.square(features[:, None].astype(np.float64) - centroids[:40]).sum(axis=2)
     distances = np.concatenate([distances, np.square(features.astype(np.float64)).sum(axis=1, keepdims=True)], axis=1)
     expected = distances.argmin(axis=1)

@@ -1,4 +1,6 @@
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -173,3 +175,16 @@ def test_settings_tell_one_source_from_another(weights, tmp_path):
     ]
     assert len({str(source.settings) for source in sources}) == len(sources)
     assert HubertFeatures(weights, 1).settings == sources[1].settings
+
+
+def test_graphs_and_weights_of_extraction_are_freed_with_it(weights):
+    layers = ModelLayers(weights)
+    codebook = _codebook(layers(waveforms())[0])
+    layers._assign_on_device(waveforms(), {1: codebook}, 1, 1)
+    model = weakref.ref(layers.model)
+    gc.disable()
+    try:
+        del layers
+        assert model() is None
+    finally:
+        gc.enable()

@@ -1,4 +1,6 @@
 import functools
+import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -190,3 +192,19 @@ def test_other_ranks_leave_the_work_to_rank_0_and_fail_with_it(folder, tmp_path,
         with pytest.raises(RuntimeError, match="^rank 0 cannot go on$"):
             stage()
         assert not run.directory.exists(), name
+
+
+def test_what_training_leaves_in_cycles_is_freed_before_the_next_stage(scanned, monkeypatch):
+    class Weights:
+        def __init__(self):
+            self.itself = self
+
+    left = []
+    monkeypatch.setattr(pipeline, "train", lambda *_, resume, **__: left.append(weakref.ref(Weights())))
+    monkeypatch.setattr(Run, "_require", lambda *_: None)
+    gc.disable()
+    try:
+        opened(scanned, resume=True).train(1, resume=False)
+        assert left[0]() is None
+    finally:
+        gc.enable()
