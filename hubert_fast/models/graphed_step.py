@@ -151,12 +151,15 @@ class GraphedStep:
         penalty = penalty / count.clamp(min=1.0)
         return UpdateResult(sums @ self._weights, count, *masked, *unmasked, penalty, norm)
 
-    def gradients(self, micro_batches: Sequence[MicroBatch], *, masked_frames: Optional[float] = None) -> None:
+    def gradients(
+        self, micro_batches: Sequence[MicroBatch], *, masked_frames: Optional[float] = None, every_layer: bool = False
+    ) -> None:
         """Forward and backward alone: the gradients of this process's micro-batches become ``grad`` of the parameters.
 
         They are those of the loss over ``masked_frames`` (None: those of the micro-batches; 1: the loss is a sum).
+        ``every_layer`` leaves out none, whatever LayerDrop draws: so it shows how much memory a step may take.
         """
-        self._gradients.give(self._accumulate(micro_batches, masked_frames, reduce=False))
+        self._gradients.give(self._accumulate(micro_batches, masked_frames, reduce=False, every_layer=every_layer))
 
     def reset(self) -> None:
         """Drop all graphs and their memory, as after changing a dropout. Weights, optimizer and gradients stay."""

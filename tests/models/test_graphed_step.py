@@ -413,6 +413,8 @@ def test_layer_drop_that_is_switched_on_later_leaves_layers_out():
     before = [each.clone() for each in transformer.layers.parameters()]
     step([batch])
     assert all(map(torch.equal, transformer.layers.parameters(), before))
+    step.gradients([batch], every_layer=True)
+    assert all(each.grad is not None for each in transformer.layers.parameters())
 
 
 def test_a_step_that_is_let_go_is_freed_though_its_optimizer_lives_on():
