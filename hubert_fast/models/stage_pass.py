@@ -24,9 +24,8 @@ class Piece(NamedTuple):
     run: Work
     skip: Optional[Work] = None  # in its stead where LayerDrop leaves the stage out
     stage: Optional[int] = None  # the stage that LayerDrop may leave out
-    complete: Sequence[
-        int
-    ] = ()  # stages whose gradients are there after it, in this micro-batch; the head is one past the last
+    # Stages whose gradients of this micro-batch are there after it; the head is one past the last.
+    complete: Sequence[int] = ()
 
 
 class PassTensors(NamedTuple):
