@@ -89,9 +89,9 @@ class GraphedRows:
             if program.result is None or captured >= _MOST_GRAPHS:
                 with self._capture.ahead():
                     found = self._function(program.rows, program.layout)
-                    program.result = self._memory_of_results(found, program.capacity)
-                    program.result.copy_(found)
-                return program.result
+                # Not in the pool, where the next graph would overwrite it.
+                program.result = self._memory_of_results(found, program.capacity)
+                return program.result.copy_(found)
             result = program.result
             program.graph = self._capture(lambda: result.copy_(self._function(program.rows, program.layout)))
         program.graph()
