@@ -27,8 +27,8 @@ class Capacity(NamedTuple):
 class Capacities:
     """Rounds up what a batch needs, so that few sizes serve all batches.
 
-    Rows go up to multiples of 1/32 of ``rows``, rows that are kept to eighths of the rows, sequences to powers of 2. Added rows
-    are computed and thrown away; docs/cuda-graphs.md counts them.
+    Rows go up to multiples of 1/32 of ``rows``, rows that are kept to sixteenths of the rows, sequences to powers of 2, none
+    above the most there are. Added rows are computed and thrown away; docs/cuda-graphs.md counts them.
 
     Args:
         rows: valid frames of the largest micro-batch; ``n`` samples at 16 kHz have ``(n - 400) // 320 + 1``.
@@ -51,7 +51,7 @@ class Capacities:
     @property
     def largest_rows(self) -> int:
         """Rows of the largest capacity."""
-        return _rounded(self.rows, self._row_step)
+        return _rounded(self.rows, _MULTIPLE)
 
     @property
     def _row_step(self) -> int:
@@ -61,8 +61,10 @@ class Capacities:
         """The capacity of a batch that needs ``need``; None where there is none so large."""
         if need.rows > self.rows or need.sequences > self.sequences or need.max_frames > self.max_frames:
             return None
-        rows = _rounded(max(need.rows, 1), self._row_step)
-        kept = None if need.kept is None else min(rows, _rounded(max(need.kept, 1), _rounded(-(-rows // 8), _MULTIPLE)))
+        rows = min(_rounded(max(need.rows, 1), self._row_step), self.largest_rows)
+        kept = (
+            None if need.kept is None else min(rows, _rounded(max(need.kept, 1), _rounded(-(-rows // 16), _MULTIPLE)))
+        )
         sequences = min(1 << (need.sequences - 1).bit_length(), self.sequences)
         # Dead rows take places of the grid [sequences, max_frames] in which no frame is.
         sequences = max(sequences, -(-rows // self.max_frames))
