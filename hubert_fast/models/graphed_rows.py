@@ -19,7 +19,7 @@ _MOST_GRAPHS = 64  # capacities
 
 
 class Capture(Protocol):
-    """What `hubert_fast.models.capture.CudaCapture` does."""
+    """The interface of `hubert_fast.models.capture.CudaCapture`."""
 
     def ahead(self) -> contextlib.AbstractContextManager[None]: ...
 

@@ -303,7 +303,7 @@ class GraphedStep:
     def _pieces(
         self, program: _Program, overwrite: bool, fits: bool, dropped: frozenset[int]
     ) -> tuple[Iterable[Piece], contextlib.AbstractContextManager[None]]:
-        """What a pass takes, and where it is to be run."""
+        """The pieces of a pass, and the context to run them in."""
         if self._capture is not None and not fits and not self._said_too_large:
             self._said_too_large = True
             _log.warning("a batch of %s fits no capacity of %s and runs eagerly", program.capacity, self._capacities)

@@ -27,7 +27,7 @@ class HeadInput(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What `HuBERTPretrainModel.encode` makes of a batch."""
+    """The result of `HuBERTPretrainModel.encode`."""
 
     head: HeadInput
     feature_penalty: Tensor  # [] float

@@ -73,7 +73,7 @@ class GlobalBatches:
 
     @property
     def most_micro_batches(self) -> int:
-        """Into how many each rank can divide its share: every one must find an utterance."""
+        """The most micro-batches into which each rank can divide its share: every one must find an utterance."""
         return smallest_batch(self._utterances.samples, self._budget) // self._process.world_size
 
     def divide(self, accumulate: int) -> None:
@@ -94,7 +94,7 @@ class GlobalBatches:
         return largest_parts(self._utterances.samples, self._budget, self._process.world_size * accumulate)
 
     def capacities(self) -> Capacities:
-        """What micro-batches need at most."""
+        """The sizes that the largest micro-batches need."""
         lengths, parts = self._utterances.samples, self._process.world_size * self.accumulate
         largest = self.largest_sizes(self.accumulate)
         rows = max(count * num_frames(samples) for count, samples in largest)

@@ -25,7 +25,7 @@ _COMMUNICATION = 2**30
 
 
 class Size(NamedTuple):
-    """What the memory of a micro-batch follows from."""
+    """Sizes of a micro-batch, from which its memory follows."""
 
     batch: int  # utterances
     samples: int  # of each, padding included

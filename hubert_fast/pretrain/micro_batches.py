@@ -1,4 +1,4 @@
-"""Into how many micro-batches each rank divides its share of a global batch: what is asked for, or what a GPU's memory holds."""
+"""The number of micro-batches into which each rank divides its share of a global batch: as asked, or as a GPU's memory allows."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _try(work: Callable[[], Any], without_moments: list[nn.Parameter], device: t
 
 
 def _free_bytes(process: Process) -> int:
-    """What is free on the fullest GPU of all ranks, with what PyTorch holds there: weights are predicted too."""
+    """Free bytes of the fullest GPU of all ranks, with what PyTorch holds there: weights are predicted too."""
     free = torch.cuda.mem_get_info(process.device)[0] + torch.cuda.memory_reserved(process.device)
     return process.from_main(min(process.gather(free), default=0))
 

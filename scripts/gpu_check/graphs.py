@@ -120,7 +120,7 @@ def main() -> int:
 
 
 def _gradients(layer_drop: float) -> dict[str, Any]:
-    """Those of a graphed step, as it runs, captured, and replayed on another batch after one of another capacity."""
+    """Gradients of a graphed step, as it runs, captured, and replayed on another batch after one of another capacity."""
     objective = _objective(layer_drop)
     graphed = _graphed(objective)
     first, second = _of_one_capacity(graphed.step)
@@ -203,7 +203,7 @@ def _updates() -> dict[str, Any]:
 
 
 def _optimizers() -> dict[str, Any]:
-    """What is captured of each optimizer, and what it costs the host where nothing is."""
+    """Each optimizer: whether it is captured, and its cost on the host where it is not."""
     makers: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
         "AdamW, fused": lambda each: torch.optim.AdamW(each, _LEARNING_RATE, fused=True),
         "AdamW": lambda each: torch.optim.AdamW(each, _LEARNING_RATE, foreach=True),
@@ -337,7 +337,7 @@ class _Host:
 
 
 class _Memory:
-    """What PyTorch holds, and the device, from here on."""
+    """Memory that PyTorch holds, and the device, from here on."""
 
     def __init__(self) -> None:
         self._before = self._held()
@@ -410,7 +410,7 @@ def _graphed(
 
 
 def _made_by(capture: Any) -> Any:
-    """What captures: on a CPU the tests' stand-in."""
+    """The capture: on a CPU the tests' stand-in."""
     if ON_GPU:
         return capture
     from tests.models.graph_stand_in import StandInCapture
@@ -419,7 +419,7 @@ def _made_by(capture: Any) -> Any:
 
 
 def _lengths(scale: float = 1.0) -> list[int]:
-    """Of the utterances of a padded batch, in samples: 175 s of 11 to 14 s each."""
+    """Lengths of the utterances of a padded batch, in samples: 175 s of 11 to 14 s each."""
     count, least, most = (14, 11.0, 14.0) if ON_GPU else (3, 0.35, 0.5)
     return [round(scale * SAMPLE_RATE * (least + (most - least) * i / (count - 1))) for i in range(count)]
 
@@ -443,7 +443,7 @@ def _planned(step: hubert_fast.GraphedStep, batch: Batch) -> _Example:
 
 
 def _pinned(batch: Batch) -> Batch:
-    """Its audio and labels page-locked, as a data loader's."""
+    """The same batch, its audio and labels page-locked, as a data loader's."""
     if not ON_GPU:
         return batch
     return dataclasses.replace(batch, waveforms=batch.waveforms.pin_memory(), labels=batch.labels.pin_memory())
@@ -484,7 +484,7 @@ def _in_autocast() -> torch.autocast:
 
 
 def _plain_gradients(objective: hubert_fast.PretrainingObjective, examples: Sequence[_Example]) -> Tensor:
-    """Those of the loss per masked frame, by autograd over the whole objective; returns the loss."""
+    """Gradients of the loss per masked frame, by autograd over the whole objective; returns the loss."""
     objective.zero_grad(set_to_none=True)
     frames = sum(each.planned.masked_frames for each in examples)
     total = torch.zeros((), dtype=torch.float64, device=DEVICE)

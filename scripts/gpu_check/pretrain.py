@@ -133,7 +133,7 @@ def _trained(run: Run, graphs: str) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _gib(said: list[str]) -> dict[str, Optional[float]]:
-    """What was predicted for a step, and what its trial took."""
+    """Bytes predicted for a step, and those that its trial took."""
     found = [match.groups() for each in said for match in _GIB.finditer(each)]
     predicted = next((float(each) for each, _ in found if each), None)
     return {"predicted_gib": predicted, "trial_gib": next((float(each) for _, each in found if each), None)}

@@ -112,7 +112,7 @@ def _refuse(name: str) -> Callable[..., None]:
 
 
 def _tensors_of(step: Any) -> Iterator[Tensor]:
-    """What outlasts a capture: of the model, of the optimizer, and what a `GraphedStep` holds."""
+    """Tensors that outlast a capture: of the model, of the optimizer, and those that a `GraphedStep` holds."""
     optimizer = step._optimizer
     yield from step._objective.parameters()
     yield from (each for each in tree_leaves([*optimizer._optimizer.state.values()]) if isinstance(each, Tensor))

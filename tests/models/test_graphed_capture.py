@@ -1,4 +1,4 @@
-"""What a graphed step captures keeps the rules of a CUDA stream capture."""
+"""Captured sections of a graphed step keep the rules of a CUDA stream capture."""
 
 from __future__ import annotations
 

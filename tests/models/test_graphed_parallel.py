@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
-    """Of each rank, by kind."""
+    """Weights of each rank, by kind."""
     folder = tmp_path_factory.mktemp("graphed")
     run_all("tests.models.graphed_worker", folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]

@@ -56,7 +56,7 @@ def kernels_of_a_gpu():
 
 
 def kept_bytes(objective: PretrainingObjective, shape: tuple[int, int], plan: StepPlan, autocast: bool) -> int:
-    """Of all storages that the forward of a step saves for its backward, but the parameters'."""
+    """Bytes of all storages that the forward of a step saves for its backward, but the parameters'."""
     saved = {}  # held on to, so that no number of a storage is given twice
     with FakeTensorMode():
         for module in objective.modules():

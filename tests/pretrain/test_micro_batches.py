@@ -31,7 +31,7 @@ def corpus(tmp_path_factory):
 
 
 class Lengths:
-    """Of `GlobalBatches`, what the division asks for."""
+    """The part of `GlobalBatches` that the division asks for."""
 
     def __init__(self, samples, batch_seconds, world_size):
         self.samples, self.budget, self.world_size = samples, round(batch_seconds * SAMPLE_RATE), world_size
