@@ -77,7 +77,8 @@ class Wav2Vec2Model(nn.Module):
 
     def _features(self, waveforms: Tensor, lengths: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
         """Features ``[batch, frames, channels]`` and the valid frames of each row, on the CPU where the encoder is to pack."""
-        if lengths is not None and isinstance(self.encoder, Encoder):
+        ours = isinstance(self.encoder, Encoder) and isinstance(self.feature_extractor, FeatureExtractor)
+        if lengths is not None and ours:
             lengths = on_host(lengths)  # before the extractor is started, so that nobody waits for it
         check_audio(waveforms, lengths)
         return self.feature_extractor(waveforms, lengths)

@@ -192,13 +192,21 @@ class ModelLayers:
         if self.normalize_audio:
             waveforms = [normalized(waveform) for waveform in waveforms]
         lengths = torch.tensor([len(waveform) for waveform in waveforms])
-        padded = torch.empty(len(waveforms), int(lengths.max()), pin_memory=self._device.type == "cuda")
-        for row, waveform in zip(padded.numpy(), waveforms, strict=True):
-            row[: len(waveform)], row[len(waveform) :] = waveform, 0.0
+        padded = padded_audio(waveforms, pinned=self._device.type == "cuda")
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False):
             extractor = self.model.wav2vec2.feature_extractor
             features, frames = extractor(padded.to(self._device, non_blocking=True), lengths)
         return _sent_to_host(work(features, frames))
+
+
+def padded_audio(waveforms: list[np.ndarray], *, pinned: bool) -> Tensor:
+    """The waveforms, each float32 ``[samples]``, as one tensor ``[batch, most samples]`` with zeros behind them, page-locked if
+    ``pinned``.
+    """
+    padded = torch.empty(len(waveforms), max(map(len, waveforms)), pin_memory=pinned)
+    for row, waveform in zip(padded.numpy(), waveforms, strict=True):
+        row[: len(waveform)], row[len(waveform) :] = waveform, 0.0
+    return padded
 
 
 def _sent_to_host(x: Tensor) -> _OnItsWay:
