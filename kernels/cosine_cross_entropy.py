@@ -42,7 +42,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 # The score of a class that is left out: its power is 0, and so is its product with that power.
 _EXCLUDED = tl.constexpr(-10000.0)
-# Of a program that adds up losses: three minutes of audio have 4,021 masked frames. More are added in parts.
+# Frames that one program adds up: three minutes of audio have 4,021 masked ones. More are added in parts.
 _FINISH_ROWS = 4096
 
 

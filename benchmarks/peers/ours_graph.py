@@ -37,7 +37,7 @@ class GraphModel(ObjectiveModel):
         step.gradients([self._planned[key][1]], masked_frames=1.0)
 
     def _step(self, batch: Batch, dtype: torch.dtype) -> hubert_fast.GraphedStep:
-        """That for batches of this shape."""
+        """The step for batches of this shape."""
         key = dtype, batch.waveforms.shape
         if key not in self._steps:
             utterances, frames = batch.labels.shape

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Optional
@@ -20,8 +19,9 @@ from torch.optim import Optimizer
 
 from hubert_fast.models.capacities import Capacities, Capacity
 from hubert_fast.models.capture import CudaCapture
-from hubert_fast.models.encoder import Seeds, Transformer
+from hubert_fast.models.encoder import Seeds
 from hubert_fast.models.gradient_buffers import GradientBuffers
+from hubert_fast.models.graphed_step_checks import check_objective, check_optimizer, check_settings, check_update
 from hubert_fast.models.hubert import feature_penalty
 from hubert_fast.models.masking import MaskGenerator
 from hubert_fast.models.micro_batch import MicroBatch, MicroBatchPlanner
@@ -94,9 +94,9 @@ class GraphedStep:
         reduce_dtype: torch.dtype = torch.float32,
         most_graphs: int = 32,
     ) -> None:
-        _check(objective, clip_norm, reduce_dtype, most_graphs)
-        _check_types(capacities, autocast)
-        _check_optimizer(objective, optimizer)
+        check_objective(objective)
+        check_optimizer(objective, optimizer)
+        check_settings(clip_norm, capacities, autocast, reduce_dtype, most_graphs)
         self.planner = MicroBatchPlanner(objective, capacities)
         self._objective, self._capacities, self._autocast_dtype = objective, capacities, autocast
         self._group: Optional[dist.ProcessGroup] = None
@@ -181,9 +181,7 @@ class GraphedStep:
         every_layer: bool = False,
     ) -> frozenset[int]:
         """Gradients of the micro-batches, in their buffers; returns the stages that have some."""
-        _check_micro_batches(micro_batches, self._capacities)
-        if masked_frames is not None and not 0 <= masked_frames < math.inf:
-            raise ValueError(f"masked_frames must be at least 0 and finite; got {masked_frames}")
+        check_update(micro_batches, masked_frames, self._capacities)
         self._require_same_parameters()
         transformer = self._objective.model.wav2vec2.encoder.transformer
         if self._pointers != self._where_parameters_lie() or self._layer_drop != transformer.layer_drop:
@@ -451,63 +449,3 @@ class _Program:
         # By whether gradients are overwritten.
         self.run_before: dict[bool, set[int]] = {}  # the stages that have run
         self.captured: dict[bool, list[Piece]] = {}
-
-
-def _check(
-    objective: PretrainingObjective, clip_norm: Optional[float], reduce_dtype: torch.dtype, most_graphs: int
-) -> None:
-    if type(objective) is not PretrainingObjective:
-        raise ValueError(
-            f"objective must be a PretrainingObjective, wrapped by nothing; got {type(objective).__name__}"
-        )
-    transformer = objective.model.wav2vec2.encoder.transformer
-    for name, module, kind in (
-        ("objective", objective, PretrainingObjective),
-        ("transformer", transformer, Transformer),
-    ):
-        if not is_plain(module, kind):
-            raise ValueError(
-                f"{name} must be a {kind.__name__} without hooks, which a graphed step would not call; got "
-                f"{type(module).__name__}"
-            )
-    if not objective.masked_weight and not objective.unmasked_weight:
-        raise ValueError("objective must have a weight on masked or unmasked frames; both are 0")
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm must be positive or None; got {clip_norm}")
-    if reduce_dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"reduce_dtype must be torch.float32 or torch.bfloat16; got {reduce_dtype}")
-    if most_graphs < 0:
-        raise ValueError(f"most_graphs must be at least 0; got {most_graphs}")
-    parameters = [each for each in objective.parameters() if each.requires_grad]
-    devices = {each.device for each in parameters}
-    if len(devices) != 1:
-        raise ValueError(f"objective must have parameters to train, on one device; got {sorted(map(str, devices))}")
-
-
-def _check_types(capacities: Optional[Capacities], autocast: Optional[torch.dtype]) -> None:
-    if capacities is not None and not isinstance(capacities, Capacities):
-        raise ValueError(f"capacities must be Capacities or None; got {capacities!r}")
-    if autocast not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"autocast must be torch.bfloat16, torch.float16 or None; got {autocast!r}")
-
-
-def _check_optimizer(objective: PretrainingObjective, optimizer: Optimizer) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise ValueError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
-    stepped = {each for group in optimizer.param_groups for each in group["params"]}
-    if stepped.isdisjoint(objective.parameters()):
-        raise ValueError(f"optimizer must step parameters of objective; got one over {len(stepped)} others")
-
-
-def _check_micro_batches(micro_batches: Sequence[MicroBatch], capacities: Optional[Capacities]) -> None:
-    if isinstance(micro_batches, MicroBatch) or not all(isinstance(each, MicroBatch) for each in micro_batches):
-        raise ValueError(f"micro_batches must be a list of MicroBatch; got {type(micro_batches).__name__}")
-    if not micro_batches:
-        raise ValueError("micro_batches must hold one or more; got none")
-    largest = 0 if capacities is None else capacities.largest_rows
-    for each in micro_batches:
-        if each.fits and each.capacity.rows > largest:
-            raise ValueError(
-                f"micro_batches must be planned with the capacities of the step ({capacities}), as its planner does; got "
-                f"{each.capacity}"
-            )

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hubert_fast import MicroBatchPlanner
     from hubert_fast.models.masking import MaskGenerator
 
-# Of a batch without a backward, which takes little memory: enough to keep a GPU at work.
+# Audio of a batch without a backward, which takes little memory: enough to keep a GPU at work.
 _VALIDATION_SECONDS = 160.0
 
 

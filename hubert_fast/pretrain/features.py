@@ -163,7 +163,7 @@ class ModelLayers:
         return run
 
     def _results(self, waveforms: list[np.ndarray], work: GraphedRows) -> list[list[np.ndarray]]:
-        """What ``work`` makes of each layer and utterance, ``result[layer][utterance]``: ``[frames, ...]``."""
+        """Results of ``work`` for each layer and utterance, ``result[layer][utterance]``: ``[frames, ...]``."""
         result: list[list[np.ndarray]] = []
         for indices, layers in self._calls(waveforms, work):
             if not result:
@@ -175,7 +175,7 @@ class ModelLayers:
         return result
 
     def _calls(self, waveforms: list[np.ndarray], work: GraphedRows) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Which utterances a call had, and ``work``'s ``[layers, rows, ...]`` of them; each while the next one runs."""
+        """Utterances of each call, and ``work``'s ``[layers, rows, ...]`` of them, while the next call runs."""
         before: tuple[list[int], _OnItsWay] | None = None
         samples = [len(waveform) for waveform in waveforms]
         for indices in batches_of_like_length(samples, self.call_seconds * SAMPLE_RATE):

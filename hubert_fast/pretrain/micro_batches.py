@@ -20,7 +20,7 @@ from hubert_fast.pretrain.random_state import preserved_random_state
 if TYPE_CHECKING:
     from hubert_fast.pretrain.utterances import Batch
 
-# Of the memory that is free, the predicted bytes may take this share.
+# The share of the free memory that predicted bytes may take.
 _SHARE = 0.9
 # More audio than this in a micro-batch is no faster, and the front end's first activations pass 2**31 values at 1,300 s.
 _MOST_SECONDS = 700.0

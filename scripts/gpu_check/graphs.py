@@ -116,7 +116,7 @@ def main() -> int:
     return 0
 
 
-# What is compared
+# Comparison
 
 
 def _gradients(layer_drop: float) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _optimizers() -> dict[str, Any]:
     return {"ok": well, **found}
 
 
-# What is timed
+# Timing
 
 
 def _timed(layer_drop: float) -> dict[str, Any]:
