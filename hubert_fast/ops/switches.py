@@ -1,0 +1,38 @@
+"""Parts of a training step that can be turned off one by one, so that one run on a GPU measures each with and without.
+
+They are for `scripts/gpu-check` and for tests: each default is what is predicted to be fastest, and results differ by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass
+class Switches:
+    """One flag a change; read when an operator is called, and for a graph when it is captured."""
+
+    narrow_copies: bool = True  # LayerNorm writes its 16-bit copy too and sums the gradients of both
+    gelu_epilogues: bool = True  # GELU and its slope in the epilogues of the feed-forward's products
+    weight_copies: bool = True  # `GraphedStep` keeps 16-bit copies of the weights of products
+    wide_weight_gradients: bool = True  # products give weight gradients in float32, into their buffers
+
+
+switches = Switches()
+
+
+@contextmanager
+def switched(**values: bool) -> Iterator[None]:
+    """Set flags of `switches` inside.
+
+    Raises:
+        AttributeError: for a name that is no flag.
+    """
+    before = {name: getattr(switches, name) for name in values}
+    vars(switches).update(values)
+    try:
+        yield
+    finally:
+        vars(switches).update(before)
