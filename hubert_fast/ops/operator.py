@@ -152,21 +152,14 @@ class Operator(Generic[Record]):
         Raises:
             NotImplementedError: for a forward-mode derivative, which `torch.library` gives as 0.
         """
-        if torch.compiler.is_compiling():
-            return True
-        if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
-            return True
-        # Of such modes the default device is one, which would be that of whatever an implementation allocates.
-        if torch._C._len_torch_function_stack() > 0 or _is_traced_before_dispatch():
-            return True
-        transform = torch._C._functorch.peek_interpreter_stack()
+        if is_plain_call(arguments):
+            return arguments[0].is_meta
+        transform = None if torch.compiler.is_compiling() else torch._C._functorch.peek_interpreter_stack()
         if transform is not None and transform.key() == torch._C._functorch.TransformType.Jvp:
             raise NotImplementedError(
                 f"operator {self.name!r} has no forward-mode derivative; hubert_fast.backend.use('reference') has"
             )
-        if transform is not None or arguments[0].is_meta:
-            return True
-        return any(type(each) not in _PLAIN for each in tensors_of(arguments))
+        return True
 
     def _objection(self, name: str, arguments: Record) -> backend.Objection:
         reason = None
@@ -183,6 +176,20 @@ def _imported(room: str, name: str) -> ModuleType:
 def _is_traced_before_dispatch() -> bool:
     """Whether a mode sees calls before autograd does, as `make_fx` and export have it with ``pre_dispatch``."""
     return torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+
+
+def is_plain_call(arguments: Sequence[Any]) -> bool:
+    """Whether nobody looks at a call on ``arguments`` but autograd: no compiler, mode, transform or subclass of tensors."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+        return False
+    # Of such modes the default device is one, which would be that of whatever an implementation allocates.
+    if torch._C._len_torch_function_stack() > 0 or _is_traced_before_dispatch():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(each) in _PLAIN for each in tensors_of(arguments))
 
 
 def _without_autocast(device_type: str) -> ContextManager[None]:

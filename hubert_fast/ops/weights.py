@@ -1,0 +1,91 @@
+"""Weights of matrix products: in the dtype of the product, and their gradients in their own.
+
+Who trains in 16 bits casts each weight in every forward and each of their gradients in every backward. A graphed step spares
+both: it lends a weight memory (`lend`) that holds it in 16 bits already, and memory that wants its gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from hubert_fast.ops.switches import switches
+
+_NAME = "_hubert_fast_lent"
+# cuBLAS sums in float32 anyway. PyTorch has it for GPUs alone.
+_HAS_WIDE_PRODUCT = "dtype_out" in torch.ops.aten.mm.overloads()
+
+
+class Lent(NamedTuple):
+    """Memory beside a weight; a bias may have some too."""
+
+    copy: Optional[Tensor] = None  # the weight's values in 16 bits
+    gradient: Optional[Tensor] = None  # of the weight's shape and dtype; a backward overwrites it and returns it
+
+
+def lend(weight: Tensor, lent: Lent) -> None:
+    """Let products with ``weight`` use ``lent``, as long as this tensor lives."""
+    setattr(weight, _NAME, lent)
+
+
+def is_lent(weight: Tensor) -> bool:
+    """Whether ``weight`` has memory lent."""
+    return hasattr(weight, _NAME)
+
+
+def in_dtype(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The weights one below the other in ``dtype``: ``[sum of rows, ...]``, without a copy where memory is lent for that."""
+    copies = [_lent(each).copy for each in weights]
+    if all(each is not None and each.dtype == dtype for each in copies):
+        whole = _whole(copies)
+        return torch.cat(copies) if whole is None else whole
+    if len(weights) == 1:
+        return weights[0].detach().to(dtype)
+    return torch.cat([each.detach() for each in weights]).to(dtype)
+
+
+def gradient_memory(weights: Sequence[Tensor]) -> Optional[Tensor]:
+    """Memory that wants the gradient of the weights one below the other, or None."""
+    gradients = [_lent(each).gradient for each in weights]
+    return None if any(each is None for each in gradients) else _whole(gradients)
+
+
+def weight_gradient(upstream: Tensor, x: Tensor, dtype: torch.dtype, memory: Optional[Tensor]) -> Tensor:
+    """The gradient of the weight of ``x weight^T``, given that of the product: ``[columns, depth]``.
+
+    Args:
+        upstream: ``[rows, columns]``.
+        x: ``[rows, depth]`` in the same dtype.
+        dtype: of the result.
+        memory: where it goes, from `gradient_memory`; None: into new memory.
+    """
+    upstream = upstream.t()
+    if upstream.dtype == dtype:
+        return torch.mm(upstream, x, out=memory)
+    wide = dtype == torch.float32 and _HAS_WIDE_PRODUCT and x.device.type in ("cuda", "meta")
+    if not (wide and switches.wide_weight_gradients):
+        product = torch.mm(upstream, x)
+        return product.to(dtype) if memory is None else memory.copy_(product)
+    if memory is None:
+        return torch.mm(upstream, x, out_dtype=dtype)
+    return torch.mm(upstream, x, out_dtype=dtype, out=memory)
+
+
+def _lent(weight: Tensor) -> Lent:
+    return getattr(weight, _NAME, Lent())
+
+
+def _whole(parts: Sequence[Tensor]) -> Optional[Tensor]:
+    """The parts as one tensor, joined along their first dimension, or None where they do not lie one after another."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    place, storage = first.data_ptr(), first.untyped_storage().data_ptr()
+    for part in parts:
+        if part.data_ptr() != place or part.untyped_storage().data_ptr() != storage or not part.is_contiguous():
+            return None
+        place += part.nbytes
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
