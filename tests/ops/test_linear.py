@@ -97,7 +97,7 @@ def test_modes_and_transforms_see_plain_products() -> None:
         with FlopCounterMode(display=False) as counter:
             linear(x, weights, biases)
         found, expected = (
-            torch.func.vmap(lambda row: form(row[None], weights, biases)[0])(x) for form in (linear, _joined)
+            torch.func.vmap(lambda row, form=form: form(row[None], weights, biases)[0])(x) for form in (linear, _joined)
         )
     assert counter.get_total_flops() == 2 * _ROWS * _IN * sum(_OUT)
     assert torch.equal(found, expected)
