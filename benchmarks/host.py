@@ -4,6 +4,7 @@
     python -m benchmarks.host --layers 2 --rounds 1
     python -m benchmarks.host --work update         an update of `hubert_fast.GraphedStep`, optimizer included
     python -m benchmarks.host --work extraction     units of 300 seconds of audio, as `hubert_fast.pretrain` makes them
+    python -m benchmarks.host --work launches       every launch of an update of Base at its full width, graphs' included
 
 The model trains on a CPU with every operator on its GPU kernels: Triton's launcher runs as it does on a GPU, over a driver
 that counts launches and runs nothing (nothing.c); the calls of the CUDA extension are counted and dropped. Sizes are so small
@@ -28,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 from unittest import mock
@@ -38,9 +39,10 @@ import torch
 import hubert_fast
 from hubert_fast import backend, extension
 from hubert_fast.cuda_backend import conv_frontend as cuda_backend
-from hubert_fast.models import encoder, plain
-from hubert_fast.ops import triton_backend
+from hubert_fast.models import plain
+from hubert_fast.ops import triton_backend, weights
 
+from . import multi_tensor
 from .architecture import Architecture
 
 _CLASSES, _FRAMES, _BATCH = 500, 12, 2
@@ -49,7 +51,14 @@ _WITHOUT_KERNEL = {
     "as_strided", "empty", "empty_strided", "view", "_unsafe_view", "_reshape_alias", "alias", "detach", "to", "promote_types",
     "result_type", "set_", "resize_", "unbind", "uniform_", "_local_scalar_dense",
 }  # fmt: skip
-_PARTS = {"step": ("forward", "backward"), "update": ("update",), "extraction": ("audio", "calls")}
+# What a CPU makes of several operations and a GPU of one.
+_ONE_KERNEL = {
+    f"aten::{name}" for name in ("mm", "addmm", "bmm", "sum", "mean", "linalg_vector_norm", "index_copy_", "stack")
+}
+_PARTS = {
+    "step": ("forward", "backward"), "update": ("update",), "extraction": ("audio", "calls"), "launches": (),
+}  # fmt: skip
+_LISTS = "lists of tensors"
 _WARM_UP = 3  # steps; of a graph the second captures
 _KERNELS = (
     "masked_attention", "residual_layer_norm", "bias_gelu_dropout", "bias_dropout_residual", "mask_fill", "positional_conv",
@@ -66,6 +75,12 @@ class Host(NamedTuple):
     torch_kernels: int  # of these, the ones that would launch a kernel or a copy on a GPU
     graph_launches: int
     milliseconds: list[tuple[float, ...]]  # of the parts of the work (`_PARTS`)
+    by_operation: Counter[str]  # those of PyTorch's kernels
+
+    @property
+    def launches(self) -> int:
+        """All kernels, whoever launches them; a call of the extension counts as one, as nearly all of them are."""
+        return self.triton_launches + self.extension_calls + self.torch_kernels
 
 
 class _Extension:
@@ -135,6 +150,12 @@ def _as_on_a_gpu(driver: Path) -> Iterator[tuple[ctypes.CDLL, _Extension]]:
     def stream_dtype(x: torch.Tensor) -> Optional[torch.dtype]:
         return torch.float32 if torch.is_autocast_enabled("cpu") else None
 
+    def wide_product(left: torch.Tensor, right: torch.Tensor, memory: Optional[torch.Tensor]) -> torch.Tensor:
+        """One kernel, as a GPU's product of 16 bits that gives float32; a CPU has none."""
+        if memory is None:
+            return torch.zeros(len(left), right.shape[1])
+        return memory.zero_()
+
     for name in _KERNELS:
         triton_backend.objection(name, torch.empty(0))  # imports what the following replaces
         __import__(f"hubert_fast.kernels.{name}")
@@ -152,7 +173,8 @@ def _as_on_a_gpu(driver: Path) -> Iterator[tuple[ctypes.CDLL, _Extension]]:
         replace(launch, "why_not", lambda tensor, automatic: None)
         replace(triton_backend, "objection", lambda operator, *tensors: None)
         replace(plain, "stream_dtype", stream_dtype)
-        replace(encoder, "stream_dtype", stream_dtype)
+        replace(weights, "_has_wide_product", lambda x: True)
+        replace(weights, "_wide_product", wide_product)
         replace(cuda_backend, "objection", lambda *arguments: None)
         replace(extension, "cuda", lambda: calls)
         for entry in backend._operators.values():
@@ -182,38 +204,59 @@ class _Capture:
 def measure(layers: int, rounds: int, driver: Path, *, work: str = "step", layer_drop: float = 0.0) -> Host:
     """Counts and times of ``work``: after a warm-up one call is counted and ``rounds`` are timed.
 
-    "step" is a forward and a backward of `PretrainingObjective`, "update" a `GraphedStep`, "extraction" a call of `ModelLayers`.
+    "step" is a forward and a backward of `PretrainingObjective`, "update" a `GraphedStep`, "extraction" a call of `ModelLayers`,
+    "launches" what a `GraphedStep` of HuBERT Base runs in its graphs and outside, not timed.
     """
     with _as_on_a_gpu(driver) as (library, calls):
         capture = _Capture(library)
-        objective = _objective(layers, layer_drop)
-        step = {"step": _step, "update": _update, "extraction": _extraction}[work](objective, capture)
+        objective = _objective(layers, layer_drop, full_width=work == "launches")
+        step = {"step": _step, "update": _update, "extraction": _extraction, "launches": _whole_update}[work](
+            objective, capture
+        )
         for _ in range(_WARM_UP):
             step()
         before, launched = library.nothing_launches(), capture.launches
         calls.calls.clear()
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # as in stages.py
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        with (
+            multi_tensor.counted(_LISTS) as of_lists,
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler,
+        ):
             step()
-        operations = [
-            event.name
-            for event in profiler.events()
-            if event.name.startswith("aten::")
-            and not any(child.name.startswith("aten::") for child in event.cpu_children)
-        ]
-        kernels = [each for each in operations if each.removeprefix("aten::") not in _WITHOUT_KERNEL]
-        counts = library.nothing_launches() - before, sum(calls.calls.values()), len(operations), len(kernels)
+        operations = Counter(_operations(profiler.events()))
+        kernels = Counter({name: count for name, count in operations.items() if name not in _WITHOUT_KERNEL})
+        kernels[_LISTS] = sum(of_lists)
+        counts = library.nothing_launches() - before, sum(calls.calls.values()), operations.total(), kernels.total()
         counts += (capture.launches - launched,)
-        times = [step() for _ in range(rounds)]
-    return Host(*counts, list(zip(*times)))
+        times = [step() for _ in range(rounds)] if _PARTS[work] else []
+    return Host(*counts, list(zip(*times)), kernels)
 
 
-def _objective(layers: int, layer_drop: float) -> hubert_fast.PretrainingObjective:
+def _operations(events: Iterable[Any]) -> Iterator[str]:
+    """ATen operations that call no other; those on lists of tensors are counted apart (multi_tensor.py)."""
+    for event in events:
+        if not event.name.startswith("aten::") or (event.name not in _ONE_KERNEL and _calls_another(event)):
+            continue
+        above = event.cpu_parent
+        while above is not None and above.name not in (_LISTS, *_ONE_KERNEL):
+            above = above.cpu_parent
+        if above is None:
+            yield event.name.removeprefix("aten::")
+
+
+def _calls_another(event: Any) -> bool:
+    return any(each.name.startswith("aten::") for each in event.cpu_children)
+
+
+def _objective(layers: int, layer_drop: float, *, full_width: bool = False) -> hubert_fast.PretrainingObjective:
     torch.manual_seed(0)
-    convolutions = tuple((32, *rest) for _, *rest in Architecture().convolutions)
-    architecture = Architecture(
-        "small", convolutions=convolutions, dim=32, layers=layers, heads=2, ffn=64, final_dim=32
-    )
+    if full_width:
+        architecture = Architecture(layers=layers)
+    else:
+        convolutions = tuple((32, *rest) for _, *rest in Architecture().convolutions)
+        architecture = Architecture(
+            "small", convolutions=convolutions, dim=32, layers=layers, heads=2, ffn=64, final_dim=32
+        )
     arguments = {**architecture.factory_arguments(_CLASSES), "encoder_layer_drop": layer_drop}
     model = hubert_fast.hubert_pretrain_model(**arguments).train()
     return hubert_fast.PretrainingObjective(model)
@@ -242,7 +285,14 @@ def _step(objective: hubert_fast.PretrainingObjective, _: _Capture) -> Callable[
     return step
 
 
-def _update(objective: hubert_fast.PretrainingObjective, capture: _Capture) -> Callable[[], tuple[float, ...]]:
+def _whole_update(objective: hubert_fast.PretrainingObjective, _: _Capture) -> Callable[[], tuple[float, ...]]:
+    """A function that does one update of the sizes of a capacity, all of it as the host goes along."""
+    return _update(objective, None)
+
+
+def _update(
+    objective: hubert_fast.PretrainingObjective, capture: Optional[_Capture]
+) -> Callable[[], tuple[float, ...]]:
     """A function that does one update in graphs and returns its milliseconds; plans are made ahead, as by a data loader."""
     optimizer = torch.optim.AdamW(objective.parameters(), 5e-4, fused=True)
     room = hubert_fast.Capacities(rows=_BATCH * _FRAMES, sequences=_BATCH, max_frames=_FRAMES)
@@ -298,7 +348,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.split("\n\n")[0])
     parser.add_argument("--layers", type=int, default=12, help="transformer layers (default: 12)")
     parser.add_argument("--rounds", type=int, default=15, help="calls that are timed (default: 15)")
-    work = "step: a forward and a backward; update: GraphedStep, optimizer included; extraction: units (default: step)"
+    work = "step: a forward and a backward; update: GraphedStep, optimizer included; extraction: units; launches: those of a "
+    work += "whole update of Base, not timed (default: step)"
     parser.add_argument("--work", choices=_PARTS, default="step", help=work)
     parser.add_argument("--layer-drop", type=float, default=0.0, help="LayerDrop's probability, in [0, 1] (default: 0)")
     parsed = parser.parse_args(arguments)
@@ -326,6 +377,9 @@ def main(arguments: Optional[list[str]] = None) -> int:
     )
     print(f"{host.torch_operations} operations of PyTorch ({host.torch_kernels} kernels),", end=" ")
     print(f"{host.graph_launches} launches of graphs")
+    if parsed.work == "launches":
+        print(f"{host.launches} launches in all; PyTorch's:", end=" ")
+        print(", ".join(f"{count} {name}" for name, count in host.by_operation.most_common()))
     for name, times in zip(_PARTS[parsed.work], host.milliseconds):
         print(f"{name}: median {statistics.median(times):.2f} ms, least {min(times):.2f} ms of {len(times)}")
     return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Iterator, NamedTuple, Optional, Sequence
+from typing import Iterator, NamedTuple, Optional, Sequence, Union
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from hubert_fast.models.masking import MaskGenerator
 from hubert_fast.models.plain import (
+    Stream,
     Update,
     add,
     add_and_normalize,
@@ -21,15 +22,16 @@ from hubert_fast.models.plain import (
     is_fusable,
     is_plain,
     normalize,
+    normalized_stream,
     product,
     rate,
-    stream_dtype,
 )
 from hubert_fast.models.plan import StepPlan
 from hubert_fast.models.rows import Rows, valid_rows, whole_grid
 from hubert_fast.ops.arguments import SEED_RANGE
 from hubert_fast.ops.bias_gelu_dropout import bias_gelu_dropout
 from hubert_fast.ops.host_tensors import may_decide_shapes
+from hubert_fast.ops.linear import linear
 from hubert_fast.ops.mask_fill import mask_fill
 from hubert_fast.ops.masked_attention import masked_attention
 from hubert_fast.ops.positional_conv import positional_conv
@@ -136,8 +138,7 @@ class SelfAttention(nn.Module):
         """What the output projection is given: the heads side by side. ``seed`` is that of the dropout."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         if all(is_plain(each, nn.Linear) and each.bias is not None for each in projections):
-            weight = torch.cat([each.weight for each in projections])
-            qkv = F.linear(x, weight, torch.cat([each.bias for each in projections]))
+            qkv = linear(x, [each.weight for each in projections], [each.bias for each in projections])
         else:
             qkv = torch.cat([each(x) for each in projections], dim=1)
         qkv = qkv.unflatten(1, (3, self.num_heads, self.head_dim))
@@ -191,27 +192,30 @@ class EncoderLayer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # [rows, dim]
+        x: Union[Tensor, Stream],  # [rows, dim]
         layout: Rows,
         keep: Optional[Tensor] = None,  # [kept] int64
         seeds: Optional[list[Tensor]] = None,
-    ) -> Tensor:
+    ) -> Union[Tensor, Stream]:
         """``[rows, dim] -> [rows, dim]``, or ``[kept, dim]`` where ``keep`` says which rows are wanted.
 
-        ``seeds``: of this layer's dropout masks; None: each is drawn where it is needed.
+        Given a `Stream` it gives one. ``seeds``: of this layer's dropout masks; None: each is drawn where it is needed.
         """
+        if not isinstance(x, Stream):
+            return self.forward(Stream(x), layout, keep, seeds).x
         attention_seed, attended_seed, hidden_seed, output_seed = seeds or [None] * _MASKS
         if self.layer_norm_first:
-            attended = self._attend(normalize(self.layer_norm, x), layout, keep, attention_seed, attended_seed)
-            normed, x = add_and_normalize(self.final_layer_norm, x, attended, keep)
-            return add(x, self._feed_forward(normed, hidden_seed, output_seed))
+            normed = Stream(normalize(self.layer_norm, x.x))
+            attended = self._attend(normed, layout, keep, attention_seed, attended_seed)
+            normed, stream = add_and_normalize(self.final_layer_norm, x.x, attended, keep)
+            return Stream(add(stream, self._feed_forward(Stream(normed), hidden_seed, output_seed)))
         attended = self._attend(x, layout, keep, attention_seed, attended_seed)
-        x = add_then_normalize(self.layer_norm, x, attended, keep)
-        return add_then_normalize(self.final_layer_norm, x, self._feed_forward(x, hidden_seed, output_seed))
+        x = add_then_normalize(self.layer_norm, x.x, attended, keep)
+        return add_then_normalize(self.final_layer_norm, x.x, self._feed_forward(x, hidden_seed, output_seed))
 
     def _attend(
         self,
-        x: Tensor,
+        x: Stream,
         layout: Rows,
         keep: Optional[Tensor],
         attention_seed: Optional[Tensor],
@@ -219,16 +223,16 @@ class EncoderLayer(nn.Module):
     ) -> Update:
         attention = self.attention
         if is_plain(attention, SelfAttention):
-            value, bias = product(attention.out_proj, attention.heads(x, layout, keep, attention_seed))
+            value, bias = product(attention.out_proj, attention.heads(x.operand, layout, keep, attention_seed))
         else:
-            value, bias = attention(x, layout, keep), None
+            value, bias = attention(x.x, layout, keep), None
         return before_dropout(self.dropout, value, bias, attended_seed)
 
-    def _feed_forward(self, x: Tensor, hidden_seed: Optional[Tensor], output_seed: Optional[Tensor]) -> Update:
+    def _feed_forward(self, x: Stream, hidden_seed: Optional[Tensor], output_seed: Optional[Tensor]) -> Update:
         feed_forward = self.feed_forward
         if not is_plain(feed_forward, FeedForward):
-            return Update(feed_forward(x), None, 0.0, None)
-        value, bias = product(feed_forward.output_dense, feed_forward.hidden(x, hidden_seed))
+            return Update(feed_forward(x.x), None, 0.0, None)
+        value, bias = product(feed_forward.output_dense, feed_forward.hidden(x.operand, hidden_seed))
         return before_dropout(feed_forward.output_dropout, value, bias, output_seed)
 
 
@@ -266,24 +270,28 @@ class Transformer(nn.Module):
         if layout is None:
             rows = self.forward(x.flatten(0, 1), whole_grid(*x.shape[:2], None, x.device))
             return rows.unflatten(0, x.shape[:2])
+        return self.stream(x, layout, keep, seeds).x
+
+    def stream(self, x: Tensor, layout: Rows, keep: Optional[Tensor] = None, seeds: Optional[Seeds] = None) -> Stream:
+        """The result of `forward` on a layout, with its copy for a product where layers make one."""
         seeds = Seeds.of(self.draw_seeds(x.device)) if seeds is None else seeds
-        x = self.embed(x, layout, seeds.embedding)
+        stream = self.embed(x, layout, seeds.embedding)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             wanted = keep if i == last else None
-            x = self._drop_or_run(layer, x, layout, wanted, seeds.layers and seeds.layers[i])
-        return self.finish(x)
+            stream = self._drop_or_run(layer, stream, layout, wanted, seeds.layers and seeds.layers[i])
+        return self.finish(stream)
 
     def intermediate_outputs(self, x: Tensor, layout: Rows, num_layers: Optional[int] = None) -> Iterator[Tensor]:
         """The rows after each of the first ``num_layers`` layers; LayerDrop and the last LayerNorm do not take part."""
         if num_layers is not None and not 0 < num_layers <= len(self.layers):
             raise ValueError(f"num_layers must be in [1, {len(self.layers)}]; got {num_layers}")
-        x = self.embed(x, layout)
+        stream = self.embed(x, layout)
         for layer in self.layers[:num_layers]:
-            x = layer(x, layout)
-            yield x
+            stream = run_layer(layer, stream, layout)
+            yield stream.x
 
-    def embed(self, x: Tensor, layout: Rows, seed: Optional[Tensor] = None) -> Tensor:
+    def embed(self, x: Tensor, layout: Rows, seed: Optional[Tensor] = None) -> Stream:
         """The first layer's input: rows plus their positional embedding, normalised before pre-norm layers."""
         embedding = self.pos_conv_embed
         if isinstance(embedding, ConvolutionalPositionalEmbedding):
@@ -291,12 +299,12 @@ class Transformer(nn.Module):
         else:
             x = x + layout.pack(embedding(layout.unpack(x)))
         if self.layer_norm_first:
-            return normalize(self.layer_norm, x, dropout=self.dropout, seed=seed, dtype=stream_dtype(x))
-        return drop(self.dropout, x, seed)
+            return normalized_stream(self.layer_norm, x, self.dropout, seed)
+        return Stream(drop(self.dropout, x, seed))
 
-    def finish(self, x: Tensor) -> Tensor:
-        """The output, given the rows after the last layer."""
-        return x if self.layer_norm_first else normalize(self.layer_norm, x, dtype=stream_dtype(x))
+    def finish(self, stream: Stream) -> Stream:
+        """The output, given the stream after the last layer."""
+        return stream if self.layer_norm_first else normalized_stream(self.layer_norm, stream.x)
 
     def draw_seeds(self, device: torch.device) -> Optional[Tensor]:
         """Random numbers for `Seeds.of`, from the default generator of ``device``; None where nothing is dropped."""
@@ -318,26 +326,44 @@ class Transformer(nn.Module):
         return [torch.rand(1).item() <= self.layer_drop and self.layer_drop > 0.0 for _ in self.layers]
 
     def _drop_or_run(
-        self, layer: nn.Module, x: Tensor, layout: Rows, keep: Optional[Tensor], seeds: Optional[list[Tensor]]
-    ) -> Tensor:
-        arguments = (x, layout, keep) if seeds is None else (x, layout, keep, seeds)
+        self, layer: nn.Module, stream: Stream, layout: Rows, keep: Optional[Tensor], seeds: Optional[list[Tensor]]
+    ) -> Stream:
+        arguments = (stream, layout, keep) if seeds is None else (stream, layout, keep, seeds)
         if not self.training:
-            return layer(*arguments)
+            return run_layer(layer, *arguments)
         compiling = torch.compiler.is_compiling()
-        capturing = not compiling and _is_capturing(x)
+        capturing = not compiling and _is_capturing(stream.x)
         # Drawn whatever layer_drop is: torchaudio draws too, and the random numbers that follow are to be the same.
-        draw = torch.rand(1, device=x.device if capturing else None)
+        draw = torch.rand(1, device=stream.x.device if capturing else None)
         if self.layer_drop == 0.0:
-            return layer(*arguments)
+            return run_layer(layer, *arguments)
         if compiling or capturing:
             # A graph cannot skip a layer on a number drawn as it runs, so a dropped layer is computed and not used.
-            dropped = (draw <= self.layer_drop).to(x.device, non_blocking=True)
-            return torch.where(dropped, _wanted(x, keep), layer(*arguments))
-        return _wanted(x, keep) if draw.item() <= self.layer_drop else layer(*arguments)
+            dropped = (draw <= self.layer_drop).to(stream.x.device, non_blocking=True)
+            pairs = zip(wanted_rows(stream, keep), run_layer(layer, *arguments))
+            return Stream(*(None if before is None else torch.where(dropped, before, after) for before, after in pairs))
+        return wanted_rows(stream, keep) if draw.item() <= self.layer_drop else run_layer(layer, *arguments)
 
 
-def _wanted(x: Tensor, keep: Optional[Tensor]) -> Tensor:
-    return x if keep is None else x.index_select(0, keep)
+def run_layer(
+    layer: nn.Module,
+    stream: Stream,
+    layout: Rows,
+    keep: Optional[Tensor] = None,
+    seeds: Optional[list[Tensor]] = None,
+) -> Stream:
+    """The stream after ``layer``; one that is not as it was built is given a tensor and gives one."""
+    arguments = (layout, keep) if seeds is None else (layout, keep, seeds)
+    if is_plain(layer, EncoderLayer):
+        return layer(stream, *arguments)
+    return Stream(layer(stream.x, *arguments))
+
+
+def wanted_rows(stream: Stream, keep: Optional[Tensor]) -> Stream:
+    """The rows of a stream that ``keep`` ([kept] int64) names; None: all."""
+    if keep is None:
+        return stream
+    return Stream(*(None if each is None else each.index_select(0, keep) for each in stream))
 
 
 def _is_capturing(x: Tensor) -> bool:

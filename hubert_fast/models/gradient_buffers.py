@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Optional
 
 import torch
 from torch import Tensor, nn
 
-_ALIGNMENT = 64  # elements
+from hubert_fast.models.flat_memory import flat_memory, views_of
+from hubert_fast.ops.switches import switches
 
 
 class GradientBuffers:
@@ -24,22 +25,28 @@ class GradientBuffers:
         if len(set(every)) < len(every):
             raise ValueError("objective has a parameter that two of its stages share: a graphed step cannot train it")
         self.flat = [_flat(stage) for stage in stages]  # one a stage
-        self._views = [list(_views(stage, flat)) for stage, flat in zip(stages, self.flat)]
+        self._views = [list(views_of(flat, stage)) for stage, flat in zip(stages, self.flat)]
         # Whether a gradient was ever there: none comes for a parameter that takes no part.
         self.used = [[False] * len(stage) for stage in stages]
 
     def collect(self, stage: int, gradients: Sequence[Optional[Tensor]], *, overwrite: bool) -> None:
         """Write or add the gradients of a stage; None stands for 0."""
         used, views = self.used[stage], self._views[stage]
-        for place, gradient in enumerate(gradients):
+        mine, theirs = [], []
+        for place, (view, gradient) in enumerate(zip(views, gradients)):
             if gradient is not None:
                 used[place] = True
+                if gradient.data_ptr() != view.data_ptr():  # a product may have written it here (`lent`)
+                    mine.append(view)
+                    theirs.append(gradient)
             elif overwrite:  # another process may have left a sum there
-                views[place].zero_()
-        mine = [view for view, gradient in zip(views, gradients) if gradient is not None]
-        theirs = [gradient for gradient in gradients if gradient is not None]
+                view.zero_()
         if mine:
             (torch._foreach_copy_ if overwrite else torch._foreach_add_)(mine, theirs)
+
+    def lent(self, stage: int) -> list[Optional[Tensor]]:
+        """Where a product may write the gradient of each parameter of a stage, in place of `collect`."""
+        return list(self._views[stage]) if switches.wide_weight_gradients else [None] * len(self._views[stage])
 
     def zero(self, stages: Collection[int]) -> None:
         """Set the gradients of ``stages`` to 0."""
@@ -58,17 +65,4 @@ def _flat(stage: Sequence[nn.Parameter]) -> Tensor:
     dtypes = {parameter.dtype for parameter in stage}
     if len(dtypes) > 1:
         raise ValueError(f"parameters of one stage must have one dtype; got {sorted(map(str, dtypes))}")
-    if not stage:
-        return torch.empty(0)
-    return stage[0].new_zeros(sum(_room(parameter) for parameter in stage), requires_grad=False)
-
-
-def _views(stage: Sequence[nn.Parameter], flat: Tensor) -> Iterator[Tensor]:
-    start = 0
-    for parameter in stage:
-        yield flat[start : start + parameter.numel()].view(parameter.shape)
-        start += _room(parameter)
-
-
-def _room(parameter: nn.Parameter) -> int:
-    return -(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT
+    return flat_memory(stage)

@@ -31,6 +31,7 @@ from hubert_fast.models.plain import is_plain
 from hubert_fast.models.plan_tensors import PlanTensors
 from hubert_fast.models.stage_pass import PassTensors, Piece, StagePass
 from hubert_fast.models.stages import encoder_stages, front_end_parameters, head_parameters
+from hubert_fast.models.weight_copies import WeightCopies
 
 _log = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ class GraphedStep:
         self._owned = [*(stage.owned for stage in self._stages), self._head, self._front]
         self._frozen = [each for each in objective.parameters() if not each.requires_grad]
         self._gradients = GradientBuffers([[each.parameter for each in stage] for stage in self._owned])
+        self._copies = WeightCopies(self._owned[:-1], autocast)
         # A generator of another make may draw masks as it is called, on the host: a graph would repeat the first.
         captures = capacities is not None and is_plain(objective.model.mask_generator, MaskGenerator)
         self._capture = CudaCapture(self._device) if captures and self._device.type == "cuda" else None
@@ -166,6 +168,7 @@ class GraphedStep:
         self._programs.clear()
         self._optimizer.forget()
         self._rows = None
+        self._copies = WeightCopies(self._owned[:-1], self._autocast_dtype)
         self._pointers = self._where_parameters_lie()
         self._stages = encoder_stages(self._objective)
         self._layer_drop = self._objective.model.wav2vec2.encoder.transformer.layer_drop
@@ -201,6 +204,7 @@ class GraphedStep:
             taking_part = here
         self._scale.fill_(1.0 / max(1.0, masked_frames))
         self._sums.zero_()
+        self._copies.refresh()
         overwrite = len(micro_batches) == 1
         self._gradients.zero(taking_part - here if overwrite else taking_part)
         for i, (batch, (seeds, dropped)) in enumerate(zip(micro_batches, draws)):
@@ -332,6 +336,7 @@ class GraphedStep:
             self._head,
             tensors,
             self._gradients,
+            self._copies,
             overwrite=overwrite,
             autocast=self._autocast,
         )

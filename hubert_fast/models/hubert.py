@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from hubert_fast.models.checks import check_audio, check_labels, check_mask
-from hubert_fast.models.encoder import Seeds
+from hubert_fast.models.encoder import Seeds, Transformer
 from hubert_fast.models.logits import LogitGenerator
 from hubert_fast.models.masking import MaskGenerator
-from hubert_fast.models.plain import is_plain
+from hubert_fast.models.plain import Stream, is_plain
 from hubert_fast.models.plan import PlanSettings, StepPlan, make_plan
 from hubert_fast.models.wav2vec2 import Wav2Vec2Model
 from hubert_fast.ops.host_tensors import on_host, to_device
@@ -133,8 +133,15 @@ class HuBERTPretrainModel(nn.Module):
         seeds = Seeds.of(drawn)
         x = encoder.masked_rows(features, plan, self.mask_generator, seeds.projection)
         arguments = (x, plan.layout, plan.keep) if drawn is None else (x, plan.layout, plan.keep, seeds)
-        hidden = encoder.transformer(*arguments)
+        if is_plain(encoder.transformer, Transformer):
+            hidden = self.head_rows(encoder.transformer.stream(*arguments))
+        else:
+            hidden = encoder.transformer(*arguments)
         return Encoded(HeadInput(hidden, plan.labels, plan.masked, plan.unmasked), penalty)
+
+    def head_rows(self, stream: Stream) -> Tensor:
+        """The rows that the head is given, ``[rows, dim]``: in the dtype of its product, where its code is ours."""
+        return stream.operand if type(self.logit_generator) is LogitGenerator else stream.x
 
     def scaled_gradient(self, features: Tensor) -> Tensor:
         """``features``, whose gradient is scaled by ``feature_grad_mult``."""

@@ -7,6 +7,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
+from hubert_fast.models.plain import projection
 from hubert_fast.ops.cosine_cross_entropy import cosine_cross_entropy
 from hubert_fast.ops.cosine_logits import cosine_logits
 
@@ -51,11 +52,11 @@ class LogitGenerator(nn.Module):
         return masked, unmasked
 
     def _logits(self, rows: Tensor, labels: Tensor) -> Tensor:
-        return cosine_logits(self.final_proj(rows), self.label_embeddings, labels.long())
+        return cosine_logits(projection(self.final_proj, rows), self.label_embeddings, labels.long())
 
     def cross_entropy(self, rows: Tensor, labels: Tensor) -> FrameLoss:
         """Cross-entropy of the logits against column 0, without the logits.
 
         ``rows`` is ``[rows, dim]``, ``labels`` ``[rows]`` int64; a row with a negative label is left out.
         """
-        return FrameLoss(*cosine_cross_entropy(self.final_proj(rows), self.label_embeddings, labels))
+        return FrameLoss(*cosine_cross_entropy(projection(self.final_proj, rows), self.label_embeddings, labels))

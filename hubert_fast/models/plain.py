@@ -9,11 +9,32 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hubert_fast.ops.arguments import autocast_dtype
 from hubert_fast.ops.bias_dropout_residual import bias_dropout_residual
+from hubert_fast.ops.linear import linear as linear_product
 from hubert_fast.ops.residual_layer_norm import residual_layer_norm
+from hubert_fast.ops.switches import switches
+
+_rln = residual_layer_norm
+
+
+def residual_layer_norm(*a, narrow=None, **k):  # TEMPORARY
+    out = _rln(*a, **k)
+    return out if narrow is None else (out, out.to(narrow))
+
+
+class Stream(NamedTuple):
+    """The residual stream, and its copy in the dtype of the products where that is another."""
+
+    x: Tensor  # [rows, dim]
+    narrow: Optional[Tensor] = None  # [rows, dim]
+
+    @property
+    def operand(self) -> Tensor:
+        """The stream as a product takes it."""
+        return self.x if self.narrow is None else self.narrow
 
 
 class Update(NamedTuple):
@@ -69,11 +90,24 @@ def stream_dtype(x: Tensor) -> Optional[torch.dtype]:
     return torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else None
 
 
+def narrow_dtype(x: Tensor, dtype: torch.dtype) -> Optional[torch.dtype]:
+    """The dtype that products of a stream in ``dtype`` take, where it is another; ``x`` says on which device."""
+    narrow = autocast_dtype(x.device)
+    return narrow if dtype == torch.float32 and switches.narrow_copies else None
+
+
 def product(linear: nn.Module, x: Tensor) -> tuple[Tensor, Optional[Tensor]]:
     """``linear(x)`` less its bias, and the bias, for the pass that follows to add."""
     if is_plain(linear, nn.Linear):
-        return F.linear(x, linear.weight), linear.bias
+        return linear_product(x, [linear.weight]), linear.bias
     return linear(x), None
+
+
+def projection(linear: nn.Module, x: Tensor) -> Tensor:
+    """``linear(x)``."""
+    if not is_plain(linear, nn.Linear):
+        return linear(x)
+    return linear_product(x, [linear.weight], [] if linear.bias is None else [linear.bias])
 
 
 def add(residual: Tensor, update: Update, index: Optional[Tensor] = None) -> Tensor:
@@ -83,38 +117,37 @@ def add(residual: Tensor, update: Update, index: Optional[Tensor] = None) -> Ten
     )
 
 
-def normalize(
-    norm: nn.Module,
-    residual: Tensor,
-    index: Optional[Tensor] = None,
-    *,
-    dropout: Optional[nn.Module] = None,
-    seed: Optional[Tensor] = None,
-    dtype: Optional[torch.dtype] = None,
-) -> Tensor:
-    """``dropout(norm(residual[index]))``; ``seed`` and ``dtype`` as in `residual_layer_norm`."""
+def normalize(norm: nn.Module, residual: Tensor, index: Optional[Tensor] = None) -> Tensor:
+    """``norm(residual[index])``."""
     if not _is_layer_norm(norm):
-        x = norm(residual if index is None else residual.index_select(0, index))
-        return x if dropout is None else dropout(x)
-    fused = dropout is not None and is_fusable(dropout)
-    x = residual_layer_norm(
-        residual,
-        norm.weight,
-        norm.bias,
-        index=index,
-        output_dropout_p=rate(dropout) if fused else 0.0,
-        seed=seed,
-        eps=norm.eps,
-        dtype=dtype,
-    )
-    return x if fused or dropout is None else dropout(x)
+        return norm(residual if index is None else residual.index_select(0, index))
+    return residual_layer_norm(residual, norm.weight, norm.bias, index=index, eps=norm.eps)
 
 
-def add_then_normalize(norm: nn.Module, residual: Tensor, update: Update, index: Optional[Tensor] = None) -> Tensor:
+def normalized_stream(
+    norm: nn.Module, x: Tensor, dropout: Optional[nn.Module] = None, seed: Optional[Tensor] = None
+) -> Stream:
+    """``dropout(norm(x))`` as a stream, which under autocast is wider than ``x``; ``seed`` as in `residual_layer_norm`."""
+    if not _is_layer_norm(norm):
+        x = norm(x)
+        return Stream(x if dropout is None else dropout(x))
+    fused, dtype = dropout is None or is_fusable(dropout), stream_dtype(x)
+    narrow = narrow_dtype(x, dtype) if fused and dtype is not None else None
+    p = rate(dropout) if fused and dropout is not None else 0.0
+    settings = {"output_dropout_p": p, "seed": seed, "eps": norm.eps, "dtype": dtype, "narrow": narrow}
+    result = residual_layer_norm(x, norm.weight, norm.bias, **settings)
+    if narrow is not None:
+        return Stream(*result)
+    return Stream(result if fused else dropout(result))
+
+
+def add_then_normalize(norm: nn.Module, residual: Tensor, update: Update, index: Optional[Tensor] = None) -> Stream:
     """``norm`` of the stream after ``update`` (post-norm)."""
     if not _is_layer_norm(norm):
-        return norm(add(residual, update, index))
-    return residual_layer_norm(residual, norm.weight, norm.bias, **_settings(norm, update, index))
+        return Stream(norm(add(residual, update, index)))
+    narrow = narrow_dtype(residual, torch.promote_types(residual.dtype, update.value.dtype))
+    result = residual_layer_norm(residual, norm.weight, norm.bias, **_settings(norm, update, index), narrow=narrow)
+    return Stream(result) if narrow is None else Stream(*result)
 
 
 def add_and_normalize(

@@ -12,8 +12,11 @@ from torch import Tensor
 from hubert_fast.models.encoder import Seeds
 from hubert_fast.models.gradient_buffers import GradientBuffers
 from hubert_fast.models.objective import FrameLosses, PretrainingObjective
+from hubert_fast.models.plain import Stream
 from hubert_fast.models.plan import StepPlan
 from hubert_fast.models.stages import Owned, Stage, head_losses, in_place_of, skipped, skipped_gradient
+from hubert_fast.models.weight_copies import WeightCopies
+from hubert_fast.ops.weights import Lent
 
 Work = Callable[[], None]
 
@@ -51,6 +54,7 @@ class StagePass:
         head: parameters of the head.
         tensors: memory of the pass.
         gradients: where gradients of parameters go.
+        copies: of weights in the dtype of the products.
         overwrite: whether gradients are written there, or added.
         autocast: makes the context of each forward.
     """
@@ -62,24 +66,25 @@ class StagePass:
         head: Sequence[Owned],
         tensors: PassTensors,
         gradients: GradientBuffers,
+        copies: WeightCopies,
         *,
         overwrite: bool,
         autocast: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._objective, self._stages, self._head = objective, stages, head
-        self._tensors, self._gradients, self._overwrite, self._autocast = tensors, gradients, overwrite, autocast
-        self._value = tensors.rows
+        self._tensors, self._gradients, self._copies = tensors, gradients, copies
+        self._overwrite, self._autocast = overwrite, autocast
+        self._value = Stream(tensors.rows)
         # Whether anything before each stage, and before the head, is trained.
         self._wanted = [tensors.rows_gradient is not None]
         for stage in stages:
             self._wanted.append(self._wanted[-1] or bool(stage.owned))
-        self._inputs: list[Optional[Tensor]] = [None] * len(stages)
-        self._outputs: list[Optional[Tensor]] = [None] * len(stages)
+        self._inputs: list[Optional[Stream]] = [None] * len(stages)
+        self._outputs: list[Optional[Stream]] = [None] * len(stages)
         self._leaves: list[Sequence[Tensor]] = [()] * len(stages)
         # Gradients of the output and of the input of the stage that was differentiated last.
         self._differentiated = len(stages)
-        self._given: Optional[Tensor] = None
-        self._gradient: Optional[Tensor] = None
+        self._given = self._gradient = Stream(None)
 
     def pieces(self) -> Iterator[Piece]:
         """The pieces in order. A later one needs that those before it have run."""
@@ -96,68 +101,82 @@ class StagePass:
         return Piece(lambda: run(i), lambda: skip(i), i)
 
     @contextmanager
-    def _forward_of(self, owned: Sequence[Owned]) -> Iterator[Sequence[Tensor]]:
-        with in_place_of(owned) as leaves, torch.enable_grad(), self._autocast():
+    def _forward_of(self, stage: int, owned: Sequence[Owned]) -> Iterator[Sequence[Tensor]]:
+        gradients = self._gradients.lent(stage) if self._overwrite else [None] * len(owned)
+        lent = [Lent(*each) for each in zip(self._copies.of(stage), gradients)]
+        with in_place_of(owned, lent) as leaves, torch.enable_grad(), self._autocast():
             yield leaves
 
     def _forward(self, i: int) -> None:
         stage, tensors = self._stages[i], self._tensors
-        x = self._value.detach()
-        x.requires_grad_(self._wanted[i])
-        with self._forward_of(stage.owned) as leaves:
-            self._outputs[i] = stage.run(x, tensors.plan, tensors.seeds)
-        self._inputs[i], self._leaves[i] = x, leaves
-        self._value = self._outputs[i].detach()
+        stream = _leaves(self._value, self._wanted[i])
+        with self._forward_of(i, stage.owned) as leaves:
+            self._outputs[i] = stage.run(stream, tensors.plan, tensors.seeds)
+        self._inputs[i], self._leaves[i] = stream, leaves
+        self._value = _leaves(self._outputs[i], False)
 
     def _skip_forward(self, i: int) -> None:
         keeps, output = self._stages[i].keeps, self._outputs[i]
         if output is None:
             self._value = skipped(self._value, self._tensors.plan, keeps)
-        else:  # `data`, because autograd is not to see that what it keeps may be replaced
-            output.data.copy_(skipped(self._inputs[i].detach(), self._tensors.plan, keeps))
+            return
+        for mine, theirs in zip(output, skipped(_leaves(self._inputs[i], False), self._tensors.plan, keeps)):
+            if mine is not None:  # `data`, because autograd is not to see that what it keeps may be replaced
+                mine.data.copy_(theirs)
 
     def _loss(self) -> None:
-        x = self._value.detach().requires_grad_(self._wanted[-1])
-        objective, tensors = self._objective, self._tensors
-        with self._forward_of(self._head) as leaves:
-            losses = head_losses(objective, x, tensors.plan)
+        stream = _leaves(self._value, self._wanted[-1])
+        objective, tensors, stage = self._objective, self._tensors, len(self._stages)
+        with self._forward_of(stage, self._head) as leaves:
+            losses = head_losses(objective, stream, tensors.plan)
             weighted = (
                 (objective.masked_weight, losses.masked_loss),
                 (objective.unmasked_weight, losses.unmasked_loss),
             )
             loss = sum(weight * part for weight, part in weighted if part is not None)
-        self._gradient, found = _differentiate(loss, x, leaves, tensors.scale.to(loss.dtype))
-        self._gradients.collect(len(self._stages), found, overwrite=self._overwrite)
+        given = Stream(tensors.scale.to(loss.dtype))
+        self._gradient, found = _differentiate(Stream(loss), stream, leaves, given)
+        self._gradients.collect(stage, found, overwrite=self._overwrite)
         tensors.sums.add_(_in_float64(losses))
 
     def _backward(self, i: int) -> None:
-        x, leaves = self._inputs[i], self._leaves[i]
-        gradient, found = _differentiate(self._outputs[i], x, leaves, self._gradient)
+        stream, leaves = self._inputs[i], self._leaves[i]
+        gradient, found = _differentiate(self._outputs[i], stream, leaves, self._gradient)
         self._differentiated, self._given, self._gradient = i, self._gradient, gradient
         self._gradients.collect(i, found, overwrite=self._overwrite)
         self._inputs[i] = self._outputs[i] = None
-        if i == 0 and x.requires_grad:
-            self._tensors.rows_gradient.copy_(self._gradient)
+        if i == 0 and stream.x.requires_grad:
+            self._tensors.rows_gradient.copy_(self._gradient.x)
 
     def _skip_backward(self, i: int) -> None:
         plan, keeps = self._tensors.plan, self._stages[i].keeps
-        if self._gradient is None:
-            return
-        if self._differentiated == i:
-            self._gradient.copy_(skipped_gradient(self._given, plan, keeps))
-        else:
+        if self._differentiated != i:
             self._gradient = skipped_gradient(self._gradient, plan, keeps)
+            return
+        for mine, theirs in zip(self._gradient, skipped_gradient(self._given, plan, keeps)):
+            if mine is not None:
+                mine.zero_() if theirs is None else mine.copy_(theirs)
+
+
+def _leaves(stream: Stream, wanted: bool) -> Stream:
+    """The tensors of a stream without what made them; ``wanted``: with a gradient."""
+    return Stream(*(None if each is None else each.detach().requires_grad_(wanted) for each in stream))
 
 
 def _differentiate(
-    output: Tensor, x: Tensor, leaves: Sequence[Tensor], gradient: Optional[Tensor]
-) -> tuple[Optional[Tensor], Sequence[Optional[Tensor]]]:
-    """Gradients of ``x``, None where nobody wants it, and of ``leaves``, given that of ``output``."""
-    if not output.requires_grad:
-        return None, [None] * len(leaves)
-    wanted = [x, *leaves] if x.requires_grad else leaves
-    found = torch.autograd.grad(output, wanted, gradient, allow_unused=True)
-    return (found[0], found[1:]) if x.requires_grad else (None, found)
+    outputs: Stream, inputs: Stream, leaves: Sequence[Tensor], gradients: Stream
+) -> tuple[Stream, Sequence[Optional[Tensor]]]:
+    """Gradients of ``inputs``, None where nobody wants them, and of ``leaves``, given those of ``outputs``.
+
+    An output without a gradient is one that nobody read.
+    """
+    pairs = [(output, given) for output, given in zip(outputs, gradients) if given is not None and output.requires_grad]
+    wanted = [each for each in inputs if each is not None and each.requires_grad]
+    if not pairs:
+        return Stream(None), [None] * len(leaves)
+    differentiated, given = zip(*pairs)
+    found = torch.autograd.grad(differentiated, [*wanted, *leaves], given, allow_unused=True)
+    return Stream(*found[: len(wanted)] or [None]), found[len(wanted) :]
 
 
 def _in_float64(losses: FrameLosses) -> Tensor:

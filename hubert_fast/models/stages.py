@@ -1,6 +1,6 @@
 """The packed part of a training step as stages: what comes before the layers, each layer, the head.
 
-A stage is a function of the rows of the one before it, of the plan and of seeds, and has parameters of its own. So each can be
+A stage is a function of the stream of the one before it, of the plan and of seeds, and has parameters of its own. So each can be
 captured, differentiated, left out and reduced over ranks by itself.
 """
 
@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from hubert_fast.models.encoder import Seeds
+from hubert_fast.models.encoder import Seeds, SelfAttention, run_layer, wanted_rows
 from hubert_fast.models.hubert import HeadInput
 from hubert_fast.models.objective import FrameLosses, PretrainingObjective
+from hubert_fast.models.plain import Stream
 from hubert_fast.models.plan import StepPlan
+from hubert_fast.ops.weights import Lent, lend
 
 
 class Owned(NamedTuple):
@@ -35,7 +37,7 @@ class Stage(NamedTuple):
 
     name: str
     owned: list[Owned]  # parameters that are trained
-    run: Callable[[Tensor, StepPlan, Seeds], Tensor]  # rows -> rows
+    run: Callable[[Stream, StepPlan, Seeds], Stream]
     keeps: bool = False  # whether it leaves the rows that the plan keeps
     skippable: bool = False  # by LayerDrop
 
@@ -46,16 +48,14 @@ def encoder_stages(objective: PretrainingObjective) -> list[Stage]:
     encoder, masks = model.wav2vec2.encoder, model.mask_generator
     transformer = encoder.transformer
 
-    def embed(x: Tensor, plan: StepPlan, seeds: Seeds) -> Tensor:
-        x = encoder.masked_rows(x, plan, masks, seeds.projection)
+    def embed(stream: Stream, plan: StepPlan, seeds: Seeds) -> Stream:
+        x = encoder.masked_rows(stream.x, plan, masks, seeds.projection)
         return transformer.embed(x, plan.layout, seeds.embedding)
 
-    def layer(i: int, last: bool) -> Callable[[Tensor, StepPlan, Seeds], Tensor]:
-        def run(x: Tensor, plan: StepPlan, seeds: Seeds) -> Tensor:
+    def layer(i: int, last: bool) -> Callable[[Stream, StepPlan, Seeds], Stream]:
+        def run(stream: Stream, plan: StepPlan, seeds: Seeds) -> Stream:
             keep = plan.keep if last else None
-            if seeds.layers is None:
-                return transformer.layers[i](x, plan.layout, keep)
-            return transformer.layers[i](x, plan.layout, keep, seeds.layers[i])
+            return run_layer(transformer.layers[i], stream, plan.layout, keep, seeds.layers and seeds.layers[i])
 
         return run
 
@@ -65,7 +65,7 @@ def encoder_stages(objective: PretrainingObjective) -> list[Stage]:
     stages = [Stage("input", _owned(before), embed)]
     skippable, last = transformer.layer_drop > 0.0, len(transformer.layers) - 1
     for i, module in enumerate(transformer.layers):
-        stages.append(Stage(f"layer {i}", _owned([module]), layer(i, i == last), i == last, skippable))
+        stages.append(Stage(f"layer {i}", _owned_by_layer(module), layer(i, i == last), i == last, skippable))
     return stages
 
 
@@ -76,9 +76,9 @@ def head_parameters(objective: PretrainingObjective) -> list[Owned]:
     return _owned([*norm, objective.model.logit_generator])
 
 
-def head_losses(objective: PretrainingObjective, x: Tensor, plan: StepPlan) -> FrameLosses:
-    """The sums over the frames, given the rows after the last layer."""
-    hidden = objective.model.wav2vec2.encoder.transformer.finish(x)
+def head_losses(objective: PretrainingObjective, stream: Stream, plan: StepPlan) -> FrameLosses:
+    """The sums over the frames, given the stream after the last layer."""
+    hidden = objective.model.head_rows(objective.model.wav2vec2.encoder.transformer.finish(stream))
     return objective.frame_losses(HeadInput(hidden, plan.labels, plan.masked, plan.unmasked))
 
 
@@ -87,32 +87,50 @@ def front_end_parameters(objective: PretrainingObjective) -> list[Owned]:
     return _owned([objective.model.wav2vec2.feature_extractor])
 
 
-def skipped(x: Tensor, plan: StepPlan, keeps: bool) -> Tensor:
-    """The rows after a stage that LayerDrop leaves out."""
-    return x.index_select(0, plan.keep) if keeps and plan.keep is not None else x
+def skipped(stream: Stream, plan: StepPlan, keeps: bool) -> Stream:
+    """The stream after a stage that LayerDrop leaves out."""
+    return wanted_rows(stream, plan.keep if keeps else None)
 
 
-def skipped_gradient(gradient: Tensor, plan: StepPlan, keeps: bool) -> Tensor:
+def skipped_gradient(gradient: Stream, plan: StepPlan, keeps: bool) -> Stream:
     """The gradient before such a stage, given that after it."""
     if not keeps or plan.keep is None:
         return gradient
-    return gradient.new_zeros(len(plan.mask), gradient.shape[1]).index_copy_(0, plan.keep, gradient)
+    return Stream(*(None if each is None else _scattered(each, plan.keep, len(plan.mask)) for each in gradient))
+
+
+def _scattered(gradient: Tensor, keep: Tensor, rows: int) -> Tensor:
+    return gradient.new_zeros(rows, gradient.shape[1]).index_copy_(0, keep, gradient)
 
 
 @contextmanager
-def in_place_of(owned: Sequence[Owned]) -> Iterator[list[nn.Parameter]]:
+def in_place_of(owned: Sequence[Owned], lent: Sequence[Lent]) -> Iterator[list[nn.Parameter]]:
     """Inside it the modules have leaves of their own on the memory of their parameters, in this order.
 
     Nothing that hangs on the parameters, such as hooks or a stream of an earlier backward, then takes part in a capture.
+    Each leaf is lent its part of ``lent``.
     """
     leaves = [nn.Parameter(each.parameter.detach()) for each in owned]
-    for each, leaf in zip(owned, leaves):
+    for each, leaf, memory in zip(owned, leaves, lent):
+        lend(leaf, memory)
         each.put(leaf)
     try:
         yield leaves
     finally:
         for each in owned:
             each.put(each.parameter)
+
+
+def _owned_by_layer(layer: nn.Module) -> list[Owned]:
+    """The trained parameters of a layer, those of queries, keys and values one after another: they are one product's."""
+    owned = _owned([layer])
+    attention = getattr(layer, "attention", None)
+    if not isinstance(attention, SelfAttention):
+        return owned
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    first = [each._parameters.get(name) for name in ("weight", "bias") for each in projections]
+    places = {id(parameter): place for place, parameter in enumerate(first)}
+    return sorted(owned, key=lambda each: places.get(id(each.parameter), len(first)))
 
 
 def _owned(modules: Iterable[nn.Module]) -> list[Owned]:

@@ -15,8 +15,6 @@ from torch import Tensor
 from hubert_fast.ops.switches import switches
 
 _NAME = "_hubert_fast_lent"
-# cuBLAS sums in float32 anyway. PyTorch has it for GPUs alone.
-_HAS_WIDE_PRODUCT = "dtype_out" in torch.ops.aten.mm.overloads()
 
 
 class Lent(NamedTuple):
@@ -48,9 +46,16 @@ def in_dtype(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def gradient_memory(weights: Sequence[Tensor]) -> Optional[Tensor]:
-    """Memory that wants the gradient of the weights one below the other, or None."""
-    gradients = [_lent(each).gradient for each in weights]
-    return None if any(each is None for each in gradients) else _whole(gradients)
+    """Memory that wants the gradient of the weights one below the other, or None. It is given once.
+
+    A weight of several products has a sum of gradients, which cannot all be written to one place.
+    """
+    lent = [_lent(each) for each in weights]
+    if any(each.gradient is None for each in lent):
+        return None
+    for weight, each in zip(weights, lent):
+        lend(weight, each._replace(gradient=None))
+    return _whole([each.gradient for each in lent])
 
 
 def weight_gradient(upstream: Tensor, x: Tensor, dtype: torch.dtype, memory: Optional[Tensor]) -> Tensor:
@@ -65,13 +70,21 @@ def weight_gradient(upstream: Tensor, x: Tensor, dtype: torch.dtype, memory: Opt
     upstream = upstream.t()
     if upstream.dtype == dtype:
         return torch.mm(upstream, x, out=memory)
-    wide = dtype == torch.float32 and _HAS_WIDE_PRODUCT and x.device.type in ("cuda", "meta")
-    if not (wide and switches.wide_weight_gradients):
-        product = torch.mm(upstream, x)
-        return product.to(dtype) if memory is None else memory.copy_(product)
+    if dtype == torch.float32 and _has_wide_product(x) and switches.wide_weight_gradients:
+        return _wide_product(upstream, x, memory)
+    product = torch.mm(upstream, x)
+    return product.to(dtype) if memory is None else memory.copy_(product)
+
+
+def _has_wide_product(x: Tensor) -> bool:
+    """Whether PyTorch gives products of 16 bits in float32, in which cuBLAS sums anyway. It does on GPUs alone."""
+    return x.device.type in ("cuda", "meta") and "dtype_out" in torch.ops.aten.mm.overloads()
+
+
+def _wide_product(left: Tensor, right: Tensor, memory: Optional[Tensor]) -> Tensor:
     if memory is None:
-        return torch.mm(upstream, x, out_dtype=dtype)
-    return torch.mm(upstream, x, out_dtype=dtype, out=memory)
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return torch.mm(left, right, out_dtype=torch.float32, out=memory)
 
 
 def _lent(weight: Tensor) -> Lent:

@@ -21,7 +21,7 @@ import hubert_fast
 from benchmarks.architecture import ARCHITECTURES
 from hubert_fast import tf32
 from hubert_fast.kernels.launch import Launch, recording
-from hubert_fast.models import encoder, plain
+from hubert_fast.models import plain
 from hubert_fast.ops import triton_backend
 from tools.aot.compiling import DTYPES, Job, key_of, launches_of
 from tools.aot.launches import OPERATORS
@@ -84,7 +84,6 @@ def main() -> None:
     with (
         mock.patch.object(triton_backend, "objection", lambda *_: None),  # that there is no GPU
         mock.patch.object(plain, "stream_dtype", stream_dtype),
-        mock.patch.object(encoder, "stream_dtype", stream_dtype),
     ):
         for size, dtype in (("base", "bfloat16"), ("base", "float32"), ("base", "tf32"), ("large", "bfloat16")):
             jobs = [Job(operator, size, dtype, _ARCH) for operator in OPERATORS]

@@ -21,7 +21,7 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hubert_fast.models import encoder, plain
+from hubert_fast.models import plain
 from hubert_fast.ops import triton_backend
 from hubert_fast.ops.operator import Operator
 
@@ -140,6 +140,5 @@ def gpu_kernels() -> Iterator[None]:
                     replace(module, name, value)
         replace(triton_backend, "objection", lambda *_: None)
         replace(plain, "stream_dtype", stream_dtype)
-        replace(encoder, "stream_dtype", stream_dtype)
         replace(Operator, "must_be_seen", lambda *_: False)  # what implements it is to be looked at
         yield

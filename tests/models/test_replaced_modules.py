@@ -6,6 +6,7 @@ from torch import nn
 
 import hubert_fast
 from hubert_fast.models import encoder as encoder_module
+from hubert_fast.models import plain
 from tests.models import configurations
 from tests.models.twins import LENGTHS, batch, num_frames, relative_error, twins
 
@@ -132,8 +133,8 @@ def test_a_post_norm_stream_is_float32_where_autocast_has_layer_norm_give_float3
     waveforms = batch(torch.float32).waveforms
     truth = ours.double().wav2vec2(waveforms.double())[0]
     ours.float()
-    assert encoder_module.stream_dtype(waveforms) is None
-    monkeypatch.setattr(encoder_module, "stream_dtype", lambda x: torch.float32)
+    assert plain.stream_dtype(waveforms) is None
+    monkeypatch.setattr(plain, "stream_dtype", lambda x: torch.float32)
     layer_norm = torch.nn.functional.layer_norm
 
     def float32_layer_norm(x, shape, weight=None, bias=None, eps=1e-5):

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hubert_fast import PretrainingObjective, backend
 from hubert_fast.cuda_backend import conv_frontend
-from hubert_fast.models import encoder, plain
+from hubert_fast.models import plain
 from hubert_fast.models.plan import StepPlan
 from hubert_fast.ops import triton_backend
 from hubert_fast.pretrain.memory_model import MemoryModel, Size
@@ -49,7 +49,6 @@ def kernels_of_a_gpu():
         patch(triton_backend, "objection", lambda *_: None)
         patch(conv_frontend, "objection", lambda *_: None)
         patch(plain, "stream_dtype", stream_dtype)
-        patch(encoder, "stream_dtype", stream_dtype)
         for entry in backend._operators.values():
             patch(entry, "unavailable", {})
         yield
