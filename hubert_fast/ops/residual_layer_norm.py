@@ -168,6 +168,7 @@ _operator = Operator(
     fake=_fake,
     gradients=["residual", "weight", "bias", "update", "update_bias"],
     kept=["residual", "weight", "bias", "update_bias", "index", "seed"],
+    unread=lambda arguments: () if arguments.update is None else ("residual",),
     kept_results=["summed"],
     one_gradient=lambda arguments: ("residual", "update") if arguments.one_gradient else None,
     objection=_objection,

@@ -106,16 +106,12 @@ class MemoryModel:
         model, narrow, stream = self.model, self._narrow, self._stream
         dim, hidden = model.encoder_embed_dim, 2 * model.encoder_ff_interm_features * narrow
         attention = 5 * dim * narrow + model.encoder_num_heads * _WIDE  # its input; queries, keys, values; output
-        statistics = 2 * _WIDE
+        norm = dim * stream + 2 * _WIDE  # what it reads, and each row's statistics
         if model.encoder_layer_norm_first:
-            of_rows = attention + dim * stream + statistics
-            of_kept = dim * (stream + narrow) + hidden + statistics
+            attention += norm
         else:
-            # The products take copies of the stream, unless it has their dtype.
-            cast = 0 if stream == narrow else dim * stream
-            of_rows = attention + cast
-            of_kept = dim * (2 * stream + narrow) + cast + hidden + 2 * statistics
-        return rows * of_rows + kept * of_kept
+            hidden += norm
+        return rows * attention + kept * (norm + dim * narrow + hidden)
 
     def _last_layer(self, size: Size) -> int:
         if size.kept is None:
