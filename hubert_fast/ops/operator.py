@@ -50,6 +50,10 @@ def _nothing(*_: Any) -> None:
     return None
 
 
+def _no_names(_: Any) -> Sequence[str]:
+    return ()
+
+
 @dataclass(eq=False)
 class Operator(Generic[Record]):
     """A fused operator, as its module in `hubert_fast.ops` declares it.
@@ -64,6 +68,7 @@ class Operator(Generic[Record]):
             ``save`` says whether there will be a backward.
         gradients: names of the arguments that have a gradient.
         kept: names of the tensors among the arguments that the backward reads; of others it sees shape, dtype and device.
+        unread: arguments -> names among ``kept`` that the backward of these does not read.
         kept_results: names of the results that the backward reads.
         one_gradient: arguments -> the names of two whose gradients are one and the same tensor, or None.
         objection: (backend, arguments) -> why it cannot take them, or None. Not asked about "reference"; what no Triton
@@ -80,6 +85,7 @@ class Operator(Generic[Record]):
     fake: Callable[[Record, bool], Results]
     gradients: Sequence[str]
     kept: Sequence[str] = ()
+    unread: Callable[[Record], Sequence[str]] = _no_names
     kept_results: Sequence[str] = ()
     one_gradient: Callable[[Record], Optional[Tuple[str, str]]] = _nothing
     objection: Callable[[str, Record], backend.Objection] = _nothing
@@ -88,7 +94,7 @@ class Operator(Generic[Record]):
 
     def __post_init__(self) -> None:
         self.title, self.backward_title = f"hubert_fast::{self.name}", f"hubert_fast::{self.name}_backward"
-        self.layout = Layout(self.arguments, self.gradients, self.kept)
+        self.layout = Layout(self.arguments, self.gradients, self.kept, self.unread)
         self._kept_results = [list(self.results).index(each) for each in self.kept_results]
         # Not `Function.apply`, which would ask once more whether a `torch.func` transform is active (`must_be_seen`).
         self._call = super(torch.autograd.Function, type(self.name, (_Call,), {})).apply

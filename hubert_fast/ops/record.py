@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, List, Optional, Tuple, TypeVar, get_type_hints
 
 import torch
@@ -18,10 +18,17 @@ class Layout(Generic[Record]):
         record: annotated with Tensor, Optional[Tensor], List[Tensor] and the types of settings.
         gradients: names of the fields that have a gradient, in the order of the record.
         kept: names of the tensors that the backward reads. Lists are kept too.
+        unread: arguments -> names of ``kept`` that the backward of these does not read.
     """
 
-    def __init__(self, record: type[Record], gradients: Sequence[str], kept: Sequence[str]) -> None:
-        self.record, self.gradients = record, tuple(gradients)
+    def __init__(
+        self,
+        record: type[Record],
+        gradients: Sequence[str],
+        kept: Sequence[str],
+        unread: Callable[[Record], Sequence[str]],
+    ) -> None:
+        self.record, self.gradients, self._unread = record, tuple(gradients), unread
         self.types: dict[str, Any] = get_type_hints(record)
         names = list(self.types)
         unknown = {*gradients, *kept} - {*names}
@@ -29,9 +36,8 @@ class Layout(Generic[Record]):
             raise ValueError(f"gradients and kept must name fields of the record, {names}; got {sorted(unknown)}")
         self.places = [names.index(name) for name in gradients]
         self.lists = [place for place, name in enumerate(names) if self.types[name] == List[Tensor]]
-        self._kept = [names.index(name) for name in kept]
-        tensors = [place for place, name in enumerate(names) if self.types[name] in (Tensor, Optional[Tensor])]
-        self._left = [place for place in tensors if place not in self._kept]
+        self._kept = {name: names.index(name) for name in kept}
+        self._tensors = [place for place, name in enumerate(names) if self.types[name] in (Tensor, Optional[Tensor])]
 
     def flat(self, arguments: Record) -> Sequence[Any]:
         """``arguments`` with the tensors of lists behind all others, since autograd looks into no list."""
@@ -65,14 +71,15 @@ class Layout(Generic[Record]):
     def keep(self, ctx: Any, arguments: Record, more: Iterable[Optional[Tensor]]) -> None:
         """Put tensors where activation checkpointing and offloading find them, and settings into an attribute of ``ctx``."""
         rest = list(arguments)
-        tensors: list[Optional[Tensor]] = []
-        for place in self._kept:
-            tensors.append(rest[place])
-            rest[place] = None
+        unread, tensors = self._unread(arguments), []
+        for name, place in self._kept.items():
+            is_read = name not in unread
+            tensors.append(rest[place] if is_read else None)
+            rest[place] = None if is_read else rest[place]
         for place in self.lists:
             tensors += rest[place]
             rest[place] = len(rest[place])
-        for place in self._left:
+        for place in self._tensors:
             tensor = rest[place]
             rest[place] = None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
         ctx.rest = rest
@@ -86,14 +93,14 @@ class Layout(Generic[Record]):
         # Activation checkpointing lets `saved_tensors` be asked for once.
         fields, tensors = list(ctx.rest), list(ctx.saved_tensors)
         start = len(self._kept)
-        for place, tensor in zip(self._kept, tensors):
-            fields[place] = tensor
-        for place in self.lists:
-            fields[place], start = tensors[start : start + fields[place]], start + fields[place]
-        for place in self._left:
+        for place in self._tensors:
             if fields[place] is not None:
                 shape, dtype, device = fields[place]
                 fields[place] = torch.empty((), dtype=dtype, device=device).expand(shape)
+        for place, tensor in zip(self._kept.values(), tensors):
+            fields[place] = fields[place] if tensor is None else tensor
+        for place in self.lists:
+            fields[place], start = tensors[start : start + fields[place]], start + fields[place]
         return self.record._make(fields), tensors[start:]
 
 

@@ -106,15 +106,12 @@ class MemoryModel:
         model, narrow, stream = self.model, self._narrow, self._stream
         dim, hidden = model.encoder_embed_dim, 2 * model.encoder_ff_interm_features * narrow
         attention = 5 * dim * narrow + model.encoder_num_heads * _WIDE  # its input; queries, keys, values; output
-        statistics = 2 * _WIDE
-        if model.encoder_layer_norm_first:
-            of_rows = attention + dim * stream + statistics
-            of_kept = dim * (stream + narrow) + hidden + statistics
+        norm = dim * stream + 2 * _WIDE  # what it reads, and each row's statistics
+        of_rows, of_kept = attention, norm + dim * narrow + hidden
+        if model.encoder_layer_norm_first:  # the other one comes before attention
+            of_rows += norm
         else:
-            # The products take copies of the stream, unless it has their dtype.
-            cast = 0 if stream == narrow else dim * stream
-            of_rows = attention + cast
-            of_kept = dim * (2 * stream + narrow) + cast + hidden + 2 * statistics
+            of_kept += norm
         return rows * of_rows + kept * of_kept
 
     def _last_layer(self, size: Size) -> int:
