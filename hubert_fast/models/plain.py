@@ -17,14 +17,6 @@ from hubert_fast.ops.linear import linear as linear_product
 from hubert_fast.ops.residual_layer_norm import residual_layer_norm
 from hubert_fast.ops.switches import switches
 
-_rln = residual_layer_norm
-
-
-def residual_layer_norm(*a, narrow=None, **k):  # TEMPORARY
-    out = _rln(*a, **k)
-    return out if narrow is None else (out, out.to(narrow))
-
-
 class Stream(NamedTuple):
     """The residual stream, and its copy in the dtype of the products where that is another."""
 
