@@ -17,6 +17,7 @@ from hubert_fast.ops.linear import linear as linear_product
 from hubert_fast.ops.residual_layer_norm import residual_layer_norm
 from hubert_fast.ops.switches import switches
 
+
 class Stream(NamedTuple):
     """The residual stream, and its copy in the dtype of the products where that is another."""
 

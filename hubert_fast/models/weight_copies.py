@@ -24,6 +24,7 @@ class WeightCopies:
     """
 
     def __init__(self, stages: Sequence[Sequence[Owned]], dtype: Optional[torch.dtype]) -> None:
+        dtype = dtype if switches.weight_copies else None
         self._copies: list[list[Optional[Tensor]]] = []
         self._pairs: list[tuple[Tensor, Tensor]] = []
         for owned in stages:
@@ -37,12 +38,11 @@ class WeightCopies:
 
     def of(self, stage: int) -> list[Optional[Tensor]]:
         """The copy of each parameter of a stage, None where there is none."""
-        copies = self._copies[stage]
-        return copies if switches.weight_copies else [None] * len(copies)
+        return self._copies[stage]
 
     def refresh(self) -> None:
         """Make the copies equal to the parameters."""
-        if self._pairs and switches.weight_copies:
+        if self._pairs:
             copies, parameters = zip(*self._pairs)
             with torch.no_grad():
                 torch._foreach_copy_(copies, parameters)

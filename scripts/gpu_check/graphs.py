@@ -16,7 +16,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 from unittest import mock
@@ -26,69 +25,45 @@ import torch
 from torch import Tensor, nn
 
 import hubert_fast
-from benchmarks.batches import SAMPLE_RATE, Batch, even, make
+from benchmarks.batches import SAMPLE_RATE, Batch, make
 from benchmarks.lost_device import first_line
 from hubert_fast import tf32
-from hubert_fast.models.optimizer_step import _can_be_captured
 from scripts.gpu_check import isolated
 from scripts.gpu_check.device import DEVICE, ON_GPU
 from scripts.gpu_check.facts import facts_of_process
-from scripts.gpu_check.models import DTYPE, NUM_CLASSES, architecture, leave_out_broken
+from scripts.gpu_check.graphed import (
+    AUTOCAST,
+    CLIP_NORM,
+    LEARNING_RATE,
+    CountedCapture,
+    Example,
+    adamw,
+    capacities_of,
+    even_lengths,
+    free_what_is_left,
+    in_autocast,
+    lengths_of_batch,
+    made_by,
+    make_example,
+    make_graphed,
+    make_objective,
+    of_one_capacity,
+    pinned,
+    planned_example,
+    until_all_captured,
+    until_captured,
+)  # fmt: skip
+from scripts.gpu_check.models import NUM_CLASSES, architecture, leave_out_broken
 from scripts.gpu_check.timing import Times
 
 PART = "graphs"
 LAYER_DROP = 0.05  # of the published recipe
 
-_AUTOCAST = torch.bfloat16 if DTYPE == "bfloat16" else None
-_CLIP_NORM = 10.0
-_LEARNING_RATE = 2**-11  # float32, in which a graph reads it, holds it exactly
 # Relative, of the gradients of a group of parameters and of a loss. Both sides run the same kernels on the same shapes.
 _NEAR_GRADIENT, _NEAR_LOSS = 0.01, 0.01
 _UPDATES = 20 if ON_GPU else 6
 _ROUNDS = 6 if ON_GPU else 1
-# After so many runs even layers that are dropped half of the time have all run once, and the capacity is captured.
-_MOST_RUNS = 60
-
 _Gradients = dict[str, Optional[Tensor]]
-
-
-class _Capture:
-    """Counts the graphs that ``made_by`` makes, the seconds that takes, and their launches."""
-
-    def __init__(self, made_by: Any) -> None:
-        self._made_by = made_by
-        self.graphs, self.seconds, self.launches = 0, 0.0, 0
-
-    def ahead(self) -> AbstractContextManager[None]:
-        return self._made_by.ahead()
-
-    def renew(self) -> None:
-        self._made_by.renew()
-
-    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
-        started = time.perf_counter()
-        graph = self._made_by(work)
-        self.seconds += time.perf_counter() - started
-        self.graphs += 1
-
-        def launch() -> None:
-            self.launches += 1
-            graph()
-
-        return launch
-
-
-class _Graphed(NamedTuple):
-    step: hubert_fast.GraphedStep
-    capture: _Capture  # of forward and backward
-    optimizers: _Capture
-
-
-class _Example(NamedTuple):
-    """A batch, and what a step's planner made of it."""
-
-    batch: Batch
-    planned: hubert_fast.MicroBatch
 
 
 def main() -> int:
@@ -112,7 +87,7 @@ def main() -> int:
                     return isolated.LOST
             else:
                 facts.note(PART, item=name, done=True, seconds=round(time.monotonic() - started, 1), **found)
-            _free_what_is_left()
+            free_what_is_left()
     return 0
 
 
@@ -121,15 +96,15 @@ def main() -> int:
 
 def _gradients(layer_drop: float) -> dict[str, Any]:
     """Gradients of a graphed step, as it runs, captured, and replayed on another batch after one of another capacity."""
-    objective = _objective(layer_drop)
-    graphed = _graphed(objective)
-    first, second = _of_one_capacity(graphed.step)
-    shorter = _example(graphed.step, _lengths(0.7), 0)
+    objective = make_objective(layer_drop)
+    graphed = make_graphed(objective)
+    first, second = of_one_capacity(graphed.step)
+    shorter = make_example(graphed.step, lengths_of_batch(0.7), 0)
     found = {"as it runs": _compared(objective, graphed.step, [first])}
-    runs = 1 + _until_captured(graphed, [first])
+    runs = 1 + until_captured(graphed, [first])
     graphs = graphed.capture.graphs
     found["captured"] = _compared(objective, graphed.step, [first])
-    _until_captured(graphed, [shorter])
+    until_captured(graphed, [shorter])
     found["another capacity"] = _compared(objective, graphed.step, [shorter])
     found["another batch"] = _compared(objective, graphed.step, [second])
     twice = [_of_graphs(objective, graphed.step, [second], seed=5) for _ in range(2)]
@@ -139,9 +114,9 @@ def _gradients(layer_drop: float) -> dict[str, Any]:
 
 def _accumulated() -> dict[str, Any]:
     """Two micro-batches an update, of one capacity: the first runs as it is, the second captures."""
-    objective = _objective(0.0)
-    graphed = _graphed(objective)
-    both = _of_one_capacity(graphed.step)
+    objective = make_objective(0.0)
+    graphed = make_graphed(objective)
+    both = of_one_capacity(graphed.step)
     found = {str(number): _compared(objective, graphed.step, both) for number in (1, 2, 3)}
     found["in the other order"] = _compared(objective, graphed.step, both[::-1])
     return _verdict(found, graphs=graphed.capture.graphs)
@@ -149,11 +124,11 @@ def _accumulated() -> dict[str, Any]:
 
 def _fits_none() -> dict[str, Any]:
     """A batch that is larger than every capacity, before and after a capacity was captured."""
-    objective = _objective(0.0)
-    graphed = _graphed(objective)
-    longer = _example(graphed.step, _lengths(1.1), 0)
+    objective = make_objective(0.0)
+    graphed = make_graphed(objective)
+    longer = make_example(graphed.step, lengths_of_batch(1.1), 0)
     found = {"before": _compared(objective, graphed.step, [longer])}
-    _until_captured(graphed, [_example(graphed.step, _lengths(), 0)])
+    until_captured(graphed, [make_example(graphed.step, lengths_of_batch(), 0)])
     graphs = graphed.capture.graphs
     found["after"] = _compared(objective, graphed.step, [longer])
     eager = not longer.planned.fits and graphed.capture.graphs == graphs
@@ -162,10 +137,13 @@ def _fits_none() -> dict[str, Any]:
 
 def _full() -> dict[str, Any]:
     """One capacity may be captured; another runs eagerly from then on."""
-    objective = _objective(0.0)
-    graphed = _graphed(objective, most_graphs=1)
-    first, shorter = _example(graphed.step, _lengths(), 0), _example(graphed.step, _lengths(0.7), 0)
-    _until_captured(graphed, [first])
+    objective = make_objective(0.0)
+    graphed = make_graphed(objective, most_graphs=1)
+    first, shorter = (
+        make_example(graphed.step, lengths_of_batch(), 0),
+        make_example(graphed.step, lengths_of_batch(0.7), 0),
+    )
+    until_captured(graphed, [first])
     graphs = graphed.capture.graphs
     found = {f"other, {number}": _compared(objective, graphed.step, [shorter]) for number in (1, 2, 3)}
     found["first"] = _compared(objective, graphed.step, [first])
@@ -174,9 +152,9 @@ def _full() -> dict[str, Any]:
 
 def _updates() -> dict[str, Any]:
     """Losses and weights after the same updates by a graphed step and by a plain loop."""
-    ours, theirs = _objective(LAYER_DROP), _objective(LAYER_DROP)
-    graphed, by_hand = _graphed(ours), _adamw(theirs)
-    examples = [*_of_one_capacity(graphed.step), _example(graphed.step, _lengths(0.7), 0)]
+    ours, theirs = make_objective(LAYER_DROP), make_objective(LAYER_DROP)
+    graphed, by_hand = make_graphed(ours), adamw(theirs)
+    examples = [*of_one_capacity(graphed.step), make_example(graphed.step, lengths_of_batch(0.7), 0)]
     before = _flat(theirs)
     losses: dict[str, list[Tensor]] = {"graphed": [], "plain": []}
     for number in range(_UPDATES):
@@ -186,7 +164,7 @@ def _updates() -> dict[str, Any]:
         losses["graphed"].append(result.loss / result.masked_count)
         torch.manual_seed(number)
         losses["plain"].append(_plain_gradients(theirs, [example]))
-        nn.utils.clip_grad_norm_(theirs.parameters(), _CLIP_NORM)
+        nn.utils.clip_grad_norm_(theirs.parameters(), CLIP_NORM)
         by_hand.step()
     mine, plain = (torch.stack([each.double() for each in losses[side]]).cpu() for side in ("graphed", "plain"))
     away, after = (mine / plain - 1).abs(), _flat(theirs)
@@ -205,18 +183,18 @@ def _updates() -> dict[str, Any]:
 def _optimizers() -> dict[str, Any]:
     """Each optimizer: whether it is captured, and its cost on the host where it is not."""
     makers: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-        "AdamW, fused": lambda each: torch.optim.AdamW(each, _LEARNING_RATE, fused=True),
-        "AdamW": lambda each: torch.optim.AdamW(each, _LEARNING_RATE, foreach=True),
-        "SGD, fused": lambda each: torch.optim.SGD(each, _LEARNING_RATE, momentum=0.9, fused=True),
+        "AdamW, fused": lambda each: torch.optim.AdamW(each, LEARNING_RATE, fused=True),
+        "AdamW": lambda each: torch.optim.AdamW(each, LEARNING_RATE, foreach=True),
+        "SGD, fused": lambda each: torch.optim.SGD(each, LEARNING_RATE, momentum=0.9, fused=True),
     }
     if ON_GPU:
-        makers["AdamW, capturable"] = lambda each: torch.optim.AdamW(each, _LEARNING_RATE, capturable=True)
+        makers["AdamW, capturable"] = lambda each: torch.optim.AdamW(each, LEARNING_RATE, capturable=True)
     found, well = {}, True
     for name, make_optimizer in makers.items():
-        _free_what_is_left()
-        objective = _objective(0.0)
-        graphed = _graphed(objective, make_optimizer(objective.parameters()))
-        example, times = _example(graphed.step, _lengths(), 0), Times()
+        free_what_is_left()
+        objective = make_objective(0.0)
+        graphed = make_graphed(objective, make_optimizer(objective.parameters()))
+        example, times = make_example(graphed.step, lengths_of_batch(), 0), Times()
         for _ in range(3):
             graphed.step([example.planned])
         for _ in range(3):
@@ -232,28 +210,28 @@ def _optimizers() -> dict[str, Any]:
 
 def _timed(layer_drop: float) -> dict[str, Any]:
     """An update, graphed and eager in turn; its memory."""
-    batches = [make(_even_lengths(), architecture("base"), NUM_CLASSES, seed=number) for number in range(4)]
-    batches = [_pinned(each) for each in batches]
+    batches = [make(even_lengths(), architecture("base"), NUM_CLASSES, seed=number) for number in range(4)]
+    batches = [pinned(each) for each in batches]
     memory = _Memory()
-    theirs = _objective(layer_drop)
-    by_hand = _adamw(theirs)
+    theirs = make_objective(layer_drop)
+    by_hand = adamw(theirs)
 
     def eager(batch: Batch) -> None:
-        with _in_autocast():
+        with in_autocast():
             waveforms, labels = (each.to(DEVICE, non_blocking=True) for each in (batch.waveforms, batch.labels))
             output = theirs(waveforms, labels, batch.lengths, mask=batch.mask)
         (output.loss / int(batch.mask.sum())).backward()
-        nn.utils.clip_grad_norm_(theirs.parameters(), _CLIP_NORM)
+        nn.utils.clip_grad_norm_(theirs.parameters(), CLIP_NORM)
         by_hand.step()
         by_hand.zero_grad(set_to_none=True)
 
     for batch in batches:
         eager(batch)
     eager_memory, memory = memory.taken(), _Memory()  # what is left of eager ones is given back
-    ours = _objective(layer_drop)
-    graphed = _graphed(ours, capacities=_capacities(_even_lengths()))
-    examples = [_planned(graphed.step, each) for each in batches]
-    _until_all_captured(graphed, examples)
+    ours = make_objective(layer_drop)
+    graphed = make_graphed(ours, capacities=capacities_of(even_lengths()))
+    examples = [planned_example(graphed.step, each) for each in batches]
+    until_all_captured(graphed, examples)
     graphed_memory = memory.taken()
     capture, optimizers = graphed.capture, graphed.optimizers
     capture.launches = optimizers.launches = 0
@@ -286,7 +264,7 @@ def _extraction() -> dict[str, Any]:
     from hubert_fast.pretrain.codebook import Codebook
 
     seconds, utterances, calls = (10.0, 30, 8) if ON_GPU else (0.5, 2, 3)
-    model = _objective(0.0).model.eval()
+    model = make_objective(0.0).model.eval()
     layer = min(6, len(model.wav2vec2.encoder.transformer.layers))
     dim = model.wav2vec2.encoder.transformer.pos_conv_embed.embed_dim
     rng = np.random.default_rng(0)
@@ -297,11 +275,11 @@ def _extraction() -> dict[str, Any]:
     device = torch.device(DEVICE, 0) if ON_GPU else torch.device(DEVICE)
     units, figures = {}, {}
     for name in ("graphed", "eager"):
-        _free_what_is_left()
+        free_what_is_left()
         with mock.patch.object(features, "load_model", lambda weights: model):
-            layers = features.ModelLayers(Path(), device=device, autocast=_AUTOCAST is not None)
+            layers = features.ModelLayers(Path(), device=device, autocast=AUTOCAST is not None)
         layers.call_seconds = utterances * seconds
-        capture = _Capture(_made_by(layers._capture)) if name == "graphed" else None
+        capture = CountedCapture(made_by(layers._capture)) if name == "graphed" else None
         layers._capture = capture
         layers._start = started = _Host(layers._start)
         call = waveforms, codebooks, layer, layer
@@ -366,124 +344,7 @@ class _Memory:
         return {"allocated": torch.cuda.memory_allocated(), "reserved": reserved, "device": total - free}
 
 
-# The parts of an item
-
-
-def _free_what_is_left() -> None:
-    """Collect steps of before, which lie in cycles: PyTorch ends a process that frees a pool while something is captured."""
-    gc.collect()
-
-
-def _objective(layer_drop: float) -> hubert_fast.PretrainingObjective:
-    """The same weights every time."""
-    arguments = {**architecture("base").factory_arguments(NUM_CLASSES), "encoder_layer_drop": layer_drop}
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        model = hubert_fast.hubert_pretrain_model(**arguments)
-    return hubert_fast.PretrainingObjective(model.train())
-
-
-def _adamw(objective: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(objective.parameters(), _LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6, fused=True)
-
-
-def _graphed(
-    objective: hubert_fast.PretrainingObjective,
-    optimizer: Optional[torch.optim.Optimizer] = None,
-    *,
-    capacities: Optional[hubert_fast.Capacities] = None,
-    most_graphs: int = 32,
-) -> _Graphed:
-    optimizer = optimizer or _adamw(objective)
-    step = hubert_fast.GraphedStep(
-        objective,
-        optimizer,
-        clip_norm=_CLIP_NORM,
-        capacities=capacities or _capacities(_lengths()),
-        autocast=_AUTOCAST,
-        most_graphs=most_graphs,
-    )
-    made_by = _made_by(step._capture)
-    step._capture, optimizers = _Capture(made_by), _Capture(made_by)
-    step._optimizer._capture = optimizers if _can_be_captured(optimizer) else None
-    return _Graphed(step, step._capture, optimizers)
-
-
-def _made_by(capture: Any) -> Any:
-    """The capture: on a CPU the tests' stand-in."""
-    if ON_GPU:
-        return capture
-    from tests.models.graph_stand_in import StandInCapture
-
-    return StandInCapture()
-
-
-def _lengths(scale: float = 1.0) -> list[int]:
-    """Lengths of the utterances of a padded batch, in samples: 175 s of 11 to 14 s each."""
-    count, least, most = (14, 11.0, 14.0) if ON_GPU else (3, 0.35, 0.5)
-    return [round(scale * SAMPLE_RATE * (least + (most - least) * i / (count - 1))) for i in range(count)]
-
-
-def _even_lengths() -> list[int]:
-    return even(14, 12.5) if ON_GPU else even(2, 0.5)
-
-
-def _capacities(lengths: list[int]) -> hubert_fast.Capacities:
-    frames = [architecture("base").frames_of(each) for each in lengths]
-    return hubert_fast.Capacities(rows=sum(frames), sequences=len(frames), max_frames=max(frames))
-
-
-def _example(step: hubert_fast.GraphedStep, lengths: list[int], seed: int) -> _Example:
-    return _planned(step, _pinned(make(lengths, architecture("base"), NUM_CLASSES, seed=seed)))
-
-
-def _planned(step: hubert_fast.GraphedStep, batch: Batch) -> _Example:
-    planned = step.planner(batch.waveforms, batch.labels, batch.lengths, mask=batch.mask)
-    return _Example(batch, planned.pin_memory() if ON_GPU else planned)
-
-
-def _pinned(batch: Batch) -> Batch:
-    """The same batch, its audio and labels page-locked, as a data loader's."""
-    if not ON_GPU:
-        return batch
-    return dataclasses.replace(batch, waveforms=batch.waveforms.pin_memory(), labels=batch.labels.pin_memory())
-
-
-def _of_one_capacity(step: hubert_fast.GraphedStep) -> list[_Example]:
-    """Two batches that one graph serves: how many frames are masked is random."""
-    first = _example(step, _lengths(), 0)
-    others = (_example(step, _lengths(), seed) for seed in range(1, 50))
-    return [first, next(each for each in others if each.planned.capacity == first.planned.capacity)]
-
-
-def _until_captured(graphed: _Graphed, examples: Sequence[_Example]) -> int:
-    """Run ``examples`` until their capacity is captured; returns how often they ran before."""
-    graphs = graphed.capture.graphs
-    for runs in range(_MOST_RUNS):
-        graphed.step.gradients([each.planned for each in examples])
-        if graphed.capture.graphs > graphs:
-            return runs
-    raise RuntimeError(f"a capacity was not captured in {_MOST_RUNS} runs")
-
-
-def _until_all_captured(graphed: _Graphed, examples: Sequence[_Example]) -> None:
-    """Take updates until no more graphs of forward and backward are made, nor of the optimizer where all layers take part."""
-    quiet = 0
-    for _ in range(_MOST_RUNS):
-        before = graphed.capture.graphs
-        for each in examples:
-            graphed.step([each.planned])
-        quiet = quiet + 1 if graphed.capture.graphs == before and before else 0
-        if quiet == 2:
-            return
-    raise RuntimeError(f"capacities were still captured after {_MOST_RUNS} rounds")
-
-
-def _in_autocast() -> torch.autocast:
-    return torch.autocast(DEVICE, _AUTOCAST or torch.bfloat16, enabled=_AUTOCAST is not None)
-
-
-def _plain_gradients(objective: hubert_fast.PretrainingObjective, examples: Sequence[_Example]) -> Tensor:
+def _plain_gradients(objective: hubert_fast.PretrainingObjective, examples: Sequence[Example]) -> Tensor:
     """Gradients of the loss per masked frame, by autograd over the whole objective; returns the loss."""
     objective.zero_grad(set_to_none=True)
     frames = sum(each.planned.masked_frames for each in examples)
@@ -498,7 +359,7 @@ def _plain_gradients(objective: hubert_fast.PretrainingObjective, examples: Sequ
             rows=planned.capacity.rows if planned.fits else None,
             kept=planned.capacity.kept if planned.fits else None,
         )
-        with _in_autocast():
+        with in_autocast():
             loss = objective(batch.waveforms.to(DEVICE), plan=plan).loss
         (loss * (1 / frames)).backward()
         total += loss.detach() / frames
@@ -511,7 +372,7 @@ def _of(objective: nn.Module) -> _Gradients:
 
 
 def _of_graphs(
-    objective: nn.Module, step: hubert_fast.GraphedStep, examples: Sequence[_Example], *, seed: int
+    objective: nn.Module, step: hubert_fast.GraphedStep, examples: Sequence[Example], *, seed: int
 ) -> _Gradients:
     torch.manual_seed(seed)
     step.gradients([each.planned for each in examples])
@@ -524,7 +385,7 @@ class _Comparison(NamedTuple):
 
 
 def _compared(
-    objective: hubert_fast.PretrainingObjective, step: hubert_fast.GraphedStep, examples: Sequence[_Example]
+    objective: hubert_fast.PretrainingObjective, step: hubert_fast.GraphedStep, examples: Sequence[Example]
 ) -> _Comparison:
     """The graphed step's gradients beside those of the objective, with the same random numbers."""
     mine = _of_graphs(objective, step, examples, seed=3)
@@ -582,7 +443,7 @@ def _predicted_bytes(objective: hubert_fast.PretrainingObjective, batch: Batch) 
     arguments = architecture("base").factory_arguments(NUM_CLASSES)
     names = {each.name for each in dataclasses.fields(ModelConfig)}
     config = ModelConfig(**{name: value for name, value in arguments.items() if name in names})
-    memory = MemoryModel(config, sum(each.numel() for each in objective.parameters()), _AUTOCAST is not None)
+    memory = MemoryModel(config, sum(each.numel() for each in objective.parameters()), AUTOCAST is not None)
     return memory.peak(memory.largest(*batch.waveforms.shape))
 
 

@@ -52,6 +52,8 @@ STAGES = {
               shows=("step", "profile", "kernel")),
         Stage("graphs", "updates in CUDA graphs: as a plain loop's, how fast, what is captured; extraction", 60,
               module("graphs"), shows=("graphs",)),
+        Stage("switches", "each change of the step on and off, in graphs: what it saves", 60, module("switches"),
+              shows=("switches",)),
         Stage("determinism", "two runs from one seed, equal to the bit", 30, module("determinism"), shows=("determinism",)),
         Stage("tests", "pytest -m gpu but for the kernels' own, in parallel", 130,
               module("gpu_tests", "most"), shows=("tests", "failed test")),
@@ -77,6 +79,6 @@ STAGES = {
 PARTS = {
     "install": ("install", "warm", "environment"),
     "a": ("install", "warm", "environment", "smoke", "step", "graphs", "determinism", "tests", "kernels"),
-    "b": ("large", "peers", "operators", "converge", "memcheck", "racecheck", "pretrain"),
+    "b": ("switches", "large", "peers", "operators", "converge", "memcheck", "racecheck", "pretrain"),
     "sanitize": ("memcheck", "racecheck"),
 }

@@ -1,5 +1,6 @@
 """scripts/gpu-check without a GPU: on stand-ins of its stages, at tiny sizes on a CPU, and on what only a GPU would show."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -18,6 +19,7 @@ from torch.autograd import DeviceType
 import hubert_fast
 from benchmarks import predictions
 from hubert_fast.models.stage_pass import StagePass
+from hubert_fast.ops.switches import Switches
 from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.pipeline import open_run
 from scripts.gpu_check import environment as environment_stage
@@ -193,6 +195,8 @@ def test_every_part_leaves_its_facts(whole):
     assert {each["item"] for each in checks} == {each.name for each in smoke.checks()}
     assert all(each["ok"] for each in checks), checks
     assert {each["item"] for each in whole.facts.of("graphs") if each.get("ok", True)} == set(graphs.ITEMS)
+    turned = {each["item"] for each in whole.facts.of("switches") if each["ok"]}
+    assert turned == {each.name for each in dataclasses.fields(Switches)} == set(predictions.SWITCHES)
     assert whole.facts.of("determinism")[0]["equal"]
     assert whole.facts.of("converge")[-1]["ok"]
     assert {"hubert_fast", "torchaudio"} <= {each["peer"] for each in whole.facts.of("step") if "ms" in each}
