@@ -8,7 +8,7 @@ import hubert_fast
 from hubert_fast.models import encoder as encoder_module
 from hubert_fast.models import plain
 from tests.models import configurations
-from tests.models.twins import LENGTHS, batch, num_frames, relative_error, twins
+from tests.models.twins import LENGTHS, batch, float32_layer_norm, num_frames, relative_error, twins
 
 FRAMES = num_frames(12400)
 
@@ -135,12 +135,6 @@ def test_a_post_norm_stream_is_float32_where_autocast_has_layer_norm_give_float3
     ours.float()
     assert plain.stream_dtype(waveforms) is None
     monkeypatch.setattr(plain, "stream_dtype", lambda x: torch.float32)
-    layer_norm = torch.nn.functional.layer_norm
-
-    def float32_layer_norm(x, shape, weight=None, bias=None, eps=1e-5):
-        with torch.autocast("cpu", enabled=False):
-            return layer_norm(x.float(), shape, weight, bias, eps)
-
     with torch.autocast("cpu", torch.bfloat16):
         output = ours.wav2vec2(waveforms)[0]
         with monkeypatch.context() as patch:

@@ -31,6 +31,21 @@ def batch(dtype: torch.dtype = torch.float32, lengths: Optional[Tensor] = None, 
     return Batch(waveforms, labels, lengths)
 
 
+_layer_norm = F.layer_norm
+
+
+def float32_layer_norm(
+    x: Tensor,
+    shape: Any,
+    weight: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """In place of `F.layer_norm`: as CUDA's autocast has it, which a CPU's has not."""
+    with torch.autocast("cpu", enabled=False):
+        return _layer_norm(x.float(), shape, weight, bias, eps)
+
+
 def num_frames(samples: int) -> int:
     """Frames of the standard front end."""
     return max((samples - 400) // 320 + 1, 0)
