@@ -47,7 +47,7 @@ _CLASSES, _FRAMES, _BATCH = 500, 12, 2
 # Operations that touch no memory of a GPU; the last two are LayerDrop's draws on the CPU.
 _WITHOUT_KERNEL = {
     "as_strided", "empty", "empty_strided", "view", "_unsafe_view", "_reshape_alias", "alias", "detach", "to", "promote_types",
-    "result_type", "set_", "resize_", "unbind", "uniform_", "_local_scalar_dense",
+    "result_type", "set_", "resize_", "unbind", "uniform_", "_local_scalar_dense", "lift_fresh", "detach_",
 }  # fmt: skip
 _PARTS = {"step": ("forward", "backward"), "update": ("update",), "extraction": ("audio", "calls")}
 _WARM_UP = 3  # steps; of a graph the second captures
@@ -62,7 +62,7 @@ class Host(NamedTuple):
 
     triton_launches: int
     extension_calls: int
-    torch_operations: int  # ATen operations that call no other
+    torch_operations: int  # ATen operations that call no other; one over a list of tensors is one, as it is on a GPU
     torch_kernels: int  # of these, the ones that would launch a kernel or a copy on a GPU
     graph_launches: int
     milliseconds: list[tuple[float, ...]]  # of the parts of the work (`_PARTS`)
@@ -195,17 +195,21 @@ def measure(layers: int, rounds: int, driver: Path, *, work: str = "step", layer
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # as in stages.py
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             step()
-        operations = [
-            event.name
-            for event in profiler.events()
-            if event.name.startswith("aten::")
-            and not any(child.name.startswith("aten::") for child in event.cpu_children)
-        ]
+        operations = [event.name for event in profiler.events() if _calls_no_other(event)]
         kernels = [each for each in operations if each.removeprefix("aten::") not in _WITHOUT_KERNEL]
         counts = library.nothing_launches() - before, sum(calls.calls.values()), len(operations), len(kernels)
         counts += (capture.launches - launched,)
         times = [step() for _ in range(rounds)]
     return Host(*counts, list(zip(*times)))
+
+
+def _calls_no_other(event: Any) -> bool:
+    if event.name.startswith("aten::_foreach_"):
+        return True
+    parent = event.cpu_parent
+    within_list = parent is not None and parent.name.startswith("aten::_foreach_")
+    calls = any(child.name.startswith("aten::") for child in event.cpu_children)
+    return event.name.startswith("aten::") and not calls and not within_list
 
 
 def _objective(layers: int, layer_drop: float) -> hubert_fast.PretrainingObjective:
