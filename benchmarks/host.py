@@ -49,7 +49,7 @@ _CLASSES, _FRAMES, _BATCH = 500, 12, 2
 # Operations that touch no memory of a GPU; the last two are LayerDrop's draws on the CPU.
 _WITHOUT_KERNEL = {
     "as_strided", "empty", "empty_strided", "view", "_unsafe_view", "_reshape_alias", "alias", "detach", "to", "promote_types",
-    "result_type", "set_", "resize_", "unbind", "uniform_", "_local_scalar_dense",
+    "result_type", "set_", "resize_", "unbind", "uniform_", "_local_scalar_dense", "lift_fresh", "detach_",
 }  # fmt: skip
 # What a CPU makes of several operations and a GPU of one.
 _ONE_KERNEL = {
@@ -71,7 +71,7 @@ class Host(NamedTuple):
 
     triton_launches: int
     extension_calls: int
-    torch_operations: int  # ATen operations that call no other
+    torch_operations: int  # ATen operations that call no other; one over a list of tensors is one, as it is on a GPU
     torch_kernels: int  # of these, the ones that would launch a kernel or a copy on a GPU
     graph_launches: int
     milliseconds: list[tuple[float, ...]]  # of the parts of the work (`_PARTS`)

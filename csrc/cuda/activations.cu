@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class Out>
 __global__ void __launch_bounds__(kThreads)
     sum_parts_kernel(const float* partial, std::int64_t parts, std::int64_t columns, std::int64_t column_blocks,
-                     Out* out) {
+                     std::int64_t taps, std::int64_t channels, Out* out) {
   __shared__ double scratch[kWarps][32];
   const int lane = thread_index() % 32, warp = thread_index() / 32;
   const std::int64_t outer = block_index() / column_blocks;
@@ -304,7 +304,12 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (warp == 0 && column < columns) {
     for (int other = 1; other < kWarps; ++other) sum += scratch[other][lane];
-    out[outer * columns + column] = static_cast<Out>(sum);
+    std::int64_t place = column;
+    if (taps > 1) {
+      const std::int64_t within = column % (taps * channels);
+      place += within % channels * taps + within / channels - within;
+    }
+    out[outer * columns + place] = static_cast<Out>(sum);
   }
 }
 
@@ -396,17 +401,18 @@ void column_sums(const void* x, std::int64_t total_rows, int channels, float* pa
   });
 }
 
-void sum_parts(const float* partial, std::int64_t outer, std::int64_t parts, std::int64_t columns, void* out,
-               bool out_is_double, cudaStream_t stream) {
+void sum_parts(const float* partial, std::int64_t outer, std::int64_t parts, std::int64_t columns, std::int64_t taps,
+               std::int64_t channels, void* out, bool out_is_double, cudaStream_t stream) {
   const char* name = "sum_parts";
-  require(outer > 0 && parts > 0 && columns > 0, name, "sizes must be positive");
+  require(outer > 0 && parts > 0 && columns > 0 && taps > 0 && channels > 0, name, "sizes must be positive");
+  require(columns % (taps * channels) == 0, name, "columns must be a multiple of taps * channels");
   const std::int64_t column_blocks = ceil_div(columns, 32), blocks = outer * column_blocks;
   if (out_is_double) {
-    launch(name, sum_parts_kernel<double>, blocks, kThreads, stream, partial, parts, columns, column_blocks,
-           static_cast<double*>(out));
+    launch(name, sum_parts_kernel<double>, blocks, kThreads, stream, partial, parts, columns, column_blocks, taps,
+           channels, static_cast<double*>(out));
   } else {
-    launch(name, sum_parts_kernel<float>, blocks, kThreads, stream, partial, parts, columns, column_blocks,
-           static_cast<float*>(out));
+    launch(name, sum_parts_kernel<float>, blocks, kThreads, stream, partial, parts, columns, column_blocks, taps,
+           channels, static_cast<float*>(out));
   }
 }
 

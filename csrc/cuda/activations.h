@@ -50,8 +50,9 @@ void clear_dead_rows(const Rows& rows, void* z, void* activation, Dtype dtype, c
 void column_sums(const void* x, std::int64_t total_rows, int channels, float* partial, std::int64_t part_rows,
                  Dtype dtype, cudaStream_t stream);
 
-// out[o, c] = sum_p partial[o, p, c] in a fixed order and in double; out is float, or double where out_is_double.
-void sum_parts(const float* partial, std::int64_t outer, std::int64_t parts, std::int64_t columns, void* out,
-               bool out_is_double, cudaStream_t stream);
+// out[o, c] = sum_p partial[o, p, c] in a fixed order and in double; out is float, or double where out_is_double. Columns c
+// are [.., taps, channels] in partial and [.., channels, taps] in out: the same where taps is 1.
+void sum_parts(const float* partial, std::int64_t outer, std::int64_t parts, std::int64_t columns, std::int64_t taps,
+               std::int64_t channels, void* out, bool out_is_double, cudaStream_t stream);
 
 }  // namespace hubert_fast::cuda

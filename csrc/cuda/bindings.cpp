@@ -120,8 +120,8 @@ void bind_activations(py::module_& m) {
   bind(m, "clear_dead_rows", clear_dead_rows, "rows"_a, kw_only(), "z"_a, "activation"_a, "dtype"_a, "stream"_a);
   bind(m, "column_sums", column_sums, kw_only(), "x"_a, "total_rows"_a, "channels"_a, "partial"_a, "part_rows"_a,
        "dtype"_a, "stream"_a);
-  bind(m, "sum_parts", sum_parts, kw_only(), "partial"_a, "outer"_a, "parts"_a, "columns"_a, "out"_a,
-       "out_is_double"_a, "stream"_a);
+  bind(m, "sum_parts", sum_parts, kw_only(), "partial"_a, "outer"_a, "parts"_a, "columns"_a, "taps"_a, "channels"_a,
+       "out"_a, "out_is_double"_a, "stream"_a);
 }
 
 void bind_products(py::module_& m) {

@@ -162,21 +162,51 @@ class _Frontend:
             stride=strides[0],
             channels=self.channels,
         )
+        self.narrow = self._narrow_weights()
 
     def empty(self, *shape: int, dtype: Optional[torch.dtype] = None) -> Tensor:
         return torch.empty(shape, dtype=self.dtype if dtype is None else dtype, device=self.device)
 
-    def buffer(self, layer: int) -> Tensor:
-        """Of a layer's activations: its rows, and one of zeros after them, which the last window of kernel 3 reads."""
-        buffer = self.empty(self.batch * self.rows[layer] + 1, self.channels)
-        buffer[-1:].zero_()
-        return buffer
+    def _narrow_weights(self) -> dict[int, tuple[list[int], Tensor]]:
+        """By kernel, the later layers that have it and their filters in the compute dtype, [layers, out, in, kernel].
 
-    def gradient_buffer(self, layer: int) -> Tensor:
-        """Of a gradient before GELU: one row of zeros, which the first window of the data gradient reads, then its rows."""
-        buffer = self.empty(1 + self.batch * self.rows[layer], self.channels)
-        buffer[:1].zero_()
-        return buffer
+        Together, so that one launch narrows them all and one lays out those of a kernel.
+        """
+        layers: dict[int, list[int]] = {}
+        for layer, weight in enumerate(self.weights[1:], start=1):
+            layers.setdefault(weight.shape[2], []).append(layer)
+        stacks = {
+            kernel: (those, self.empty(len(those), self.channels, self.channels, kernel))
+            for kernel, those in layers.items()
+        }
+        ours = [each for _, stack in stacks.values() for each in stack]
+        theirs = [self.weights[layer].detach() for those, _ in stacks.values() for layer in those]
+        if ours:
+            torch._foreach_copy_(ours, theirs)
+        return stacks
+
+    def window_weights(self) -> dict[int, Tensor]:
+        """Filters of each later layer in the order of a window: [out, taps * in]."""
+        found: dict[int, Tensor] = {}
+        for those, stack in self.narrow.values():
+            found.update(zip(those, stack.transpose(2, 3).flatten(2)))
+        return found
+
+    def gradient_weights(self) -> dict[int, list[Tensor]]:
+        """Of each later layer the matrices of its data gradient (`input_gradient`), whose rows are columns of the product."""
+        found: dict[int, list[Tensor]] = {}
+        for kernel, (those, stack) in self.narrow.items():
+            taps = stack.transpose(1, 2).unbind(3)  # each [layers, in, out]
+            if kernel == 2:
+                matrices = [torch.stack(taps, dim=1).flatten(1, 2)]
+            else:
+                matrices = [torch.cat([taps[2], taps[0]], dim=2), taps[1].contiguous()]
+            found.update((layer, [each[i] for each in matrices]) for i, layer in enumerate(those))
+        return found
+
+    def buffer(self, layer: int) -> Tensor:
+        """Of a layer's activations: its rows, and one after them, which the last window of kernel 3, a dead one, reads."""
+        return self.empty(self.batch * self.rows[layer] + 1, self.channels)
 
     def layout(self, layer: int) -> Any:
         return self.lib.Rows(batch=self.batch, rows=self.rows[layer], frames=self.frames[layer], channels=self.channels)
@@ -186,10 +216,11 @@ class _Frontend:
         weight, bias = (self.norm_weights[layer], self.norm_biases[layer]) if self.layer_norm else (None, None)
         return self.lib.Norm(weight=weight, bias=bias, epsilon=NORM_EPS)
 
-    def sum_parts(self, partial: Tensor, out_dtype: torch.dtype) -> Tensor:
-        """Sums over dimension 1 of ``partial`` [outer, parts, ...]."""
+    def sum_parts(self, partial: Tensor, out_dtype: torch.dtype, *, taps: int = 1) -> Tensor:
+        """Sums over dimension 1 of ``partial`` [outer, parts, ..., taps * channels], whose taps come last in the result."""
         out = self.empty(partial.shape[0], *partial.shape[2:], dtype=out_dtype)
         sizes = {"outer": partial.shape[0], "parts": partial.shape[1], "columns": out[0].numel()}
+        sizes |= {"taps": taps, "channels": partial.shape[-1] // taps}
         double = out_dtype == torch.float64
         self.lib.sum_parts(**sizes, partial=partial, out=out, out_is_double=double, stream=self.stream)
         return out
@@ -255,13 +286,8 @@ class _Frontend:
         shape = self.batch * self.rows[layer], width
         return buffer.as_strided(shape, (2 * self.channels, 1), buffer.storage_offset() + taps.start * self.channels)
 
-    def window_weight(self, layer: int) -> Tensor:
-        """Filters in the order of a window: [out, taps * in]."""
-        return self.weights[layer].to(self.dtype).permute(0, 2, 1).flatten(1).contiguous()
-
-    def convolve(self, layer: int, below: Tensor, out: Tensor) -> None:
+    def convolve(self, layer: int, below: Tensor, weight: Tensor, out: Tensor) -> None:
         """The convolution of ``layer`` by ``torch.mm``, into ``out`` [batch * rows, channels]."""
-        weight = self.window_weight(layer)
         taps = self.taps[layer]
         # In 16 bits a sum of two products would round twice; mm copies the overlapping windows instead.
         cuts = [0, 2, taps] if taps > 2 and self.dtype == self.wide else [0, taps]
@@ -275,21 +301,23 @@ class _Frontend:
             else:
                 torch.mm(operand, columns, out=out)
 
-    def input_gradient(self, layer: int, upstream: Tensor, out: Tensor, epilogue: Optional[dict[str, Tensor]]) -> None:
+    def input_gradient(
+        self,
+        layer: int,
+        upstream: Tensor,
+        matrices: Sequence[Tensor],
+        out: Tensor,
+        epilogue: Optional[dict[str, Tensor]],
+    ) -> None:
         """The data gradient of ``layer`` into ``out`` [batch * rows below, channels].
 
-        ``upstream`` is a gradient buffer. Even rows get ``dy[g] W0 + dy[g - 1] W2``, odd ones ``dy[g] W1``; kernel 2 has
-        no W2, and both are one product. With ``epilogue`` (z and activation of the layer below, as ``out``), the fused
-        kernel multiplies by GELU'(z) and writes GELU(z).
+        ``upstream`` has a row of zeros before its rows. Even rows get ``dy[g] W0 + dy[g - 1] W2``, odd ones ``dy[g] W1``;
+        kernel 2 has no W2, and both are one product. ``matrices`` are those of `gradient_weights`. With ``epilogue`` (z and
+        activation of the layer below, as ``out``), the fused kernel multiplies by GELU'(z) and writes GELU(z).
         """
         channels, rows = self.channels, self.batch * self.rows[layer]
-        # [taps, in, out]; rows of a product's weight are its columns.
-        weight = self.weights[layer].to(self.dtype).permute(2, 1, 0).contiguous()
-        if self.taps[layer] == 2:
-            parts = [(0, 1, weight.view(2 * channels, channels))]
-        else:
-            parts = [(0, 0, torch.cat([weight[2], weight[0]], dim=1)), (1, 1, weight[1])]
-        for first_row, first_upstream, matrix in parts:  # first row of `out`, and of the upstream buffer
+        firsts = [(0, 1)] if self.taps[layer] == 2 else [(0, 0), (1, 1)]  # row of `out`, and of the upstream buffer
+        for (first_row, first_upstream), matrix in zip(firsts, matrices):
             if not self.fused:
                 columns = len(matrix)
                 target = out.as_strided((rows, columns), (2 * channels, 1), out.storage_offset() + first_row * channels)
@@ -331,14 +359,12 @@ class _Frontend:
                 dtype=self.number,
                 stream=self.stream,
             )
-            total = self.sum_parts(partial, self.wide)[0]
-        else:
-            cuts = [0, 2, taps] if taps > 2 else [0, taps]
-            products = [
-                torch.mm(upstream.T, self.windows(below, layer, slice(start, stop)))
-                for start, stop in zip(cuts, cuts[1:])
-            ]
-            total = torch.cat(products, dim=1) if len(products) > 1 else products[0]
+            return self.sum_parts(partial, self.wide, taps=taps)[0].view(channels, channels, taps)
+        cuts = [0, 2, taps] if taps > 2 else [0, taps]
+        products = [
+            torch.mm(upstream.T, self.windows(below, layer, slice(start, stop))) for start, stop in zip(cuts, cuts[1:])
+        ]
+        total = torch.cat(products, dim=1) if len(products) > 1 else products[0]
         return total.view(channels, taps, channels).permute(0, 2, 1).contiguous()
 
     def _weight_part_rows(self, rows: int, depth: int) -> int:
@@ -389,7 +415,7 @@ def _forward(frontend: _Frontend, save: bool) -> tuple[Tensor, list[Tensor]]:
     if last == 0:
         frontend.first_forward(statistics, filters, features, frontend.frames[0])
         return features, [statistics, filters] if save else []
-    below = frontend.buffer(0)
+    below, weights = frontend.buffer(0), frontend.window_weights()
     frontend.first_forward(statistics, filters, below, frontend.rows[0])
     saved = [statistics, filters]
     for layer in range(1, last + 1):
@@ -399,8 +425,7 @@ def _forward(frontend: _Frontend, save: bool) -> tuple[Tensor, list[Tensor]]:
         settings = {"dtype": frontend.number, "stream": frontend.stream}
         if frontend.fused:
             bias = frontend.biases[layer] if frontend.biases else None
-            weight, rows = frontend.window_weight(layer), frontend.batch * frontend.rows[layer]
-            operands = frontend.product(below, 2 * channels, weight, rows)
+            operands = frontend.product(below, 2 * channels, weights[layer], frontend.batch * frontend.rows[layer])
         if fuse_gelu:
             lib.product_gelu(operands, bias=bias, z=z, activation=above, **settings)
             lib.clear_dead_rows(frontend.layout(layer), z=z, activation=above, **settings)
@@ -408,7 +433,7 @@ def _forward(frontend: _Frontend, save: bool) -> tuple[Tensor, list[Tensor]]:
             if frontend.fused:
                 lib.product(operands, bias=bias, out=z, out_stride=channels, **settings)
             else:
-                frontend.convolve(layer, below, z)
+                frontend.convolve(layer, below, weights[layer], z)
             out_rows = frontend.rows[layer] if layer < last else frontend.frames[last]
             norm = frontend.norm(layer)
             lib.activation_forward(frontend.layout(layer), norm, z=z, out=above, out_rows=out_rows, **settings)
@@ -434,6 +459,33 @@ def backward(
     return tuple([total.to(p.dtype) for total, p in zip(*group)] for group in zip(sums, arguments.parameters))
 
 
+class _Regions:
+    """Memory of the backward: of each layer's activations and its gradient before GELU, with rows of zeros at their ends.
+
+    A layer reads its gradient and makes activations and gradient of the layer below. So the gradients of even and those of
+    odd layers have a region each, at whose beginning they lie, after a row of zeros, which the first window of the data
+    gradient reads. Activations lie at the end of the region of the gradient above, before a row of zeros, which the last
+    window of kernel 3 reads; those of layer 0 fill the other one. In all that is as much as layers 0 and 1 need in any case.
+    """
+
+    def __init__(self, frontend: _Frontend) -> None:
+        self._sizes = [frontend.batch * rows for rows in frontend.rows]
+        self._starts = 0, self._sizes[0] + 1  # of the regions of even and of odd layers
+        self._ends = self._sizes[0] + 1, self._sizes[0] + self._sizes[1] + 2
+        self._memory = frontend.empty(self._ends[1] + 1, frontend.channels)
+        torch._foreach_zero_([self._memory[row] for row in (0, *self._ends)])
+
+    def gradient(self, layer: int) -> Tensor:
+        """A row of zeros and the rows of a layer's gradient, of a layer after the first."""
+        start = self._starts[layer % 2]
+        return self._memory[start : start + 1 + self._sizes[layer]]
+
+    def activations(self, layer: int) -> Tensor:
+        """The rows of a layer's activations and a row of zeros."""
+        end = self._ends[(layer + 1) % 2 if layer > 0 else 0]
+        return self._memory[end - self._sizes[layer] : end + 1]
+
+
 class _Backward:
     """Walks the layers from the last to the first and fills in every parameter's gradient."""
 
@@ -442,6 +494,7 @@ class _Backward:
         self.statistics, self.filters, *self.preactivations = saved
         groups = frontend.weights, frontend.biases, frontend.norm_weights, frontend.norm_biases
         self.gradients = Gradients(*([frontend.empty(0)] * len(group) for group in groups))
+        self.norm_sums: list[tuple[int, Tensor]] = []  # of layers, [3, channels] each
 
     def run(self, grad: Tensor) -> Gradients:
         frontend = self.frontend
@@ -449,28 +502,30 @@ class _Backward:
         if last == 0:
             self._first_layer(grad.clone(), frontend.frames[0])
         else:
-            upstream = frontend.gradient_buffer(last)
+            self.regions, self.matrices = _Regions(frontend), frontend.gradient_weights()
+            upstream = self.regions.gradient(last)
             self._through_activation(last, grad, frontend.frames[last], upstream[1:], None)
             for layer in range(last, 0, -1):
                 upstream = self._layer(layer, upstream)
+            self._take_norm_sums()
         return self.gradients
 
     def _layer(self, layer: int, upstream: Tensor) -> Tensor:
         """From the gradient of a layer's convolution to that of the layer below; its own parameters on the way."""
-        frontend = self.frontend
-        activation = frontend.buffer(layer - 1)
+        frontend, matrices = self.frontend, self.matrices[layer]
+        activation = self.regions.activations(layer - 1)
         if layer == 1:
             # The gradient takes the place that its activations will have.
-            frontend.input_gradient(layer, upstream, activation[:-1], None)
+            frontend.input_gradient(layer, upstream, matrices, activation[:-1], None)
             self._first_layer(activation, frontend.rows[0])
             below = upstream
         else:
-            below = frontend.gradient_buffer(layer - 1)
+            below = self.regions.gradient(layer - 1)
             if frontend.fused and not frontend.layer_norm:
                 epilogue = {"z": self.preactivations[layer - 2], "activation": activation}
-                frontend.input_gradient(layer, upstream, below[1:], epilogue)
+                frontend.input_gradient(layer, upstream, matrices, below[1:], epilogue)
             else:
-                frontend.input_gradient(layer, upstream, below[1:], None)
+                frontend.input_gradient(layer, upstream, matrices, below[1:], None)
                 self._through_activation(layer - 1, below[1:], frontend.rows[layer - 1], below[1:], activation)
         self.gradients.weights[layer] = frontend.weight_gradient(layer, upstream[1:], activation)
         if frontend.biases and not frontend.layer_norm:
@@ -498,11 +553,20 @@ class _Backward:
         part_rows = frontend.part_rows(len(out))
         partial = frontend.empty(1, -(-len(out) // part_rows), 3, frontend.channels, dtype=frontend.wide)
         frontend.lib.layer_norm_backward(layout, frontend.norm(layer), partial=partial, part_rows=part_rows, **settings)
-        sums = frontend.sum_parts(partial, frontend.wide)[0]
-        # Tensors of their own: outputs of a custom operator may not share memory.
-        self.gradients.norm_weights[layer], self.gradients.norm_biases[layer] = sums[0].clone(), sums[1].clone()
-        if frontend.biases:
-            self.gradients.biases[layer] = sums[2].clone()
+        self.norm_sums.append((layer, frontend.sum_parts(partial, frontend.wide)[0]))
+
+    def _take_norm_sums(self) -> None:
+        """Copies to tensors of their own, since outputs of a custom operator may not share memory."""
+        groups = [self.gradients.norm_weights, self.gradients.norm_biases]
+        groups += [self.gradients.biases] if self.frontend.biases else []
+        own, sums = [], []
+        for layer, found in self.norm_sums:
+            for group, each in zip(groups, found):
+                group[layer] = torch.empty_like(each)
+                own.append(group[layer])
+                sums.append(each)
+        if own:
+            torch._foreach_copy_(own, sums)
 
     def _first_layer(self, gradients: Tensor, rows: int) -> None:
         """Layer 0's parameter gradients from that of its activations, which the activations then replace."""

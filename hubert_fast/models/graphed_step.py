@@ -22,7 +22,6 @@ from hubert_fast.models.capture import CudaCapture
 from hubert_fast.models.encoder import Seeds
 from hubert_fast.models.gradient_buffers import GradientBuffers
 from hubert_fast.models.graphed_step_checks import check_objective, check_optimizer, check_settings, check_update
-from hubert_fast.models.hubert import feature_penalty
 from hubert_fast.models.masking import MaskGenerator
 from hubert_fast.models.micro_batch import MicroBatch, MicroBatchPlanner
 from hubert_fast.models.objective import PretrainingObjective
@@ -121,6 +120,7 @@ class GraphedStep:
         weights = [0, 0, objective.masked_weight, 0, 0, objective.unmasked_weight, objective.feature_weight]
         self._weights = torch.tensor(weights, dtype=torch.float64, device=self._device)
         self._scale = torch.ones((), dtype=torch.float64, device=self._device)
+        self._scale_on_host = 1.0
         seeds = objective.model.wav2vec2.encoder.transformer.seed_count
         self._seeds = torch.zeros(seeds, dtype=torch.int64, device=self._device)
         self._rows: Optional[Tensor] = None
@@ -202,7 +202,8 @@ class GraphedStep:
             _, taking_part = self._agree(0, here)
         else:
             taking_part = here
-        self._scale.fill_(1.0 / max(1.0, masked_frames))
+        self._scale_on_host = 1.0 / max(1.0, masked_frames)
+        self._scale.fill_(self._scale_on_host)
         self._sums.zero_()
         self._copies.refresh()
         overwrite = len(micro_batches) == 1
@@ -232,15 +233,14 @@ class GraphedStep:
     ) -> None:
         """Add the gradients of one micro-batch; those of stages in ``reduced`` are then complete here."""
         with torch.enable_grad(), self._autocast():
-            features, penalty = self._front_end(batch)
+            features = self._front_end(batch)
         program = self._program(batch, features, seeds is not None)
         program.memory.copy_(batch.plan, non_blocking=True)
         if seeds is not None:
             self._seeds.copy_(seeds)
-        valid, gather = batch.valid_frames, program.tensors.gather[: batch.valid_frames]
         with torch.no_grad():
-            torch.index_select(features.flatten(0, 1), 0, gather, out=program.rows[:valid])
-            program.rows[valid:].zero_()
+            # Dead rows get the first frame: nothing reads them.
+            torch.index_select(features.flatten(0, 1), 0, program.tensors.gather, out=program.rows)
         pieces, where = self._pieces(program, overwrite, batch.fits, dropped)
         with where:
             for piece in pieces:
@@ -248,39 +248,39 @@ class GraphedStep:
                 for stage in piece.complete:
                     if stage in reduced:
                         self._reduce(stage)
-        self._front_end_backward(features, penalty, gather, program, batch, overwrite)
+        self._front_end_backward(features, program, batch, overwrite)
         if len(self._stages) + 1 in reduced:
             self._reduce(len(self._stages) + 1)
 
-    def _front_end(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Features of the audio, ``[batch, frames, channels]``, and the weighted penalty."""
-        model = self._objective.model
+    def _front_end(self, batch: MicroBatch) -> Tensor:
+        """Features of the audio, ``[batch, frames, channels]``, whose penalty is added to the sums."""
         waveforms, samples = batch.waveforms.to(self._device, non_blocking=True), batch.valid_samples
         if samples is not None:
             samples = samples.to(self._device, non_blocking=True)
-        features, _ = model.wav2vec2.feature_extractor(waveforms, samples)
-        features = model.scaled_gradient(features)
-        penalty = feature_penalty(features)
+        features, _ = self._objective.model.wav2vec2.feature_extractor(waveforms, samples)
         with torch.no_grad():
-            self._sums[6].add_(penalty, alpha=batch.masked_frames)
-        return features, self._objective.feature_weight * penalty * batch.masked_frames
+            # Of frames first: a norm of all values at once loses digits on a CPU.
+            frames = torch.linalg.vector_norm(features, dim=2, dtype=torch.promote_types(features.dtype, torch.float32))
+            norm = torch.linalg.vector_norm(frames)
+            self._sums[6].addcmul_(norm, norm, value=batch.masked_frames / features.numel())
+        return features
 
-    def _front_end_backward(
-        self,
-        features: Tensor,
-        penalty: Tensor,
-        gather: Tensor,
-        program: _Program,
-        batch: MicroBatch,
-        overwrite: bool,
-    ) -> None:
+    def _front_end_backward(self, features: Tensor, program: _Program, batch: MicroBatch, overwrite: bool) -> None:
         if program.rows_gradient is None:
             return
-        gradient = torch.zeros_like(features).flatten(0, 1)
-        gradient.index_copy_(0, gather, program.rows_gradient[: batch.valid_frames])
-        given = [gradient.view_as(features), self._scale.to(penalty.dtype)]
+        objective, valid = self._objective, batch.valid_frames
+        wide = torch.promote_types(features.dtype, torch.float32)
+        # Of the penalty, over the feature. Rounded step by step as autograd does: a plain loop gives the same bits.
+        slope = torch.tensor(self._scale_on_host, dtype=wide) * batch.masked_frames * objective.feature_weight
+        slope = 2.0 * (slope / features.numel()).item()
+        with torch.no_grad():
+            gradient, gather = features * slope, program.tensors.gather[:valid]
+            rows = gradient.flatten(0, 1).index_select(0, gather).add_(program.rows_gradient[:valid])
+            gradient.flatten(0, 1).index_copy_(0, gather, rows)
+            if objective.model.feature_grad_mult is not None:
+                gradient.mul_(objective.model.feature_grad_mult)
         parameters = [each.parameter for each in self._front]
-        found = torch.autograd.grad([features, penalty], parameters, given, allow_unused=True)
+        found = torch.autograd.grad(features, parameters, gradient, allow_unused=True)
         self._gradients.collect(len(self._stages) + 1, found, overwrite=overwrite)
 
     def _program(self, batch: MicroBatch, features: Tensor, with_seeds: bool) -> _Program:

@@ -418,7 +418,7 @@ def test_sums_of_parts_reach_past_two_to_the_31(simulated, at_the_end):
     partial, out = _sparse(outer * parts * columns, torch.float32), _sparse(outer * columns, torch.float32)
     partial.view(outer, parts, columns)[-1, :, -32:] = 1.5
     _only_last_blocks(simulated, 32, outer * columns)
-    sizes = {"outer": outer, "parts": parts, "columns": columns}
+    sizes = {"outer": outer, "parts": parts, "columns": columns, "taps": 1, "channels": 1}
     at_the_end.sum_parts(**sizes, partial=partial, out=out, out_is_double=False, stream=0)
     assert (out[-32:] == 24.0).all()
 
