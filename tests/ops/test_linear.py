@@ -111,3 +111,21 @@ def test_weights_that_are_frozen_have_no_gradient() -> None:
         out = linear(x, weights, biases)
     found = torch.autograd.grad(out, [x, *biases], upstream.bfloat16())
     assert all(bool(each.abs().sum() > 0) for each in found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_a_weight_gradient_is_float32_before_it_is_rounded() -> None:
+    """Sixteen bits between would cost it 2^-9; memory that is lent has it in one product."""
+    torch.manual_seed(0)
+    x, upstream = (torch.randn(4096, 256, device="cuda").bfloat16() for _ in range(2))
+    weight = nn.Parameter(torch.randn(256, 256, device="cuda"))
+    memory = torch.full_like(weight, float("nan"))
+    exact = upstream.double().t() @ x.double()
+    for lent in (Lent(), Lent(weight.detach().bfloat16(), memory)):
+        lend(weight, lent)
+        with torch.autocast("cuda", torch.bfloat16):
+            (found,) = torch.autograd.grad(linear(x, [weight]), [weight], upstream)
+        assert found.dtype == torch.float32
+        assert error(found, exact) <= 1e-5
+    assert found.data_ptr() == memory.data_ptr()
