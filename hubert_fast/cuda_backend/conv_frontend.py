@@ -283,19 +283,21 @@ class _Frontend:
         kernel multiplies by GELU'(z) and writes GELU(z).
         """
         channels, rows = self.channels, self.batch * self.rows[layer]
-        # [taps, in, out]; rows of a product's weight are its columns.
-        weight = self.weights[layer].to(self.dtype).permute(2, 1, 0).contiguous()
         if self.taps[layer] == 2:
-            parts = [(0, 1, weight.view(2 * channels, channels))]
+            parts = [(0, 1, self.window_weight(layer))]
         else:
-            parts = [(0, 0, torch.cat([weight[2], weight[0]], dim=1)), (1, 1, weight[1])]
-        for first_row, first_upstream, matrix in parts:  # first row of `out`, and of the upstream buffer
+            weight = self.weights[layer].to(self.dtype).permute(2, 0, 1)  # [taps, out, in]
+            parts = [(0, 0, torch.cat([weight[2], weight[0]])), (1, 1, weight[1])]
+        # First row of `out`, and of the upstream buffer; what those rows are multiplied by.
+        for first_row, first_upstream, matrix in parts:
+            depth, columns = matrix.shape
             if not self.fused:
-                columns = len(matrix)
                 target = out.as_strided((rows, columns), (2 * channels, 1), out.storage_offset() + first_row * channels)
                 self._multiply(upstream[first_upstream:], matrix, target)
                 continue
-            operands = self.product(upstream[first_upstream:], channels, matrix, rows)
+            weight = (matrix.T if epilogue is None else matrix).contiguous()  # as either product takes it
+            sizes = {"rows": rows, "columns": columns, "depth": depth}
+            operands = self.lib.Product(input=upstream[first_upstream:], input_stride=channels, weight=weight, **sizes)
             settings = {"out": out[first_row:], "out_stride": 2 * channels, "dtype": self.number, "stream": self.stream}
             if epilogue is None:
                 self.lib.product(operands, bias=None, **settings)
@@ -304,14 +306,14 @@ class _Frontend:
                 self.lib.product_gelu_gradient(operands, **below, **settings)
 
     def _multiply(self, upstream: Tensor, matrix: Tensor, target: Tensor) -> None:
-        """``target`` = rows of one or two consecutive rows of ``upstream`` times ``matrix`` transposed."""
-        rows, (_, depth) = len(target), matrix.shape
+        """``target`` = rows of one or two consecutive rows of ``upstream`` times ``matrix``."""
+        rows, depth = len(target), len(matrix)
         if depth > self.channels and self.dtype == self.wide:
-            torch.mm(upstream[:rows], matrix[:, : self.channels].T, out=target)
-            target.addmm_(upstream[1 : rows + 1], matrix[:, self.channels :].T)
+            torch.mm(upstream[:rows], matrix[: self.channels], out=target)
+            target.addmm_(upstream[1 : rows + 1], matrix[self.channels :])
         else:
             operand = upstream.as_strided((rows, depth), (self.channels, 1), upstream.storage_offset())
-            torch.mm(operand, matrix.T, out=target)
+            torch.mm(operand, matrix, out=target)
 
     def weight_gradient(self, layer: int, upstream: Tensor, below: Tensor) -> Tensor:
         """Of the filters of ``layer`` [out, in, taps], from its gradient [rows, out] and the activations below."""
