@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 
 from hubert_fast import extension
+from hubert_fast.cuda_backend import device
 from hubert_fast.reference.conv_frontend import NORM_EPS
 from hubert_fast.torch_backend.conv_frontend import Gradients
 
 if TYPE_CHECKING:
     from hubert_fast.ops.conv_frontend import Arguments
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_TAPS = 16
 _MAX_CHANNELS = 1024
 # Rows that one block of a reduction over rows sums up: few enough to fill the GPU, many enough that partial sums are small.
@@ -42,36 +42,13 @@ _PART_ROWS = (16, 512)
 _BLOCKS = 512
 
 
-def _built_for() -> tuple[str, ...]:
-    """Architectures, such as "80" and "90a"; "80+" is PTX of 80, which newer GPUs compile for themselves."""
-    facts = extension.facts() or {"cuda_archs": (), "cuda_ptx": None}
-    return (*facts["cuda_archs"], *([f"{facts['cuda_ptx']}+"] if facts["cuda_ptx"] else []))
-
-
-def _runs_on(capability: tuple[int, int], built: str) -> bool:
-    """Machine code runs on its major version from its minor on, with a suffix on one GPU alone, and PTX from its version on."""
-    number = int(built.rstrip("af+"))
-    wanted = number // 10, number % 10
-    if built.endswith("+"):
-        return capability >= wanted
-    return capability == wanted if built[-1] in "af" else capability[0] == wanted[0] and capability >= wanted
-
-
-# Asked once, here: torch.compile cannot trace the question.
-_BUILT_FOR = _built_for()
-
-
 def objection(arguments: Arguments) -> Optional[str]:
     """Why this backend, which is there, cannot take these inputs, or None where it can."""
-    device, dtype = arguments.waveforms.device, arguments.dtype
-    if device.type != "cuda":
-        return f"it runs on an NVIDIA GPU, and the waveforms are on {device}"
-    capability = torch.cuda.get_device_capability(device)
-    if not any(_runs_on(capability, built) for built in _BUILT_FOR):
-        has = f"{capability[0]}.{capability[1]}"
-        return f"it was built for {', '.join(_BUILT_FOR)}, and {device} has compute capability {has}"
-    if dtype not in _DTYPES:
-        return f"it computes in {', '.join(map(str, _DTYPES))}, not {dtype}"
+    reason = device.objection("waveforms", arguments.waveforms)
+    if reason is not None:
+        return reason
+    if arguments.dtype not in device.DTYPES:
+        return f"it computes in {', '.join(map(str, device.DTYPES))}, not {arguments.dtype}"
     return layers_objection(arguments.weights, arguments.strides)
 
 
@@ -124,8 +101,7 @@ class _Frontend:
         waveforms, weights, biases, norm_weights, norm_biases, strides, _, valid_samples, dtype = arguments
         self.lib = kernels
         self.dtype = dtype
-        # float64 is for tests, whose stand-in for the kernels takes it; the kernels refuse its number.
-        self.number = {**{each: i for i, each in enumerate(_DTYPES)}, torch.float64: -1}[dtype]
+        self.number = device.NUMBERS[dtype]
         self.wide = torch.promote_types(dtype, torch.float32)
         self.device = waveforms.device
         self.layer_norm = arguments.layer_norm
@@ -136,14 +112,11 @@ class _Frontend:
         self.frames = arguments.frames
         self.rows = rows_of_layers(self.frames)
         self.last = len(weights) - 1
-        self.stream = 0
-        if self.device.type == "cuda":
-            kernels.set_device(self.device.index)
-            self.stream = torch.cuda.current_stream(self.device).cuda_stream
+        self.stream = device.stream_of(kernels, self.device)
         self.fused = kernels.tensor_core_products_available(self.number)
 
         def parameter(tensor: Tensor) -> Tensor:
-            return _aligned(tensor.to(self.wide).contiguous())
+            return device.aligned(tensor.to(self.wide).contiguous())
 
         self.waveforms = parameter(waveforms)
         self.first_weight = parameter(weights[0].flatten(1))  # [channels, taps]
@@ -370,11 +343,6 @@ class _Frontend:
         return self.sum_parts(partial, self.wide)[0]
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """The kernels load 16 bytes at a time; a view into a flattened parameter may begin anywhere."""
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
 def forward(
     arguments: Arguments, save: bool, *, kernels: Optional[ModuleType] = None
 ) -> tuple[tuple[Tensor], list[Tensor]]:
@@ -432,7 +400,7 @@ def backward(
     (grad,) = gradients
     with torch.cuda.device_of(arguments.waveforms):
         frontend = _Frontend(arguments, kernels or extension.cuda())
-        sums = _Backward(frontend, saved).run(_aligned(grad.to(arguments.dtype).contiguous()))
+        sums = _Backward(frontend, saved).run(device.aligned(grad.to(arguments.dtype).contiguous()))
     return tuple([total.to(p.dtype) for total, p in zip(*group)] for group in zip(sums, arguments.parameters))
 
 
