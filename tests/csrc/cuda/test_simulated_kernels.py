@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hubert_fast import extension
 from hubert_fast.cuda_backend import conv_frontend as backend
 from tests.csrc.cuda import simulation
+from tests.ops import contract
 from tests.ops.comparison import error
 from tests.ops.frontend_problem import HUBERT, Problem, assert_as_precise
 
@@ -233,6 +234,18 @@ def test_products_without_overlapping_maps_are_the_same_to_the_bit(simulated, ro
     assert error(split[4][:, :columns], slope) <= 0.01
     assert all((each[:, columns:] == 7.0).all() for each in split[3:7])
     assert all(error(each.sum(0), gradient.double().T @ windows) <= 1e-5 for each in split[7:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_feed_forward_block_is_as_precise_as_pytorchs(simulated, monkeypatch, dtype):
+    case = next(case for case in contract.cases() if case.operator == "feed_forward")
+    arguments = case.cast(dtype, torch.device("cpu"))
+    pytorchs = contract.run("feed_forward", "reference", arguments)
+    wide = [each.detach().double().requires_grad_() for each in arguments[:4]]
+    truth = contract.run("feed_forward", "reference", arguments._replace(**dict(zip(arguments._fields, wide))))
+    monkeypatch.setattr(extension, "cuda", lambda: simulated.cuda)
+    for mine, theirs, exact in zip(contract.run("feed_forward", "cuda", arguments), pytorchs, truth, strict=True):
+        assert error(mine, exact) <= max(1.5 * error(theirs, exact), torch.finfo(dtype).eps / 4)
 
 
 @pytest.mark.parametrize("takes", [False, True])
