@@ -39,6 +39,7 @@ import torch
 import hubert_fast
 from hubert_fast import backend, extension
 from hubert_fast.cuda_backend import conv_frontend as cuda_backend
+from hubert_fast.cuda_backend import device
 from hubert_fast.models import plain
 from hubert_fast.ops import triton_backend, weights
 
@@ -175,7 +176,8 @@ def _as_on_a_gpu(driver: Path) -> Iterator[tuple[ctypes.CDLL, _Extension]]:
         replace(plain, "stream_dtype", stream_dtype)
         replace(weights, "_has_wide_product", lambda x: True)
         replace(weights, "_wide_product", wide_product)
-        replace(cuda_backend, "objection", lambda *arguments: None)
+        replace(cuda_backend, "objection", lambda *arguments: None)  # layers are too narrow for it
+        replace(device, "objection", lambda *arguments: None)
         replace(extension, "cuda", lambda: calls)
         for entry in backend._operators.values():
             replace(entry, "unavailable", {})

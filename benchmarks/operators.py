@@ -26,6 +26,7 @@ OPERATORS = (
     "conv_frontend",
     "masked_attention",
     "cosine_cross_entropy",
+    "feed_forward",
     "positional_conv",
     "bias_gelu_dropout",
     "residual_layer_norm",

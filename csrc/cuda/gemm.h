@@ -20,7 +20,7 @@ namespace hubert_fast::cuda {
 struct Product {
   const void* input;          // [rows, depth], rows `input_stride` apart
   std::int64_t input_stride;  // may be less than depth
-  const void* weight;         // [columns, depth], contiguous
+  const void* weight;         // [columns, depth], contiguous; for product_gelu_gradient [depth, columns]
   std::int64_t rows;
   std::int64_t columns;
   std::int64_t depth;
@@ -43,7 +43,8 @@ void product(const Product& operands, const float* bias, void* out, std::int64_t
 void product_gelu(const Product& operands, const float* bias, void* z, void* activation, Dtype dtype,
                   cudaStream_t stream);
 
-// out = product * GELU'(z), activation = GELU(z), for the data gradient of a layer whose input was GELU(z).
+// out = product * GELU'(z), activation = GELU(z), for the data gradient of a layer whose input was GELU(z). `weight` is
+// [depth, columns], as the layer's own weight lies: its outputs are what is summed over here.
 // Rows of `z`, `out` and `activation` are `out_stride` apart. `activation` may be null: not wanted.
 void product_gelu_gradient(const Product& operands, const void* z, void* out, void* activation, std::int64_t out_stride,
                            Dtype dtype, cudaStream_t stream);

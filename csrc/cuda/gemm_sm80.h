@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cutlass/epilogue/thread/linear_combination.h"
 #include "cutlass/gemm/kernel/default_gemm_universal.h"
@@ -108,12 +109,13 @@ using GeluGradientEpilogue =
     visitors::Sm80EVT<Store<Element>, visitors::Sm80EVT<Compute<GeluGradient>, visitors::VisitorAccFetch,
                                                         visitors::Sm80EVT<OptionalGeluStore<Element>, Load<Element>>>>;
 
-template <class Element, class Callbacks>
+// Weight: its layout as [depth, columns]; column-major is [columns, depth] in memory.
+template <class Element, class Callbacks, class Weight>
 using RowKernel = typename cutlass::gemm::kernel::DefaultGemmWithVisitor<
-    Element, cutlass::layout::RowMajor, cutlass::ComplexTransform::kNone, kAlignment, Element,
-    cutlass::layout::ColumnMajor, cutlass::ComplexTransform::kNone, kAlignment, Element, cutlass::layout::RowMajor,
-    kAlignment, float, float, cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80, Tile, Warp, Instruction, Callbacks,
-    Swizzle, kStages, cutlass::arch::OpMultiplyAdd>::GemmKernel;
+    Element, cutlass::layout::RowMajor, cutlass::ComplexTransform::kNone, kAlignment, Element, Weight,
+    cutlass::ComplexTransform::kNone, kAlignment, Element, cutlass::layout::RowMajor, kAlignment, float, float,
+    cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80, Tile, Warp, Instruction, Callbacks, Swizzle, kStages,
+    cutlass::arch::OpMultiplyAdd>::GemmKernel;
 
 // D[l, m, n] = sum_k A[l, k, m] B[l, k, n] in float, the operands running along m and n: the weight gradient.
 template <class Element>
@@ -124,16 +126,17 @@ using WeightKernel = typename cutlass::gemm::kernel::DefaultGemmUniversal<
     cutlass::epilogue::thread::LinearCombination<float, 4, float, float, cutlass::epilogue::thread::ScaleType::Nothing>,
     Swizzle, kStages, cutlass::arch::OpMultiplyAdd>::GemmKernel;
 
-template <class Element, class Callbacks>
+template <class Element, class Callbacks, class Weight = cutlass::layout::ColumnMajor>
 void run_rows(const Product& operands, const typename Callbacks::Arguments& callbacks, const char* name,
               cudaStream_t stream) {
-  using Kernel = RowKernel<Element, Callbacks>;
+  using Kernel = RowKernel<Element, Callbacks, Weight>;
+  const bool by_columns = std::is_same_v<Weight, cutlass::layout::ColumnMajor>;
   // The callbacks hold the outputs, so C and D are null.
   const typename Kernel::Arguments arguments(
       cutlass::gemm::GemmUniversalMode::kGemm,
       {static_cast<int>(operands.rows), static_cast<int>(operands.columns), static_cast<int>(operands.depth)}, 1,
-      callbacks, operands.input, operands.weight, nullptr, nullptr, 0, 0, 0, 0, operands.input_stride, operands.depth,
-      std::int64_t{0}, std::int64_t{0});
+      callbacks, operands.input, operands.weight, nullptr, nullptr, 0, 0, 0, 0, operands.input_stride,
+      by_columns ? operands.depth : operands.columns, std::int64_t{0}, std::int64_t{0});
   run<Kernel>(arguments, name, stream);
 }
 
@@ -162,7 +165,7 @@ void product_gelu_gradient(const Product& operands, const void* z, void* out, vo
                            cudaStream_t stream) {
   const typename Load<Element>::Arguments loaded{const_cast<Element*>(static_cast<const Element*>(z)), Element(0),
                                                  RowStride{out_stride, cute::_1{}, 0}};
-  run_rows<Element, GeluGradientEpilogue<Element>>(
+  run_rows<Element, GeluGradientEpilogue<Element>, cutlass::layout::RowMajor>(
       operands, {{{}, {loaded, stored<Element>(activation, out_stride)}, {}}, stored<Element>(out, out_stride)},
       "product_gelu_gradient", stream);
 }

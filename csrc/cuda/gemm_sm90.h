@@ -110,7 +110,8 @@ struct GeluGradientEpilogue {
                                      >;
 };
 
-template <class Element, class Epilogue>
+// Weight: its layout as [depth, columns]; column-major is [columns, depth] in memory.
+template <class Element, class Epilogue, class Weight>
 struct RowProduct {
   using EpilogueOp = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, RowTile, RowCluster,
@@ -119,7 +120,7 @@ struct RowProduct {
       typename Epilogue::Callbacks>::CollectiveOp;
   using MainloopOp = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::RowMajor, kAlignment, Element,
-      cutlass::layout::ColumnMajor, kAlignment, float, RowTile, RowCluster,
+      Weight, kAlignment, float, RowTile, RowCluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename EpilogueOp::SharedStorage))>,
       RowSchedule>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, MainloopOp, EpilogueOp>;
@@ -162,17 +163,23 @@ inline cutlass::KernelHardwareInfo hardware() {
 }
 
 using RowStride = Stride<std::int64_t, _1, std::int64_t>;
+using ColumnStride = Stride<_1, std::int64_t, std::int64_t>;
 
-template <class Element, class Epilogue, class CallbackArguments>
+inline RowStride weight_stride(cutlass::layout::ColumnMajor, const Product& operands) { return {operands.depth, _1{}, 0}; }
+inline ColumnStride weight_stride(cutlass::layout::RowMajor, const Product& operands) {
+  return {_1{}, operands.columns, 0};
+}
+
+template <class Element, class Epilogue, class Weight = cutlass::layout::ColumnMajor, class CallbackArguments>
 void run_rows(const Product& operands, const CallbackArguments& callbacks, const void* source, void* out,
               std::int64_t out_stride, const char* name, cudaStream_t stream) {
-  using Kernel = typename RowProduct<Element, Epilogue>::Kernel;
+  using Kernel = typename RowProduct<Element, Epilogue, Weight>::Kernel;
   const RowStride out_layout{out_stride, _1{}, 0};
   const typename Kernel::Arguments arguments{
       cutlass::gemm::GemmUniversalMode::kGemm,
       {static_cast<int>(operands.rows), static_cast<int>(operands.columns), static_cast<int>(operands.depth), 1},
       {static_cast<const Element*>(operands.input), RowStride{operands.input_stride, _1{}, 0},
-       static_cast<const Element*>(operands.weight), RowStride{operands.depth, _1{}, 0}},
+       static_cast<const Element*>(operands.weight), weight_stride(Weight{}, operands)},
       {callbacks, static_cast<const Element*>(source), out_layout, static_cast<Element*>(out), out_layout},
       hardware()};
   run<Kernel>(arguments, name, stream);
@@ -200,7 +207,8 @@ void product_gelu_gradient(const Product& operands, const void* z, void* out, vo
   using Epilogue = GeluGradientEpilogue<Element>;
   const typename Epilogue::Callbacks::Arguments callbacks{
       {}, {}, {}, {static_cast<Element*>(activation), RowStride{out_stride, _1{}, 0}}, {}};
-  run_rows<Element, Epilogue>(operands, callbacks, z, out, out_stride, "product_gelu_gradient", stream);
+  run_rows<Element, Epilogue, cutlass::layout::RowMajor>(operands, callbacks, z, out, out_stride,
+                                                         "product_gelu_gradient", stream);
 }
 
 template <class Element>
@@ -208,7 +216,6 @@ void weight_gradient_parts(const void* gradient, const void* input, std::int64_t
                            std::int64_t partial_stride, std::int64_t parts, std::int64_t part_rows,
                            std::int64_t channels, std::int64_t depth, cudaStream_t stream) {
   using Kernel = typename WeightProduct<Element>::Kernel;
-  using ColumnStride = Stride<_1, std::int64_t, std::int64_t>;
   const RowStride out_layout{partial_stride, _1{}, channels * partial_stride};
   const typename Kernel::Arguments arguments{
       cutlass::gemm::GemmUniversalMode::kGemm,

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 
 from hubert_fast import extension
+from hubert_fast.cuda_backend import device
 from hubert_fast.reference.conv_frontend import NORM_EPS
 from hubert_fast.torch_backend.conv_frontend import Gradients
 
 if TYPE_CHECKING:
     from hubert_fast.ops.conv_frontend import Arguments
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_TAPS = 16
 _MAX_CHANNELS = 1024
 # Rows that one block of a reduction over rows sums up: few enough to fill the GPU, many enough that partial sums are small.
@@ -42,36 +42,13 @@ _PART_ROWS = (16, 512)
 _BLOCKS = 512
 
 
-def _built_for() -> tuple[str, ...]:
-    """Architectures, such as "80" and "90a"; "80+" is PTX of 80, which newer GPUs compile for themselves."""
-    facts = extension.facts() or {"cuda_archs": (), "cuda_ptx": None}
-    return (*facts["cuda_archs"], *([f"{facts['cuda_ptx']}+"] if facts["cuda_ptx"] else []))
-
-
-def _runs_on(capability: tuple[int, int], built: str) -> bool:
-    """Machine code runs on its major version from its minor on, with a suffix on one GPU alone, and PTX from its version on."""
-    number = int(built.rstrip("af+"))
-    wanted = number // 10, number % 10
-    if built.endswith("+"):
-        return capability >= wanted
-    return capability == wanted if built[-1] in "af" else capability[0] == wanted[0] and capability >= wanted
-
-
-# Asked once, here: torch.compile cannot trace the question.
-_BUILT_FOR = _built_for()
-
-
 def objection(arguments: Arguments) -> Optional[str]:
     """Why this backend, which is there, cannot take these inputs, or None where it can."""
-    device, dtype = arguments.waveforms.device, arguments.dtype
-    if device.type != "cuda":
-        return f"it runs on an NVIDIA GPU, and the waveforms are on {device}"
-    capability = torch.cuda.get_device_capability(device)
-    if not any(_runs_on(capability, built) for built in _BUILT_FOR):
-        has = f"{capability[0]}.{capability[1]}"
-        return f"it was built for {', '.join(_BUILT_FOR)}, and {device} has compute capability {has}"
-    if dtype not in _DTYPES:
-        return f"it computes in {', '.join(map(str, _DTYPES))}, not {dtype}"
+    reason = device.objection("waveforms", arguments.waveforms)
+    if reason is not None:
+        return reason
+    if arguments.dtype not in device.DTYPES:
+        return f"it computes in {', '.join(map(str, device.DTYPES))}, not {arguments.dtype}"
     return layers_objection(arguments.weights, arguments.strides)
 
 
@@ -124,8 +101,7 @@ class _Frontend:
         waveforms, weights, biases, norm_weights, norm_biases, strides, _, valid_samples, dtype = arguments
         self.lib = kernels
         self.dtype = dtype
-        # float64 is for tests, whose stand-in for the kernels takes it; the kernels refuse its number.
-        self.number = {**{each: i for i, each in enumerate(_DTYPES)}, torch.float64: -1}[dtype]
+        self.number = device.NUMBERS[dtype]
         self.wide = torch.promote_types(dtype, torch.float32)
         self.device = waveforms.device
         self.layer_norm = arguments.layer_norm
@@ -136,14 +112,11 @@ class _Frontend:
         self.frames = arguments.frames
         self.rows = rows_of_layers(self.frames)
         self.last = len(weights) - 1
-        self.stream = 0
-        if self.device.type == "cuda":
-            kernels.set_device(self.device.index)
-            self.stream = torch.cuda.current_stream(self.device).cuda_stream
+        self.stream = device.stream_of(kernels, self.device)
         self.fused = kernels.tensor_core_products_available(self.number)
 
         def parameter(tensor: Tensor) -> Tensor:
-            return _aligned(tensor.to(self.wide).contiguous())
+            return device.aligned(tensor.to(self.wide).contiguous())
 
         self.waveforms = parameter(waveforms)
         self.first_weight = parameter(weights[0].flatten(1))  # [channels, taps]
@@ -193,14 +166,14 @@ class _Frontend:
         return found
 
     def gradient_weights(self) -> dict[int, list[Tensor]]:
-        """Of each later layer the matrices of its data gradient (`input_gradient`), whose rows are columns of the product."""
+        """Of each later layer the matrices of its data gradient (`input_gradient`): [depth, columns] of the product."""
         found: dict[int, list[Tensor]] = {}
         for kernel, (those, stack) in self.narrow.items():
-            taps = stack.transpose(1, 2).unbind(3)  # each [layers, in, out]
+            taps = stack.unbind(3)  # each [layers, out, in]
             if kernel == 2:
-                matrices = [torch.stack(taps, dim=1).flatten(1, 2)]
+                matrices = [torch.stack(taps, dim=2).flatten(2)]
             else:
-                matrices = [torch.cat([taps[2], taps[0]], dim=2), taps[1].contiguous()]
+                matrices = [torch.cat([taps[2], taps[0]], dim=1), taps[1].contiguous()]
             found.update((layer, [each[i] for each in matrices]) for i, layer in enumerate(those))
         return found
 
@@ -318,12 +291,14 @@ class _Frontend:
         channels, rows = self.channels, self.batch * self.rows[layer]
         firsts = [(0, 1)] if self.taps[layer] == 2 else [(0, 0), (1, 1)]  # row of `out`, and of the upstream buffer
         for (first_row, first_upstream), matrix in zip(firsts, matrices):
+            depth, columns = matrix.shape
             if not self.fused:
-                columns = len(matrix)
                 target = out.as_strided((rows, columns), (2 * channels, 1), out.storage_offset() + first_row * channels)
                 self._multiply(upstream[first_upstream:], matrix, target)
                 continue
-            operands = self.product(upstream[first_upstream:], channels, matrix, rows)
+            weight = (matrix.T if epilogue is None else matrix).contiguous()  # as either product takes it
+            sizes = {"rows": rows, "columns": columns, "depth": depth}
+            operands = self.lib.Product(input=upstream[first_upstream:], input_stride=channels, weight=weight, **sizes)
             settings = {"out": out[first_row:], "out_stride": 2 * channels, "dtype": self.number, "stream": self.stream}
             if epilogue is None:
                 self.lib.product(operands, bias=None, **settings)
@@ -332,14 +307,14 @@ class _Frontend:
                 self.lib.product_gelu_gradient(operands, **below, **settings)
 
     def _multiply(self, upstream: Tensor, matrix: Tensor, target: Tensor) -> None:
-        """``target`` = rows of one or two consecutive rows of ``upstream`` times ``matrix`` transposed."""
-        rows, (_, depth) = len(target), matrix.shape
+        """``target`` = rows of one or two consecutive rows of ``upstream`` times ``matrix``."""
+        rows, depth = len(target), len(matrix)
         if depth > self.channels and self.dtype == self.wide:
-            torch.mm(upstream[:rows], matrix[:, : self.channels].T, out=target)
-            target.addmm_(upstream[1 : rows + 1], matrix[:, self.channels :].T)
+            torch.mm(upstream[:rows], matrix[: self.channels], out=target)
+            target.addmm_(upstream[1 : rows + 1], matrix[self.channels :])
         else:
             operand = upstream.as_strided((rows, depth), (self.channels, 1), upstream.storage_offset())
-            torch.mm(operand, matrix.T, out=target)
+            torch.mm(operand, matrix, out=target)
 
     def weight_gradient(self, layer: int, upstream: Tensor, below: Tensor) -> Tensor:
         """Of the filters of ``layer`` [out, in, taps], from its gradient [rows, out] and the activations below."""
@@ -392,11 +367,6 @@ class _Frontend:
         settings = {"part_rows": part_rows, "dtype": self.number, "stream": self.stream}
         self.lib.column_sums(x=x, total_rows=len(x), channels=self.channels, partial=partial, **settings)
         return self.sum_parts(partial, self.wide)[0]
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """The kernels load 16 bytes at a time; a view into a flattened parameter may begin anywhere."""
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def forward(
@@ -455,7 +425,7 @@ def backward(
     (grad,) = gradients
     with torch.cuda.device_of(arguments.waveforms):
         frontend = _Frontend(arguments, kernels or extension.cuda())
-        sums = _Backward(frontend, saved).run(_aligned(grad.to(arguments.dtype).contiguous()))
+        sums = _Backward(frontend, saved).run(device.aligned(grad.to(arguments.dtype).contiguous()))
     return tuple([total.to(p.dtype) for total, p in zip(*group)] for group in zip(sums, arguments.parameters))
 
 

@@ -69,6 +69,7 @@ def _counted_flops(case):
         ("conv_frontend", "all layers"),
         ("conv_frontend", "layer 0"),
         ("cosine_logits", ""),
+        ("feed_forward", ""),
         ("masked_attention", "100% valid"),
     ],
 )

@@ -15,6 +15,7 @@ from hubert_fast.ops import (
     conv_frontend,
     cosine_cross_entropy,
     cosine_logits,
+    feed_forward,
     mask_fill,
     masked_attention,
     positional_conv,
@@ -22,8 +23,8 @@ from hubert_fast.ops import (
 )
 
 _MODULES = (
-    bias_dropout_residual, bias_gelu_dropout, conv_frontend, cosine_cross_entropy, cosine_logits, mask_fill,
-    masked_attention, positional_conv, residual_layer_norm,
+    bias_dropout_residual, bias_gelu_dropout, conv_frontend, cosine_cross_entropy, cosine_logits, feed_forward,
+    mask_fill, masked_attention, positional_conv, residual_layer_norm,
 )  # fmt: skip
 OPERATORS = {module._operator.name: module._operator for module in _MODULES}
 
@@ -140,6 +141,8 @@ def cases() -> Iterator[Case]:
     make = cosine_cross_entropy.Arguments
     yield Case("cosine_cross_entropy", "plain", make(randn(6, 8), embeddings, labels, None))
     yield Case("cosine_cross_entropy", "index", make(randn(6, 8), embeddings, labels, torch.tensor([4, 1, 5])))
+    tensors = randn(11, 8), randn(16, 8), randn(16), randn(8, 16)
+    yield Case("feed_forward", "plain", feed_forward.Arguments(*tensors, 0.0, None, torch.float64))
     make, tensors = positional_conv.Arguments, (randn(11, 8), randn(8, 4, 3), randn(8))
     offsets = torch.tensor([0, 4, 9])
     yield Case("positional_conv", "plain", make(*tensors, None, offsets, 2, 5))
@@ -157,12 +160,14 @@ def cases() -> Iterator[Case]:
 
 
 def backends(device: torch.device, *, interpreted: bool) -> Iterator[tuple[Case, str]]:
-    """Every case with every backend that runs it here on code of its own."""
+    """Every case with every backend that runs it here on code of its own; `feed_forward` on the twin of its kernels."""
     here = {"triton": interpreted or device.type == "cuda", "cuda": device.type == "cuda", "cpu": device.type == "cpu"}
     for case in cases():
         entry = backend._operators[case.operator]
         for name in entry.implementations:
+            is_there = here.get(name, True) and entry.why_unavailable(name) is None
+            if case.operator == "feed_forward":
+                is_there = name == "cuda"
             composed = name == "torch" and case.operator == "masked_attention" and device.type == "cuda"
-            if name == "reference" or composed or not here.get(name, True) or entry.why_unavailable(name) is not None:
-                continue
-            yield case, name
+            if name != "reference" and is_there and not composed:
+                yield case, name

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hubert_fast import backend
+from hubert_fast.cuda_backend import feed_forward
 from tests.kernels.device import DEVICE
+from tests.ops import products_twin
 from tests.ops.comparison import error
 from tests.ops.contract import OPERATORS, ROWS, backends, gradients, leaves, present, run, with_gradients
 
@@ -27,6 +30,11 @@ except ImportError:  # Triton
 DTYPES = {"torch": [torch.float64, torch.float32], "cpu": [torch.float32, torch.bfloat16]}
 ALL = list(backends(DEVICE, interpreted=INTERPRETED))
 EVERY = [(case, name, dtype) for case, name in ALL for dtype in DTYPES.get(name, [torch.float32, torch.bfloat16])]
+
+
+@pytest.fixture(autouse=True)
+def _products_are_pytorchs(monkeypatch):
+    monkeypatch.setattr(feed_forward, "extension", SimpleNamespace(cuda=lambda: products_twin))
 
 
 def _id(value):

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hubert_fast.cuda_backend import conv_frontend as backend
+from hubert_fast.cuda_backend import device
 from hubert_fast.ops.conv_frontend import Arguments
 from tests.ops.frontend_problem import HUBERT, Problem
 
@@ -60,11 +61,11 @@ def test_objections_name_what_is_in_the_way(message, change):
 def test_waveforms_elsewhere_are_refused():
     problem = Problem([(10, 5)], norm="group_norm", samples=400, dtype=torch.float32)
     reason = backend.objection(problem.arguments())
-    assert reason == "it runs on an NVIDIA GPU, and the waveforms are on cpu"
+    assert reason == "it runs on an NVIDIA GPU, and waveforms is on cpu"
 
 
 def test_a_device_runs_what_was_built_for_it_or_for_older_ones_as_ptx():
-    runs = backend._runs_on
+    runs = device.runs_on
     assert runs((8, 0), "80") and runs((8, 6), "80") and not runs((8, 0), "86") and not runs((9, 0), "80")
     assert runs((9, 0), "90a") and not runs((10, 0), "90a") and not runs((8, 0), "90a")
     assert runs((12, 0), "80+") and runs((8, 0), "80+") and not runs((7, 5), "80+")

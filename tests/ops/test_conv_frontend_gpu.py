@@ -176,6 +176,7 @@ PRODUCT_SIZES = [
     (129, 192, 576),
     (1000, 512, 1536),
     (4096, 1024, 3072),
+    (8743, 3072, 768),
     (40000, 512, 1536),
 ]
 
@@ -195,22 +196,23 @@ def _stride(depth):
 
 
 def _operands(products, rows, columns, depth, dtype, seed=0):
-    """Overlapping rows of an input, a weight, both as tensors and as the kernels take them; and the exact product."""
+    """Overlapping rows of an input and a weight as the kernels take them, for a data gradient too; these as tensors; and the
+    exact product."""
     generator = torch.Generator("cuda").manual_seed(seed)
     stride = _stride(depth)
     memory = torch.randn((rows - 1) * stride + depth, device="cuda", generator=generator).to(dtype)
     weight = (torch.randn(columns, depth, device="cuda", generator=generator) / depth**0.5).to(dtype)
-    operands = products.Product(
-        input=memory, input_stride=stride, weight=weight, rows=rows, columns=columns, depth=depth
-    )
+    sizes = {"input_stride": stride, "rows": rows, "columns": columns, "depth": depth}
+    by_depth = weight.T.contiguous()
+    operands, of_gradient = (products.Product(input=memory, weight=each, **sizes) for each in (weight, by_depth))
     window = memory.as_strided((rows, depth), (stride, 1))
-    return operands, (memory, weight), window.double() @ weight.double().T
+    return operands, of_gradient, (memory, weight, by_depth), window.double() @ weight.double().T
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize(("rows", "columns", "depth"), PRODUCT_SIZES)
 def test_products_are_right(products, rows, columns, depth, dtype):
-    operands, _keep, truth = _operands(products, rows, columns, depth, dtype)
+    operands, of_gradient, _keep, truth = _operands(products, rows, columns, depth, dtype)
     settings = {"dtype": NUMBERS[dtype], "stream": torch.cuda.current_stream().cuda_stream}
     bound = 2 * torch.finfo(dtype).eps
     bias = torch.randn(columns, device="cuda")
@@ -232,13 +234,13 @@ def test_products_are_right(products, rows, columns, depth, dtype):
     wide_z = torch.randn(rows, 2 * columns, device="cuda").to(dtype)
     gradient, activation = (torch.full((rows, 2 * columns), 7.0, device="cuda", dtype=dtype) for _ in range(2))
     wide = {"z": wide_z, "out": gradient, "out_stride": 2 * columns}
-    products.product_gelu_gradient(operands, **wide, activation=activation, **settings)
+    products.product_gelu_gradient(of_gradient, **wide, activation=activation, **settings)
     below = wide_z[:, :columns].double()
     assert error(gradient[:, :columns], torch.ops.aten.gelu_backward(truth, below)) <= bound
     assert error(activation[:, :columns], F.gelu(below)) <= bound
     assert (gradient[:, columns:] == 7.0).all() and (activation[:, columns:] == 7.0).all()
     kept = gradient.clone()
-    products.product_gelu_gradient(operands, **wide, activation=None, **settings)
+    products.product_gelu_gradient(of_gradient, **wide, activation=None, **settings)
     assert torch.equal(gradient, kept)
 
 
@@ -281,7 +283,7 @@ def _products_of_overlapping_rows():
     for dtype in DTYPES[1:]:
         settings = {"dtype": NUMBERS[dtype], "stream": torch.cuda.current_stream().cuda_stream}
         for rows, columns, depth in [*PRODUCT_SIZES[:-1], (1, 64, 192), (2, 64, 192), (3, 512, 1536)]:
-            operands, (memory, _weight), _ = _operands(products, rows, columns, depth, dtype)
+            operands, of_gradient, (memory, *_weights), _ = _operands(products, rows, columns, depth, dtype)
             outs = [torch.zeros(rows, 2 * columns, device="cuda", dtype=dtype) for _ in range(3)]
             tight = [torch.zeros(rows, columns, device="cuda", dtype=dtype) for _ in range(3)]
             product, out, activation = outs
@@ -289,7 +291,7 @@ def _products_of_overlapping_rows():
             products.product(operands, bias=None, out=product, out_stride=2 * columns, **settings)
             products.product_gelu(operands, bias=None, z=kept, activation=activated, **settings)
             products.product_gelu_gradient(
-                operands, z=product, out=out, activation=activation, out_stride=2 * columns, **settings
+                of_gradient, z=product, out=out, activation=activation, out_stride=2 * columns, **settings
             )
             tight[2].copy_(tight[0])
             part_rows = max(rows // 3, 1)

@@ -94,14 +94,15 @@ void narrow(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
 void narrow(float x, __half* out) { *out = __float2half_rn(x); }
 
 template <class T, class Finish>
-void rows(const Product& operands, const float* bias, Finish finish) {
+void rows(const Product& operands, const float* bias, bool by_depth, Finish finish) {
   const T* input = static_cast<const T*>(operands.input);
   const T* weight = static_cast<const T*>(operands.weight);
   for (std::int64_t r = 0; r < operands.rows; ++r) {
     for (std::int64_t c = 0; c < operands.columns; ++c) {
       float sum = bias == nullptr ? 0.0f : bias[c];
       for (std::int64_t k = 0; k < operands.depth; ++k) {
-        sum += widen(input[r * operands.input_stride + k]) * widen(weight[c * operands.depth + k]);
+        const std::int64_t place = by_depth ? k * operands.columns + c : c * operands.depth + k;
+        sum += widen(input[r * operands.input_stride + k]) * widen(weight[place]);
       }
       finish(r, c, sum);
     }
@@ -110,12 +111,13 @@ void rows(const Product& operands, const float* bias, Finish finish) {
 
 template <class T>
 void product(const Product& operands, const float* bias, void* out, std::int64_t stride) {
-  rows<T>(operands, bias, [&](auto r, auto c, float sum) { narrow(sum, static_cast<T*>(out) + r * stride + c); });
+  rows<T>(operands, bias, false,
+          [&](auto r, auto c, float sum) { narrow(sum, static_cast<T*>(out) + r * stride + c); });
 }
 
 template <class T>
 void product_gelu(const Product& operands, const float* bias, void* z, void* activation, std::int64_t stride) {
-  rows<T>(operands, bias, [&](auto r, auto c, float sum) {
+  rows<T>(operands, bias, false, [&](auto r, auto c, float sum) {
     const std::int64_t index = r * stride + c;
     if (z != nullptr) narrow(sum, static_cast<T*>(z) + index);
     narrow(FastGelu::value(sum), static_cast<T*>(activation) + index);
@@ -124,7 +126,7 @@ void product_gelu(const Product& operands, const float* bias, void* z, void* act
 
 template <class T>
 void product_gelu_gradient(const Product& operands, const void* z, void* out, void* activation, std::int64_t stride) {
-  rows<T>(operands, nullptr, [&](auto r, auto c, float sum) {
+  rows<T>(operands, nullptr, true, [&](auto r, auto c, float sum) {
     const std::int64_t index = r * stride + c;
     const Gelu gelu = FastGelu::both(widen(static_cast<const T*>(z)[index]));
     narrow(sum * gelu.derivative, static_cast<T*>(out) + index);

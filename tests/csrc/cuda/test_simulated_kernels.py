@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hubert_fast import extension
 from hubert_fast.cuda_backend import conv_frontend as backend
 from tests.csrc.cuda import simulation
+from tests.ops import contract
 from tests.ops.comparison import error
 from tests.ops.frontend_problem import HUBERT, Problem, assert_as_precise
 
@@ -197,7 +198,9 @@ def test_products_without_overlapping_maps_are_the_same_to_the_bit(simulated, ro
 
     memory, weight, z = randn((rows - 1) * stride + depth), randn(columns, depth), randn(rows, 2 * columns)
     gradient, bias = randn(rows, columns), randn(columns).float()
-    operands = cuda.Product(input=memory, input_stride=stride, weight=weight, rows=rows, columns=columns, depth=depth)
+    sizes = {"input_stride": stride, "rows": rows, "columns": columns, "depth": depth}
+    operands, by_depth = cuda.Product(input=memory, weight=weight, **sizes), weight.T.contiguous()
+    of_gradient = cuda.Product(input=memory, weight=by_depth, **sizes)
     settings = {"dtype": 1, "stream": 0}
 
     def compute():
@@ -209,8 +212,8 @@ def test_products_without_overlapping_maps_are_the_same_to_the_bit(simulated, ro
         cuda.product_gelu(operands, bias=bias, z=kept, activation=activated, **settings)
         cuda.product_gelu(operands, bias=bias, z=None, activation=again, **settings)
         shared = {"z": z, "out_stride": 2 * columns, **settings}
-        cuda.product_gelu_gradient(operands, out=out, activation=activation, **shared)
-        cuda.product_gelu_gradient(operands, out=alone, activation=None, **shared)
+        cuda.product_gelu_gradient(of_gradient, out=out, activation=activation, **shared)
+        cuda.product_gelu_gradient(of_gradient, out=alone, activation=None, **shared)
         sums = []
         for part_rows in (1, 3, 16):
             partial = torch.full((-(-rows // part_rows), columns, depth), float("nan"))
@@ -227,8 +230,22 @@ def test_products_without_overlapping_maps_are_the_same_to_the_bit(simulated, ro
     product = windows @ weight.double().T + bias.double()
     for result in (split[0], split[3][:, :columns]):
         assert error(result, product) <= 0.01
+    slope = torch.ops.aten.gelu_backward(product - bias.double(), z[:, :columns].double())
+    assert error(split[4][:, :columns], slope) <= 0.01
     assert all((each[:, columns:] == 7.0).all() for each in split[3:7])
     assert all(error(each.sum(0), gradient.double().T @ windows) <= 1e-5 for each in split[7:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_feed_forward_block_is_as_precise_as_pytorchs(simulated, monkeypatch, dtype):
+    case = next(case for case in contract.cases() if case.operator == "feed_forward")
+    arguments = case.cast(dtype, torch.device("cpu"))
+    pytorchs = contract.run("feed_forward", "reference", arguments)
+    wide = [each.detach().double().requires_grad_() for each in arguments[:4]]
+    truth = contract.run("feed_forward", "reference", arguments._replace(**dict(zip(arguments._fields, wide))))
+    monkeypatch.setattr(extension, "cuda", lambda: simulated.cuda)
+    for mine, theirs, exact in zip(contract.run("feed_forward", "cuda", arguments), pytorchs, truth, strict=True):
+        assert error(mine, exact) <= max(1.5 * error(theirs, exact), torch.finfo(dtype).eps / 4)
 
 
 @pytest.mark.parametrize("takes", [False, True])
