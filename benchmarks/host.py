@@ -37,11 +37,11 @@ from unittest import mock
 import torch
 
 import hubert_fast
-from hubert_fast import backend, extension
+from hubert_fast import backend, extension, weights
 from hubert_fast.cuda_backend import conv_frontend as cuda_backend
 from hubert_fast.cuda_backend import device
 from hubert_fast.models import plain
-from hubert_fast.ops import triton_backend, weights
+from hubert_fast.ops import triton_backend
 
 from . import multi_tensor
 from .architecture import Architecture

@@ -82,7 +82,7 @@ _BETWEEN_GRAPHS_MS = 0.003
 # By the name of the item of ``scripts/gpu-check``; the second at a LayerDrop of 0.05.
 UPDATES = {"time": Update(2.0, 2, 130), "time, LayerDrop": Update(3.6, 28, 130)}
 
-# Milliseconds of a step that each flag of `hubert_fast.ops.switches` saves.
+# Milliseconds of a step that each flag of `hubert_fast.switches` saves.
 SWITCHES = {
     "narrow_copies": 1.15, "gelu_epilogues": 0.75, "weight_copies": 0.45, "wide_weight_gradients": 0.5,
 }  # fmt: skip

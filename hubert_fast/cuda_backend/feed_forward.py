@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hubert_fast import extension
 from hubert_fast.cuda_backend import device
-from hubert_fast.ops.weights import gradient_memory, in_dtype, weight_gradient
+from hubert_fast.weights import gradient_memory, in_dtype, weight_gradient
 
 if TYPE_CHECKING:
     from hubert_fast.ops.feed_forward import Arguments

@@ -30,6 +30,7 @@ from hubert_fast.models.plan import StepPlan
 from hubert_fast.models.rows import Rows, valid_rows, whole_grid
 from hubert_fast.ops.arguments import SEED_RANGE
 from hubert_fast.ops.bias_gelu_dropout import bias_gelu_dropout
+from hubert_fast.ops.feed_forward import feed_forward
 from hubert_fast.ops.host_tensors import may_decide_shapes
 from hubert_fast.ops.linear import linear
 from hubert_fast.ops.mask_fill import mask_fill
@@ -162,9 +163,18 @@ class FeedForward(nn.Module):
         self.output_dropout = nn.Dropout(output_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output_dropout(self.output_dense(self.hidden(x.flatten(0, -2)))).unflatten(0, x.shape[:-1])
+        return self.output_dropout(self.output_dense(self._hidden(x.flatten(0, -2)))).unflatten(0, x.shape[:-1])
 
-    def hidden(self, x: Tensor, seed: Optional[Tensor] = None) -> Tensor:
+    def update(self, x: Tensor, seed: Optional[Tensor] = None) -> tuple[Tensor, Optional[Tensor]]:
+        """The second product less its bias, and the bias: ``[rows, io_features] -> [rows, io_features]``."""
+        first, second, dropout = self.intermediate_dense, self.output_dense, self.intermediate_dropout
+        plain = is_fusable(dropout) and all(is_plain(each, nn.Linear) for each in (first, second))
+        if plain and first.bias is not None:
+            value = feed_forward(x, first.weight, first.bias, second.weight, dropout_p=rate(dropout), seed=seed)
+            return value, second.bias
+        return product(second, self._hidden(x, seed))
+
+    def _hidden(self, x: Tensor, seed: Optional[Tensor] = None) -> Tensor:
         """What the second product is given: ``[rows, io_features] -> [rows, intermediate_features]``."""
         value, bias = product(self.intermediate_dense, x)
         dropout = self.intermediate_dropout
@@ -229,11 +239,11 @@ class EncoderLayer(nn.Module):
         return before_dropout(self.dropout, value, bias, attended_seed)
 
     def _feed_forward(self, x: Stream, hidden_seed: Optional[Tensor], output_seed: Optional[Tensor]) -> Update:
-        feed_forward = self.feed_forward
-        if not is_plain(feed_forward, FeedForward):
-            return Update(feed_forward(x.x), None, 0.0, None)
-        value, bias = product(feed_forward.output_dense, feed_forward.hidden(x.operand, hidden_seed))
-        return before_dropout(feed_forward.output_dropout, value, bias, output_seed)
+        block = self.feed_forward
+        if not is_plain(block, FeedForward):
+            return Update(block(x.x), None, 0.0, None)
+        value, bias = block.update(x.operand, hidden_seed)
+        return before_dropout(block.output_dropout, value, bias, output_seed)
 
 
 class Transformer(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hubert_fast.models.flat_memory import flat_memory, views_of
-from hubert_fast.ops.switches import switches
+from hubert_fast.switches import switches
 
 
 class GradientBuffers:

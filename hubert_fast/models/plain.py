@@ -15,7 +15,7 @@ from hubert_fast.ops.arguments import autocast_dtype
 from hubert_fast.ops.bias_dropout_residual import bias_dropout_residual
 from hubert_fast.ops.linear import linear as linear_product
 from hubert_fast.ops.residual_layer_norm import residual_layer_norm
-from hubert_fast.ops.switches import switches
+from hubert_fast.switches import switches
 
 
 class Stream(NamedTuple):

@@ -16,7 +16,7 @@ from hubert_fast.models.plain import Stream
 from hubert_fast.models.plan import StepPlan
 from hubert_fast.models.stages import Owned, Stage, head_losses, in_place_of, skipped, skipped_gradient
 from hubert_fast.models.weight_copies import WeightCopies
-from hubert_fast.ops.weights import Lent
+from hubert_fast.weights import Lent
 
 Work = Callable[[], None]
 

@@ -17,7 +17,7 @@ from hubert_fast.models.hubert import HeadInput
 from hubert_fast.models.objective import FrameLosses, PretrainingObjective
 from hubert_fast.models.plain import Stream
 from hubert_fast.models.plan import StepPlan
-from hubert_fast.ops.weights import Lent, lend
+from hubert_fast.weights import Lent, lend
 
 
 class Owned(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hubert_fast.models.flat_memory import flat_memory, views_of
 from hubert_fast.models.stages import Owned
-from hubert_fast.ops.switches import switches
+from hubert_fast.switches import switches
 
 
 class WeightCopies:

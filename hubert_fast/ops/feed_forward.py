@@ -13,10 +13,10 @@ from hubert_fast.ops.arguments import autocast_dtype, check_channels, check_rows
 from hubert_fast.ops.bias_gelu_dropout import bias_gelu_dropout
 from hubert_fast.ops.linear import linear
 from hubert_fast.ops.operator import Operator, is_plain_call
-from hubert_fast.ops.switches import switches
-from hubert_fast.ops.weights import is_lent
 from hubert_fast.reference import feed_forward as reference
 from hubert_fast.reference.dropout import keep_scale, kept_values
+from hubert_fast.switches import switches
+from hubert_fast.weights import is_lent
 
 
 class Arguments(NamedTuple):

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from hubert_fast.ops.arguments import autocast_dtype
 from hubert_fast.ops.operator import is_plain_call
-from hubert_fast.ops.weights import gradient_memory, in_dtype, is_lent, weight_gradient
+from hubert_fast.weights import gradient_memory, in_dtype, is_lent, weight_gradient
 
 
 def linear(

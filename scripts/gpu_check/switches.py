@@ -1,4 +1,4 @@
-"""Each switch of `hubert_fast.ops.switches` on and off: the same update in graphs, timed in turn, and its gradients.
+"""Each switch of `hubert_fast.switches` on and off: the same update in graphs, timed in turn, and its gradients.
 
     python -m scripts.gpu_check.switches OUT
 
@@ -16,7 +16,7 @@ import torch
 from benchmarks.lost_device import first_line
 from benchmarks.predictions import SWITCHES
 from hubert_fast import tf32
-from hubert_fast.ops.switches import Switches, switched
+from hubert_fast.switches import Switches, switched
 from scripts.gpu_check.device import ON_GPU
 from scripts.gpu_check.facts import facts_of_process
 from scripts.gpu_check.graphed import (

@@ -11,8 +11,8 @@ from torch import nn
 from hubert_fast.models import plain
 from hubert_fast.models.stages import encoder_stages, in_place_of
 from hubert_fast.models.weight_copies import WeightCopies
-from hubert_fast.ops.switches import switched
-from hubert_fast.ops.weights import Lent, in_dtype
+from hubert_fast.switches import switched
+from hubert_fast.weights import Lent, in_dtype
 from tests.models.test_graphed_step import RANDOM, assert_equal, build, train_both
 
 

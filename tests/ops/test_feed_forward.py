@@ -21,8 +21,8 @@ from hubert_fast.cuda_backend import device
 from hubert_fast.cuda_backend import feed_forward as cuda_backend
 from hubert_fast.ops import feed_forward as module
 from hubert_fast.ops.feed_forward import feed_forward
-from hubert_fast.ops.switches import switched
-from hubert_fast.ops.weights import Lent, lend
+from hubert_fast.switches import switched
+from hubert_fast.weights import Lent, lend
 from tests.kernels.device import DEVICE
 from tests.ops import products_twin
 from tests.ops.comparison import assert_as_precise, assert_twins, error

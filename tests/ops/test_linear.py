@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hubert_fast.ops.linear import linear
-from hubert_fast.ops.weights import Lent, lend
+from hubert_fast.weights import Lent, lend
 from tests.ops.comparison import error
 
 _ROWS, _IN, _OUT = 37, 64, (16, 48)

@@ -19,9 +19,9 @@ from torch.autograd import DeviceType
 import hubert_fast
 from benchmarks import predictions
 from hubert_fast.models.stage_pass import StagePass
-from hubert_fast.ops.switches import Switches
 from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.pipeline import open_run
+from hubert_fast.switches import Switches
 from scripts.gpu_check import environment as environment_stage
 from scripts.gpu_check import gpu_tests, graphs, isolated, models, pretrain, profile, sanitize, show, smoke, stages
 from scripts.gpu_check.facts import Facts

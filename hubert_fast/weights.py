@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from hubert_fast.ops.switches import switches
+from hubert_fast.switches import switches
 
 _NAME = "_hubert_fast_lent"
 
