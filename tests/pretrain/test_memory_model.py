@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hubert_fast import PretrainingObjective, backend
-from hubert_fast.cuda_backend import conv_frontend
+from hubert_fast.cuda_backend import conv_frontend, feed_forward
 from hubert_fast.models import plain
 from hubert_fast.models.plan import StepPlan
 from hubert_fast.ops import triton_backend
@@ -48,6 +48,7 @@ def kernels_of_a_gpu():
 
         patch(triton_backend, "objection", lambda *_: None)
         patch(conv_frontend, "objection", lambda *_: None)
+        patch(feed_forward, "objection", lambda *_: None)
         patch(plain, "stream_dtype", stream_dtype)
         for entry in backend._operators.values():
             patch(entry, "unavailable", {})
@@ -77,24 +78,47 @@ def kept_bytes(objective: PretrainingObjective, shape: tuple[int, int], plan: St
     return sum(each.nbytes() for each in saved.values())
 
 
+def counted_and_predicted(model, lengths, *, unmasked_weight=0.0, autocast=True, extension=True):
+    """(Bytes that a step keeps, the model of it, the size of the step) for rows of ``lengths`` samples."""
+    # LayerDrop asks for a number, which these tensors have not.
+    config = replace(model, encoder_layer_drop=0.0)
+    with torch.device("meta"):
+        objective = PretrainingObjective(config.build(500), unmasked_weight=unmasked_weight)
+    parameters = sum(each.numel() for each in objective.parameters())
+    memory = MemoryModel(config, parameters, autocast, masked_only=unmasked_weight == 0, extension=extension)
+    samples = torch.tensor(lengths)
+    frames = objective.model.wav2vec2.feature_extractor.output_lengths(samples)
+    labels = torch.zeros(len(samples), int(frames.max()), dtype=torch.int64)
+    plan = objective.plan(labels, samples, samples=int(samples.max()), device="cpu")
+    shape = len(samples), int(samples.max())
+    # Who calls in such a mode must name the backend.
+    fused = extension and autocast and not config.encoder_ff_interm_dropout
+    with backend.using("cuda" if fused else "torch", "feed_forward"):
+        counted = kept_bytes(objective, shape, plan, autocast)
+    if fused:  # its weights in 16 bits, which the backward of a plain step makes again and a graphed one has
+        counted += config.encoder_num_layers * 2 * config.encoder_embed_dim * config.encoder_ff_interm_features * 2
+    return counted, memory, Size(*shape, int(frames.sum()), None if plan.keep is None else len(plan.keep))
+
+
 @pytest.mark.parametrize("unmasked_weight", [0.0, 1.0])
 @pytest.mark.parametrize("autocast", [True, False], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("name", ["base", "large", "xlarge"])
 def test_it_predicts_what_is_kept_for_the_backward(kernels_of_a_gpu, name, autocast, unmasked_weight):
-    # LayerDrop asks for a number, which these tensors have not.
-    config = replace(PRESETS[name].iterations()[-1].model, encoder_layer_drop=0.0)
-    with torch.device("meta"):
-        objective = PretrainingObjective(config.build(500), unmasked_weight=unmasked_weight)
-    parameters = sum(each.numel() for each in objective.parameters())
-    memory = MemoryModel(config, parameters, autocast, masked_only=unmasked_weight == 0)
+    model = PRESETS[name].iterations()[-1].model
     for lengths in BATCHES.values() if unmasked_weight == 0 else [BATCHES["long"]]:
-        samples = torch.tensor([round(each * SECOND) for each in lengths])
-        frames = objective.model.wav2vec2.feature_extractor.output_lengths(samples)
-        labels = torch.zeros(len(samples), int(frames.max()), dtype=torch.int64)
-        plan = objective.plan(labels, samples, samples=int(samples.max()), device="cpu")
-        shape = len(samples), int(samples.max())
-        size = Size(*shape, int(frames.sum()), None if plan.keep is None else len(plan.keep))
-        counted = kept_bytes(objective, shape, plan, autocast)
+        lengths = [round(each * SECOND) for each in lengths]
+        settings = {"unmasked_weight": unmasked_weight, "autocast": autocast}
+        counted, memory, size = counted_and_predicted(model, lengths, **settings)
         assert memory.kept(size) == pytest.approx(counted, rel=0.05), lengths
         # What batches are divided by: no padding, and as many masked frames as there can be.
-        assert counted <= 1.01 * memory.kept(memory.largest(*shape))
+        assert counted <= 1.01 * memory.kept(memory.largest(*size[:2]))
+
+
+@pytest.mark.parametrize(("extension", "most"), [(True, 2.4e9), (False, 3.0e9)])
+def test_the_rows_of_base_keep_no_more_than_they_have_to(kernels_of_a_gpu, extension, most):
+    """175 s of audio in bfloat16, without the front end and the copies of weights, which are not the rows'."""
+    counted, memory, size = counted_and_predicted(
+        PRESETS["base"].iterations()[-1].model, [200_000] * 14, extension=extension
+    )
+    assert memory.kept(size) == pytest.approx(counted, rel=0.01)
+    assert counted - memory._front_end(size) - memory._weights() <= most
