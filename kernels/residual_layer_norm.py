@@ -67,7 +67,7 @@ def _dropped(value, key, row, column_bits, threshold, scale):
 
 
 @triton.jit(do_not_specialize=["rows", "seed"])
-def _forward(residual, update, update_bias, index, weight, bias, seed, normed, summed, mean, rstd, rows, eps,
+def _forward(residual, update, update_bias, index, weight, bias, seed, normed, copy, summed, mean, rstd, rows, eps,
              update_threshold, update_scale, output_threshold, output_scale, CHANNELS: tl.constexpr,
              UPDATE_DROPOUT: tl.constexpr, OUTPUT_DROPOUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
              TILES: tl.constexpr):  # fmt: skip
@@ -105,11 +105,13 @@ def _forward(residual, update, update_bias, index, weight, bias, seed, normed, s
         if OUTPUT_DROPOUT:
             value = _dropped(value, output_key, row, output_bits, output_threshold, output_scale)
         _store_rows(normed, value, own, column, inside, CHANNELS)
+        if copy is not None:
+            _store_rows(copy, value, own, column, inside, CHANNELS)
 
 
 @triton.jit(do_not_specialize=["rows", "seed"])
-def _backward(grad, sum_grad, x, x_index, index, mean, rstd, weight, seed, residual_grad, update_grad, parts, rows,
-              update_threshold, update_scale, output_threshold, output_scale, CHANNELS: tl.constexpr,
+def _backward(grad, copy_grad, sum_grad, x, x_index, index, mean, rstd, weight, seed, residual_grad, update_grad, parts,
+              rows, update_threshold, update_scale, output_threshold, output_scale, CHANNELS: tl.constexpr,
               UPDATE_DROPOUT: tl.constexpr, OUTPUT_DROPOUT: tl.constexpr, VECTORS: tl.constexpr, ROWS: tl.constexpr,
               COLUMNS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
     column = tl.arange(0, COLUMNS)
@@ -128,6 +130,8 @@ def _backward(grad, sum_grad, x, x_index, index, mean, rstd, weight, seed, resid
         inside = within(row, rows, column, CHANNELS, COLUMNS)
         own = row.to(tl.int64)
         upstream = _load_rows(grad, own, column, inside, CHANNELS)
+        if copy_grad is not None:
+            upstream += _load_rows(copy_grad, own, column, inside, CHANNELS)
         value = _load_rows(x, _position(x_index, row, rows), column, inside, CHANNELS)
         means = tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
         rstds = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
@@ -154,15 +158,16 @@ def _backward(grad, sum_grad, x, x_index, index, mean, rstd, weight, seed, resid
         store_part(parts, 2, update_sums, column, CHANNELS, VECTORS)
 
 
-def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor, Optional[Tensor]], list[Tensor]]:
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor, Optional[Tensor], Optional[Tensor]], list[Tensor]]:
     residual, weight, bias, update, update_bias, index = contiguous(*arguments[:6])
     rows, channels = arguments.shape
     normed = residual.new_empty(rows, channels, dtype=arguments.dtype)
+    copy = None if arguments.narrow is None else torch.empty_like(normed, dtype=arguments.narrow)
     summed = torch.empty_like(normed) if update is not None and (save or arguments.with_sum) else None
     mean, rstd = (residual.new_empty(rows, dtype=torch.float32) for _ in range(2))
     tensors = {
         "residual": residual, "update": update, "update_bias": update_bias, "index": index, "weight": weight, "bias": bias,
-        "normed": normed, "summed": summed, "mean": mean, "rstd": rstd,
+        "normed": normed, "copy": copy, "summed": summed, "mean": mean, "rstd": rstd,
     }  # fmt: skip
     blocks = _blocks(architecture(residual), channels)
     if architecture(residual) == 86 and channels == 512:
@@ -173,7 +178,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor, Optional[Te
         {**tensors, "rows": rows, "eps": arguments.eps, "CHANNELS": channels, **_dropout_settings(arguments)},
         blocks,
     )
-    return (normed, summed), [mean, rstd] if save else []
+    return (normed, copy, summed), [mean, rstd] if save else []
 
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -186,7 +191,8 @@ def backward(
 ) -> tuple[Optional[Tensor], ...]:
     residual, _, bias, update, update_bias, _ = arguments[:6]
     summed, mean, rstd = saved
-    grad, sum_grad, weight, index = contiguous(*gradients, arguments.weight, arguments.index)
+    upstream, (weight, index) = arguments.upstream(gradients), contiguous(arguments.weight, arguments.index)
+    grad, copy_grad, sum_grad = contiguous(*upstream)
     rows, channels = arguments.shape
     if grad is None:
         grad = residual.new_zeros(rows, channels, dtype=arguments.dtype)
@@ -194,7 +200,7 @@ def backward(
     residual_grad = fresh(residual, memory_format=torch.contiguous_format)
     x, x_index, update_grad = summed, None, None
     if update is None:
-        x, x_index, sum_grad = residual.contiguous(), index, None
+        x, x_index = residual.contiguous(), index
     elif not arguments.one_gradient:
         update_grad = torch.empty_like(summed, dtype=update.dtype)
     vectors = [weight, bias] if update_bias is None else [weight, bias, update_bias]
@@ -204,8 +210,9 @@ def backward(
     if arguments.output_dropout_p > 0.0 and update is None and len(blocks) > 1:
         blocks = blocks[1:]
     tensors = {
-        "grad": grad, "sum_grad": sum_grad, "x": x, "x_index": x_index, "index": index, "mean": mean, "rstd": rstd,
-        "weight": weight, "residual_grad": residual_grad, "update_grad": update_grad, "parts": parts,
+        "grad": grad, "copy_grad": copy_grad, "sum_grad": sum_grad, "x": x, "x_index": x_index, "index": index,
+        "mean": mean, "rstd": rstd, "weight": weight, "residual_grad": residual_grad, "update_grad": update_grad,
+        "parts": parts,
     }  # fmt: skip
     launch(
         _backward,

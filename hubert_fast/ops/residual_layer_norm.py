@@ -38,6 +38,7 @@ class Arguments(NamedTuple):
     eps: float
     dtype: torch.dtype  # of the results
     with_sum: bool
+    narrow: Optional[torch.dtype]  # of a copy of what is normed; narrower than ``dtype``
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -49,6 +50,14 @@ class Arguments(NamedTuple):
         """Whether residual and update have one and the same gradient, which is then written once."""
         plain = self.update is not None and self.index is None and self.update_dropout_p == 0.0
         return plain and self.residual.dtype == self.update.dtype
+
+    def upstream(self, gradients: Tuple[Optional[Tensor], ...]) -> Tuple[Optional[Tensor], ...]:
+        """``gradients`` of the normed sum, of its copy where the former has one too, and of the sum."""
+        grad, copy_grad, sum_grad = gradients
+        # In `torch.library` empty tensors stand for absent results, and there may be gradients of these.
+        copy_grad = None if self.narrow is None else copy_grad
+        sum_grad = None if self.update is None else sum_grad
+        return (copy_grad, None, sum_grad) if grad is None else (grad, copy_grad, sum_grad)
 
 
 def residual_layer_norm(
@@ -65,7 +74,8 @@ def residual_layer_norm(
     eps: float = 1e-5,
     with_sum: bool = False,
     dtype: Optional[torch.dtype] = None,
-) -> Union[Tensor, Tuple[Tensor, Tensor]]:
+    narrow: Optional[torch.dtype] = None,
+) -> Union[Tensor, Tuple[Tensor, ...]]:
     """sum = residual[index] + dropout(update + update_bias); normed = dropout(layer_norm(sum) * weight + bias).
 
     A post-norm transformer goes on with the normed sum alone, a pre-norm one with both (Xiong et al. 2020, figure 1).
@@ -85,24 +95,36 @@ def residual_layer_norm(
         with_sum: whether the sum is wanted too.
         dtype: of the results. None: the wider of those of ``update`` and ``residual``; without an update, autocast's where it
             is on, else that of ``residual``.
+        narrow: dtype of a copy of the normed sum that is wanted besides, narrower than ``dtype``: under autocast a stream in
+            float32 goes into products in 16 bits. The backward takes gradients of both. Where it is ``dtype`` itself, the
+            copy is the normed sum. None: there is no copy.
 
     Returns:
-        The normed sum, or (normed, sum): ``[rows, channels]`` each.
+        The normed sum, or a tuple of it, the copy where ``narrow`` is given, and the sum ``with_sum``: ``[rows, channels]``
+        each.
 
     Raises:
         ValueError: for a wrong rank, shape, dtype, probability or seed.
     """
     dtype = dtype or _result_dtype(residual, update)
+    copied = None if narrow == dtype else narrow
+    if copied is not None and not (copied.is_floating_point and copied.itemsize < dtype.itemsize):
+        raise ValueError(
+            f"narrow must be a floating dtype narrower than the results' {dtype}, or the same; got {narrow}"
+        )
     _check(residual, weight, bias, update, update_bias, index)
     seed = dropout_seed(seed, residual.device, update_dropout_p=update_dropout_p, output_dropout_p=output_dropout_p)
     if with_sum and update is None:
         residual = (residual if index is None else residual.index_select(0, index)).to(dtype)
         index = None
-    settings = update_dropout_p, output_dropout_p, seed, eps, dtype, with_sum
-    normed, summed = _operator(Arguments(residual, weight, bias, update, update_bias, index, *settings))
-    if not with_sum:
-        return normed
-    return normed, residual if update is None else summed
+    settings = update_dropout_p, output_dropout_p, seed, eps, dtype, with_sum, copied
+    normed, copy, summed = _operator(Arguments(residual, weight, bias, update, update_bias, index, *settings))
+    results = [normed]
+    if narrow is not None:
+        results.append(normed if copied is None else copy)
+    if with_sum:
+        results.append(residual if update is None else summed)
+    return tuple(results) if len(results) > 1 else normed
 
 
 def _check(
@@ -137,8 +159,8 @@ def _objection(name: str, arguments: Arguments) -> backend.Objection:
     return None
 
 
-def _reference(arguments: Arguments) -> tuple[Tensor, Optional[Tensor]]:
-    residual, weight, bias, update, update_bias, index, update_p, output_p, seed, eps, dtype, _ = arguments
+def _reference(arguments: Arguments) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    residual, weight, bias, update, update_bias, index, update_p, output_p, seed, eps, dtype, _, narrow = arguments
     with without_autocast(residual.device):
         kept = kept_values(seed, *arguments.shape, update_p)
         update = None if update is None else update.to(dtype)
@@ -146,13 +168,15 @@ def _reference(arguments: Arguments) -> tuple[Tensor, Optional[Tensor]]:
         kept = kept_values(None if seed is None else seed ^ SECOND_MASK, *arguments.shape, output_p)
         scale = keep_scale(output_p)
         normed = reference.layer_norm_dropout(summed, weight, bias, eps=eps, kept=kept, scale=scale)
-    return normed.to(dtype), None if update is None else summed
+        normed = normed.to(dtype)
+    return normed, None if narrow is None else normed.to(narrow), None if update is None else summed
 
 
-def _fake(arguments: Arguments, save: bool) -> tuple[Tensor, Optional[Tensor]]:
-    normed = arguments.residual.new_empty(arguments.shape, dtype=arguments.dtype)
+def _fake(arguments: Arguments, save: bool) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+    normed, narrow = arguments.residual.new_empty(arguments.shape, dtype=arguments.dtype), arguments.narrow
+    copy = None if narrow is None else torch.empty_like(normed, dtype=narrow)
     absent = arguments.update is None or not (save or arguments.with_sum)
-    return normed, None if absent else torch.empty_like(normed)
+    return normed, copy, None if absent else torch.empty_like(normed)
 
 
 _operator = Operator(
@@ -164,7 +188,7 @@ _operator = Operator(
         "reference": "bias, dropout, sum, layer_norm and dropout one after another",
     },
     reference=_reference,
-    results=["normed", "summed"],
+    results=["normed", "copy", "summed"],
     fake=_fake,
     gradients=["residual", "weight", "bias", "update", "update_bias"],
     kept=["residual", "weight", "bias", "update_bias", "index", "seed"],

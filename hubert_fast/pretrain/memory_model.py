@@ -107,11 +107,12 @@ class MemoryModel:
         dim, hidden = model.encoder_embed_dim, 2 * model.encoder_ff_interm_features * narrow
         attention = 5 * dim * narrow + model.encoder_num_heads * _WIDE  # its input; queries, keys, values; output
         norm = dim * stream + 2 * _WIDE  # what it reads, and each row's statistics
-        if model.encoder_layer_norm_first:
-            attention += norm
+        of_rows, of_kept = attention, norm + dim * narrow + hidden
+        if model.encoder_layer_norm_first:  # the other one comes before attention
+            of_rows += norm
         else:
-            hidden += norm
-        return rows * attention + kept * (norm + dim * narrow + hidden)
+            of_kept += norm
+        return rows * of_rows + kept * of_kept
 
     def _last_layer(self, size: Size) -> int:
         if size.kept is None:

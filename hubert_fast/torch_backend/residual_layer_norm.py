@@ -21,9 +21,9 @@ _layer_norm_into = torch.ops.aten.native_layer_norm.out
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
 
-def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor, Optional[Tensor]], list[Tensor]]:
+def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor, Optional[Tensor], Optional[Tensor]], list[Tensor]]:
     residual, weight, bias, update, update_bias, index = arguments[:6]
-    summed, dtype = None, arguments.dtype
+    summed, dtype, narrow = None, arguments.dtype, arguments.narrow
     if update is not None:
         summed = residual_sum(
             update.to(dtype), update_bias, residual, index, arguments.update_dropout_p, arguments.seed
@@ -31,6 +31,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor, Optional[Te
     x = _summed(arguments, summed)
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.new_empty(x.shape, dtype=dtype)
+    copy = None if narrow is None else torch.empty_like(out, dtype=narrow)
     mean, rstd = (x.new_empty(len(x), dtype=wide) for _ in range(2))
     weight, bias = weight.to(wide), bias.to(wide)
     for rows, kept, scale in _output_masks(arguments, x):
@@ -40,7 +41,9 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor, Optional[Te
             sample, x.shape[1:], weight, bias, arguments.eps, out0=results[0], out1=results[1], out2=results[2]
         )
         drop_(out[rows] if sample.dtype == dtype else out[rows].copy_(normed), kept, scale)
-    return (out, summed if save or arguments.with_sum else None), [mean, rstd] if save else []
+        if copy is not None:
+            copy[rows] = out[rows]
+    return (out, copy, summed if save or arguments.with_sum else None), [mean, rstd] if save else []
 
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -72,18 +75,17 @@ def _layer_norm_gradients(
     arguments: Arguments, saved: list[Tensor], gradients: tuple[Optional[Tensor], ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the sum, and of ``weight`` and ``bias`` in float32 or wider."""
-    (summed, mean, rstd), (grad, sum_grad), wide = saved, gradients, saved[1].dtype
+    (summed, mean, rstd), (grad, copy_grad, sum_grad), wide = saved, arguments.upstream(gradients), saved[1].dtype
     x = _summed(arguments, summed)
     if grad is None:
         grad = x.new_zeros(x.shape, dtype=arguments.dtype)
-    if arguments.update is None:
-        sum_grad = None
     x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
     weight_grad, bias_grad = (x.new_zeros(x.shape[1], dtype=wide) for _ in range(2))
     wide_weight, wide_bias = arguments.weight.to(wide), arguments.bias.to(wide)
     for rows, kept, scale in _output_masks(arguments, x):
         sample, statistics = _widened(x[rows], wide), (mean[rows, None], rstd[rows, None])
-        upstream = grad[rows].to(sample.dtype)
+        upstream = grad[rows] if copy_grad is None else grad[rows] + copy_grad[rows]
+        upstream = upstream.to(sample.dtype)
         if kept is not None:
             upstream = (upstream * kept).mul_(scale)
         passed, weights, biases = _layer_norm_backward(

@@ -97,26 +97,29 @@ def test_the_stream_of_a_post_norm_model_is_float32_on_a_gpu_and_its_bytes_count
     values = TINY.rows * TINY.dim
     for device, stream in (("cuda", 4), ("cpu", 2)):
         cases = cases_of("residual_layer_norm", TINY, torch.bfloat16, device)
-        both, forward = (case for case in cases if case.dropout_p == dropout_p and "post-norm" in case.name)
+        both, forward, *copied = (case for case in cases if case.dropout_p == dropout_p and "post-norm" in case.name)
         pre_norm = next(case for case in cases if not case.backward and "pre-norm" in case.name)
         assert forward.least.bytes == (2 * stream + 2) * values  # residual and normed; update
         backward = both.least.bytes - forward.least.bytes
         another = of_update or stream == 4  # else the update has the residual's gradient
         assert backward == (4 * stream + 2 * another) * values
+        more = [ours.least.bytes - plain.least.bytes for ours, plain in zip(copied, (both, forward))]
+        assert more == ([4 * values, 2 * values] if stream == 4 else [])  # the copy, and its gradient
         assert pre_norm.least.bytes == 4 * 2 * values and pre_norm.shape["stream"] == "bfloat16"
 
 
 def test_a_float32_stream_and_its_16_bit_update_are_what_is_measured(monkeypatch):
     monkeypatch.setattr(bench_residual_layer_norm, "stream_dtype", lambda dtype, device, pre_norm: torch.float32)
-    case = _cases("residual_layer_norm", torch.bfloat16)[0]
-    residual, update, *_ = case.draw(0).tensors
-    assert (residual.dtype, update.dtype) == (torch.float32, torch.bfloat16) and "float32 stream" in case.name
-    calls = Calls(case)
-    for name in (OURS, "PyTorch"):
-        call, error = calls.make(name)
-        normed, residual_grad, update_grad, *_ = call(0)
-        assert (normed.dtype, residual_grad.dtype, update_grad.dtype) == (torch.float32, torch.float32, torch.bfloat16)
-        assert error < 0.02
+    plain, _, copied, *_ = _cases("residual_layer_norm", torch.bfloat16)
+    for case, copy in ((plain, []), (copied, [torch.bfloat16])):
+        residual, update, *_ = case.draw(0).tensors
+        assert (residual.dtype, update.dtype) == (torch.float32, torch.bfloat16) and "float32 stream" in case.name
+        calls = Calls(case)
+        for name in (OURS, "PyTorch"):
+            call, error = calls.make(name)
+            dtypes = [each.dtype for each in call(0)]  # of normed, copy, gradients of residual and update
+            assert dtypes[: 3 + len(copy)] == [torch.float32, *copy, torch.float32, torch.bfloat16]
+            assert error < 0.02
 
 
 def _double(scale=1.0, gradient_scale=1.0, offset=0.0):

@@ -11,7 +11,7 @@ from hubert_fast.ops.residual_layer_norm import residual_layer_norm
 from tests.kernels import dropout_twin
 from tests.kernels.device import DEVICE
 from tests.ops.comparison import assert_as_precise, error, run
-from tests.ops.test_row_passes import passes
+from tests.ops.test_row_passes import passes, stream_with_copy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -27,6 +27,16 @@ def test_any_shape_is_as_precise_as_pytorch(rows, channels, biased, indexed, p, 
     for name, function, draw in passes(rows, channels, p=p, seed=seed, biased=biased, indexed=indexed, device=DEVICE):
         with dropout_twin.in_references():
             assert_as_precise(name, function, draw, dtype, name="triton", seeds=2, roundings=0.5)
+
+
+@pytest.mark.parametrize("updated", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_a_float32_stream_and_its_16_bit_copy_are_as_precise_as_pytorch(p, updated):
+    function, plain, draw = stream_with_copy(p=p, updated=updated, device=DEVICE)
+    with dropout_twin.in_references():
+        assert_as_precise(
+            "residual_layer_norm", function, draw, torch.float32, name="triton", plain=None if p else plain, seeds=4
+        )
 
 
 @pytest.mark.parametrize("shares", [(1.0, 0.0), (0.0, 1.0), (0.5, 0.3)])

@@ -27,12 +27,15 @@ _MODULES = (
 )  # fmt: skip
 OPERATORS = {module._operator.name: module._operator for module in _MODULES}
 
+# A dtype narrower than that of an operator's results, where a copy of them in one is asked for.
+_NARROWER = {torch.float64: torch.float32, torch.float32: torch.bfloat16}
+
 # What products give: in 16 bits under autocast, which leaves parameters and the stream in float32.
 ROWS = {"x", "update", "frames"}
 
 
 class Case(NamedTuple):
-    """Arguments of an operator, its floating tensors in float64."""
+    """Arguments of an operator, its floating tensors in float64; float32 stands for a dtype narrower than theirs."""
 
     operator: str
     name: str
@@ -47,6 +50,8 @@ class Case(NamedTuple):
                 return [cast(name, each) for each in value]
             if value is torch.float64:
                 return dtype
+            if value is torch.float32:
+                return _NARROWER.get(dtype)
             if not isinstance(value, Tensor):
                 return value
             to = (rows or dtype) if name in ROWS else dtype
@@ -117,10 +122,14 @@ def cases() -> Iterator[Case]:
         yield Case("mask_fill", f"{name}, padding", make(randn(6, 5), randn(5), randn(5), mask, padding, *given))
         make, settings = residual_layer_norm.Arguments, (p, p, given[1], 1e-5, torch.float64)
         vectors, rows = (randn(5), randn(5)), randn(6, 5)
-        yield Case("residual_layer_norm", f"{name}, alone", make(rows, *vectors, None, None, None, *settings, False))
-        yield Case("residual_layer_norm", name, make(rows, *vectors, randn(6, 5), None, None, *settings, False))
-        full = make(randn(9, 5), *vectors, randn(6, 5), randn(5), index, *settings, True)
-        yield Case("residual_layer_norm", f"{name}, index", full)
+        yield Case(
+            "residual_layer_norm", f"{name}, alone", make(rows, *vectors, None, None, None, *settings, False, None)
+        )
+        plain = make(rows, *vectors, randn(6, 5), None, None, *settings, False, None)
+        full = make(randn(9, 5), *vectors, randn(6, 5), randn(5), index, *settings, True, None)
+        for each, its in ((plain, name), (full, f"{name}, index")):
+            yield Case("residual_layer_norm", its, each)
+            yield Case("residual_layer_norm", f"{its}, copy", each._replace(narrow=torch.float32))
         offsets, keys = torch.tensor([0, 10, 10, 17]), torch.tensor([4, 0, 7])
         make = masked_attention.Arguments
         yield Case("masked_attention", name, make(randn(19, 3, 2, 8), offsets, None, 10, *given))

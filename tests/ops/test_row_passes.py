@@ -70,6 +70,35 @@ def passes(
         yield name, function, draw
 
 
+def stream_with_copy(*, p, updated, device="cpu"):
+    """A float32 stream, a 16-bit update of it and a 16-bit copy of what is normed, of which both go on: a function that gives
+    one tensor, the same of PyTorch's operations without dropout, and ``draw(seed)`` of float32 inputs in float64.
+    """
+    index = None if updated else torch.randperm(200, generator=torch.Generator().manual_seed(0))[:150].to(device)
+
+    def function(residual, weight, bias, update=None, update_bias=None):
+        narrow = torch.float64 if residual.dtype == torch.float64 else torch.bfloat16  # the truth is not rounded
+        results = residual_layer_norm(
+            residual, weight, bias, update=update if update is None else update.to(narrow), update_bias=update_bias,
+            index=index, update_dropout_p=p, output_dropout_p=p, seed=torch.tensor(5, device=device), with_sum=updated,
+            narrow=narrow,
+        )  # fmt: skip
+        return torch.cat([each.to(residual.dtype) for each in results], 1)
+
+    def plain(residual, weight, bias, update=None, update_bias=None):
+        summed = [residual + (update.bfloat16() + update_bias)] if updated else []
+        normed = F.layer_norm(summed[0] if updated else residual[index], (96,), weight, bias)
+        return torch.cat([normed, normed.bfloat16().float(), *summed], 1)
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [(200, 96), 96, 96, *([(200, 96), 96] if updated else [])]
+        tensors = [torch.randn(each, generator=generator, dtype=torch.float64).to(device) for each in shapes]
+        return [*tensors[:3], *(each.bfloat16().double() for each in tensors[3:])]
+
+    return function, plain, draw
+
+
 _RATE, _SHARE = st.sampled_from([0.0, 0.1, 0.6, 0.99]), st.sampled_from([0.0, 0.3, 0.5, 1.0])
 SETTINGS = {
     "p": _RATE, "output_p": _RATE, "shares": st.tuples(_SHARE, _SHARE), "biased": st.booleans(), "indexed": st.booleans(),
@@ -94,6 +123,13 @@ def test_as_precise_as_pytorch(p, dtype):
     for biased in (True, False):
         for name, function, draw in passes(200, 96, p=p, biased=biased):
             assert_as_precise(name, function, draw, dtype)
+
+
+@pytest.mark.parametrize("updated", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_a_float32_stream_and_its_16_bit_copy_are_as_precise_as_pytorch(p, updated):
+    function, plain, draw = stream_with_copy(p=p, updated=updated)
+    assert_as_precise("residual_layer_norm", function, draw, torch.float32, plain=None if p else plain)
 
 
 def test_without_dropout_they_are_the_formulas():
@@ -133,17 +169,34 @@ def test_values_that_are_not_finite_do_not_pass_a_mask_or_padding(name):
 
 
 @on_every_backend
-@pytest.mark.parametrize("used", ["normed", "sum"])
-def test_either_result_may_go_unused(name, used):
+@pytest.mark.parametrize("used", [[0], [1], [2], [0, 1], [1, 2]], ids=str)
+def test_any_result_may_go_unused(name, used):
     shapes = (30, 20), 20, 20, (30, 20)
     leaves = [torch.randn(shape, device=device_of(name), requires_grad=True) for shape in shapes]
     residual, weight, bias, update = leaves
     with backend.using(name, "residual_layer_norm"):
-        normed, summed = residual_layer_norm(residual, weight, bias, update=update, with_sum=True)
-    plain = F.layer_norm(residual + update, (20,), weight, bias) if used == "normed" else residual + update
-    expected = torch.autograd.grad(plain.square().sum(), (residual, update))
-    given_ = torch.autograd.grad((normed if used == "normed" else summed).square().sum(), (residual, update))
+        ours = residual_layer_norm(residual, weight, bias, update=update, narrow=torch.bfloat16, with_sum=True)
+    normed = F.layer_norm(residual + update, (20,), weight, bias)
+    plain = normed, normed.bfloat16(), residual + update
+    directions = [torch.randn(30, 20, device=residual.device).bfloat16() for _ in used]
+    given_, expected = (
+        torch.autograd.grad(
+            [side[i] for i in used], (residual, update), [to.to(side[i]) for i, to in zip(used, directions)]
+        )
+        for side in (ours, plain)
+    )
     assert all(error(*pair) < 1e-5 for pair in zip(given_, expected))
+
+
+@on_every_backend
+def test_a_narrow_copy_is_what_is_normed_in_that_dtype(name):
+    residual, weight = torch.randn(30, 20, device=device_of(name)), torch.ones(20, device=device_of(name))
+    with backend.using(name, "residual_layer_norm"):
+        for narrow in (torch.bfloat16, torch.float16):
+            normed, copy, summed = residual_layer_norm(residual, weight, weight, narrow=narrow, with_sum=True)
+            assert torch.equal(copy, normed.to(narrow)) and summed is residual
+        normed, copy = residual_layer_norm(residual, weight, weight, narrow=torch.float32)
+    assert copy is normed
 
 
 def test_a_layer_norm_without_an_update_has_autocasts_dtype():
@@ -224,6 +277,8 @@ _GOOD = {
         (residual_layer_norm, {"update": torch.zeros(2, 4)}, r"residual must have shape \[2, 4\]; got \(3, 4\)"),
         (residual_layer_norm, {"update_bias": _BIAS}, "update_bias was given without an update"),
         (residual_layer_norm, {"index": torch.zeros(3)}, "index must be int64"),
+        (residual_layer_norm, {"narrow": torch.float64}, "narrower than the results' torch.float32.*got torch.float64"),
+        (residual_layer_norm, {"narrow": torch.int8}, "narrow must be a floating dtype"),
         (residual_layer_norm, {"output_dropout_p": 1.0}, r"output_dropout_p must be in \[0, 1\); got 1.0"),
         (residual_layer_norm, {"update_dropout_p": -1.0}, r"update_dropout_p must be in \[0, 1\); got -1.0"),
     ],

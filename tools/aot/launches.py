@@ -38,9 +38,18 @@ def launch_all(operator: str, size: Size, dtype: torch.dtype) -> None:
         if operator == "masked_attention":  # the backward reads the result
             saved = [*results, *saved]
         elif operator == "residual_layer_norm":  # and here the sum
-            gradients[1] = gradients[1] if arguments.with_sum else None
-            saved = [results[1], *saved]
-        kernels.backward(arguments, saved, tuple(gradients), [True] * _MOST_GRADIENTS)
+            gradients[2] = gradients[2] if arguments.with_sum else None
+            saved = [results[2], *saved]
+        for given in _given(operator, gradients):
+            kernels.backward(arguments, saved, given, [True] * _MOST_GRADIENTS)
+
+
+def _given(operator: str, gradients: list[Tensor | None]) -> Iterator[tuple[Tensor | None, ...]]:
+    """``gradients`` as they may come: of a normed sum and its narrow copy either may go unused."""
+    yield tuple(gradients)
+    if operator == "residual_layer_norm" and gradients[1] is not None:
+        for unused in range(2):
+            yield tuple(None if place == unused else each for place, each in enumerate(gradients))
 
 
 def _like(result: Tensor | None) -> Tensor | None:
@@ -111,20 +120,22 @@ def _positional_conv(size: Size, dtype: torch.dtype) -> Iterator[tuple]:
 
 
 def _residual_layer_norm(size: Size, dtype: torch.dtype) -> Iterator[tuple]:
-    """At each place of a model; a post-norm stream is float32 under autocast."""
+    """At each place of a model; a post-norm stream is float32 under autocast, with and without a copy for products."""
     positions, make = size.batch * size.frames, residual_layer_norm.Arguments
+    copies = (None,) if dtype == torch.float32 else (None, dtype)
     for index, features in itertools.product((_integers(size.rows), None), (dtype, torch.float32)):
         residual, vectors = _empty(positions, size.conv_channels, dtype=features), _vectors(size.conv_channels, 2)
-        yield make(residual, *vectors, None, None, index, 0.0, 0.0, None, 1e-5, dtype, False)
-    beginnings = [(torch.float32, dropout_p) for dropout_p in _DROPOUT]  # of a post-norm stream
-    for stream, dropout_p in [*beginnings, (dtype, 0.0)]:  # before attention in a pre-norm layer
-        residual, seed = _empty(size.rows, size.dim, dtype=dtype), _seed(dropout_p)
-        yield make(residual, *_vectors(size.dim, 2), None, None, None, 0.0, dropout_p, seed, 1e-5, stream, False)
-    for dropout_p, kept, pre_norm in itertools.product(_DROPOUT, (None, size.kept), (False, True)):
+        yield make(residual, *vectors, None, None, index, 0.0, 0.0, None, 1e-5, dtype, False, None)
+    beginnings = itertools.product((torch.float32,), _DROPOUT, copies)  # of a post-norm stream
+    for stream, dropout_p, copy in [*beginnings, (dtype, 0.0, None)]:  # before attention in a pre-norm layer
+        residual, settings = _empty(size.rows, size.dim, dtype=dtype), (0.0, dropout_p, _seed(dropout_p), 1e-5)
+        yield make(residual, *_vectors(size.dim, 2), None, None, None, *settings, stream, False, copy)
+    places = [(False, copy) for copy in copies] + [(True, None)]
+    for dropout_p, kept, (pre_norm, copy) in itertools.product(_DROPOUT, (None, size.kept), places):
         stream, index = dtype if pre_norm else torch.float32, None if kept is None else _integers(kept)
         residual, update = _empty(size.rows, size.dim, dtype=stream), _empty(kept or size.rows, size.dim, dtype=dtype)
         weight, bias, update_bias = _vectors(size.dim, 3)
-        settings = index, dropout_p, 0.0, _seed(dropout_p), 1e-5, stream, pre_norm
+        settings = index, dropout_p, 0.0, _seed(dropout_p), 1e-5, stream, pre_norm, copy
         yield make(residual, weight, bias, update, update_bias, *settings)
 
 
