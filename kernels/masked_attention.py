@@ -7,6 +7,10 @@ adds to what another one writes and results repeat to the bit.
 Scores stay in base 2: p = exp2(s log2(e) / sqrt(head_dim) - lse). Dropout multiplies p by keep / (1 - p_drop) after the sum; its
 factor leaves every loop, for with ds = p (keep dp / (1 - p_drop) - delta) the backward uses (1 - p_drop) ds. Column bits come
 from a table: 32 random bits a key would cost each program more than its exponentials.
+
+The gradient of the keys reads three numbers a row (log-sum-exp, delta, dropout bits) that the queries' gradient leaves for it.
+Those of a sequence begin on a multiple of ROOM and have room for its last block (`_row_place`), so that blocks are read 16 bytes
+at a time and without a mask. Past a sequence's end stands what follows from rows of zeros: finite, and gradients there are 0.
 """
 
 from __future__ import annotations
@@ -31,9 +35,18 @@ if TYPE_CHECKING:
     from hubert_fast.ops.masked_attention import Arguments
 
 _LOG2_E = math.log2(math.e)
-_COLUMNS_BLOCK = 1024
+# The longest blocks of rows and columns. The vectors of `_key_backward` are padded to multiples of it, the column bits too.
+ROOM = 128
+_ROOM = tl.constexpr(ROOM)  # in kernels
 # From batch to batch, and the alignment of a seed, which may be a view of several: nothing is compiled anew for them.
-_VARYING = ["rows", "threshold", "max_frames", "seed"]
+_VARYING = ["rows", "threshold", "seed"]
+
+
+@triton.jit
+def _row_place(head, rows, start, sequence):
+    """Where the vectors of the rows of ``sequence``, whose first row is ``start``, lie in [HEADS, row_places]."""
+    of_head = head.to(tl.int64) * ((rows // _ROOM + tl.num_programs(2) - 1) * _ROOM)
+    return of_head + (start // _ROOM + sequence) * _ROOM
 
 
 @triton.jit
@@ -46,21 +59,16 @@ def _keys_of(sequence, key_lengths, frames):
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _draw_columns(columns, seed, max_frames, BLOCK: tl.constexpr):
+def _draw_columns(columns, seed):
     """The dropout bits of every key position."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    bits = dropout.column_bits(tl.load(seed), column).to(tl.int32, bitcast=True)
-    tl.store(columns + column, bits, mask=column < max_frames)
+    column = tl.program_id(0) * _ROOM + tl.arange(0, _ROOM)
+    tl.store(columns + column, dropout.column_bits(tl.load(seed), column).to(tl.int32, bitcast=True))
 
 
 @triton.jit
-def _kept(row_bits, columns, key, keys, threshold, MASKED: tl.constexpr):
+def _kept(row_bits, columns, key, threshold):
     """Which weights of rows x columns dropout keeps: ``row_bits`` and ``key`` broadcast with each other."""
-    if MASKED:
-        bits = tl.load(columns + key, mask=key < keys, other=0)
-    else:
-        bits = tl.load(columns + key)
-    return dropout.keep(row_bits, bits.to(tl.uint32, bitcast=True), threshold)
+    return dropout.keep(row_bits, tl.load(columns + key).to(tl.uint32, bitcast=True), threshold)
 
 
 @triton.jit
@@ -82,7 +90,7 @@ def _attend(state, query, row_bits, key, value, columns, first, keys, scale, thr
     total = total * shrink + tl.sum(weights, 1)
     if DROPOUT:
         # A zero that the compiler cannot see: it would move the choice behind the conversion to 16 bits, where it takes longer.
-        weights = tl.where(_kept(row_bits[:, None], columns, index, keys, threshold, MASKED), weights, 0.0 * scale)
+        weights = tl.where(_kept(row_bits[:, None], columns, index, threshold), weights, 0.0 * scale)
     sums = vectors.add_weighted(vectors.scaled(sums, shrink[:, None]), weights, block_value, REST, PRECISION)
     return sums, total, new_largest
 
@@ -94,7 +102,7 @@ def _forward(
     key_lengths,  # [sequences] int64, or None
     out,  # [rows, HEADS, HEAD_DIM]
     lse,  # [HEADS, rows] float32: log2 of the sum of 2^score, or None
-    columns,  # [max_frames] int32, or None
+    columns,  # [column_places] int32, or None
     seed,  # [] int64, or None
     rows,
     scale,
@@ -160,12 +168,13 @@ def _add_query_gradient(sums, query, grad, lse, delta, row_bits, key, value, col
     block_key = vectors.load(key + away, keys - first, STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, MASKED)
     block_value = vectors.load(value + away, keys - first, STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, MASKED)
     index = first + tl.arange(0, BLOCK)[None]
-    weights = tl.exp2(vectors.products(query, block_key, REST, PRECISION) * scale - lse[:, None])
+    scores = vectors.products(query, block_key, REST, PRECISION)
     if MASKED:
-        weights = tl.where(index < keys, weights, 0.0)
+        scores = tl.where(index < keys, scores, float("-inf"))
+    weights = tl.exp2(scores * scale - lse[:, None])
     weights_grad = vectors.products(grad, block_value, REST, PRECISION)
     if DROPOUT:
-        weights_grad = tl.where(_kept(row_bits[:, None], columns, index, keys, threshold, MASKED), weights_grad, 0.0)
+        weights_grad = tl.where(_kept(row_bits[:, None], columns, index, threshold), weights_grad, 0.0)
     return vectors.add_weighted(sums, weights * (weights_grad - delta[:, None]), block_key, REST, PRECISION)
 
 
@@ -178,9 +187,10 @@ def _query_backward(
     offsets,  # [sequences + 1] int64
     key_lengths,  # [sequences] int64, or None
     lse,  # [HEADS, rows] float32
-    delta,  # [HEADS, rows] float32, written: (1 - p_drop) sum of out out_grad
-    row_bits,  # [HEADS, rows] int32, written: dropout bits of each query; or None
-    columns,  # [max_frames] int32, or None
+    row_lse,  # [HEADS, row_places] float32, written: ``lse``
+    delta,  # [HEADS, row_places] float32, written: (1 - p_drop) sum of out out_grad
+    row_bits,  # [HEADS, row_places] int32, written: dropout bits of each query; or None
+    columns,  # [column_places] int32, or None
     seed,  # [] int64, or None
     rows,
     scale,
@@ -218,14 +228,14 @@ def _query_backward(
     result = vectors.load(out + block, left, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, True)
     block_delta = vectors.row_sums(grad, result, REST) * inverse_keep_scale
     row = start + away + tl.arange(0, BLOCK_QUERIES)
-    of_row = head.to(tl.int64) * rows + row
-    valid = row < start + frames
-    block_lse = tl.load(lse + of_row, mask=valid, other=float("inf"))
-    tl.store(delta + of_row, block_delta, mask=valid)
+    place = _row_place(head, rows, start, sequence) + first + tl.arange(0, BLOCK_QUERIES)
+    block_lse = tl.load(lse + head.to(tl.int64) * rows + row, mask=row < start + frames, other=0.0)
+    tl.store(row_lse + place, block_lse)
+    tl.store(delta + place, block_delta)
     block_bits = tl.zeros([BLOCK_QUERIES], tl.uint32)
     if DROPOUT:
         block_bits = dropout.row_bits(tl.load(seed), (row * HEADS + head).to(tl.int32))
-        tl.store(row_bits + of_row, block_bits.to(tl.int32, bitcast=True), mask=valid)
+        tl.store(row_bits + place, block_bits.to(tl.int32, bitcast=True))
     key, value = qkv + HEAD_STRIDE, qkv + 2 * HEAD_STRIDE
     sums = vectors.zeros(BLOCK_QUERIES, WIDTH, REST)
     last = (keys - 1) // BLOCK_KEYS * BLOCK_KEYS
@@ -241,27 +251,25 @@ def _query_backward(
 
 
 @triton.jit
-def _add_key_gradients(key_sums, value_sums, key, value, column_bits, qkv, out_grad, lse, delta, row_bits, first_row, first,
+def _add_key_gradients(key_sums, value_sums, key, value, column_bits, qkv, out_grad, row_lse, delta, row_bits, place, first,
                        frames, scale, threshold, HEAD_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-                       REST: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Both sums after the BLOCK queries from ``first`` of a sequence of ``frames``: + ds^T q, + (keep p)^T dout."""
+                       REST: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+                       MASKED: tl.constexpr):  # fmt: skip
+    """Both sums after the BLOCK queries from ``first``: + ds^T q, + (keep p)^T dout; MASKED: ``frames`` may end in them."""
     away, left = tl.cast(first, tl.int64), frames - first
-    query = vectors.load(qkv + away * 3 * HEAD_STRIDE, left, 3 * HEAD_STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, True)
-    grad = vectors.load(out_grad + away * HEAD_STRIDE, left, HEAD_STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, True)
-    row = first + tl.arange(0, BLOCK)
-    valid = row < frames
-    # Past the end it is enough that weights are finite: there grad and delta are 0.
-    block_lse = tl.load(lse + row, mask=valid, other=0.0)
-    weights = tl.exp2(vectors.products(key, query, REST, PRECISION) * scale - block_lse[None])
+    query = vectors.load(qkv + away * 3 * HEAD_STRIDE, left, 3 * HEAD_STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, MASKED)
+    grad = vectors.load(out_grad + away * HEAD_STRIDE, left, HEAD_STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, MASKED)
+    row = place + first + tl.arange(0, BLOCK)
+    weights = tl.exp2(vectors.products(key, query, REST, PRECISION) * scale - tl.load(row_lse + row)[None])
     weights_grad = vectors.products(value, grad, REST, PRECISION)
     dropped = weights
     if DROPOUT:
-        bits = tl.load(row_bits + first_row + row, mask=valid, other=0).to(tl.uint32, bitcast=True)
+        bits = tl.load(row_bits + row).to(tl.uint32, bitcast=True)
         kept = dropout.keep(bits[None], column_bits[:, None], threshold)
         dropped = tl.where(kept, weights, 0.0 * scale)  # as in `_attend`
         weights_grad = tl.where(kept, weights_grad, 0.0)
     value_sums = vectors.add_weighted(value_sums, dropped, grad, REST, PRECISION)
-    scores_grad = weights * (weights_grad - tl.load(delta + row, mask=valid, other=0.0)[None])
+    scores_grad = weights * (weights_grad - tl.load(delta + row)[None])
     return vectors.add_weighted(key_sums, scores_grad, query, REST, PRECISION), value_sums
 
 
@@ -272,10 +280,10 @@ def _key_backward(
     out_grad,  # [rows, HEADS, HEAD_DIM]
     offsets,  # [sequences + 1] int64
     key_lengths,  # [sequences] int64, or None
-    lse,  # [HEADS, rows] float32
-    delta,  # [HEADS, rows] float32, of `_query_backward`
-    row_bits,  # [HEADS, rows] int32, of `_query_backward`; or None
-    columns,  # [max_frames] int32, or None
+    row_lse,  # [HEADS, row_places] float32, of `_query_backward`
+    delta,  # [HEADS, row_places] float32, of `_query_backward`
+    row_bits,  # [HEADS, row_places] int32, of `_query_backward`; or None
+    columns,  # [column_places] int32, or None
     rows,
     scale,
     threshold,
@@ -314,17 +322,23 @@ def _key_backward(
     index = first_key + tl.arange(0, BLOCK_KEYS)
     column_bits = tl.zeros([BLOCK_KEYS], tl.uint32)
     if DROPOUT:
-        column_bits = tl.load(columns + index, mask=index < keys, other=0).to(tl.uint32, bitcast=True)
+        column_bits = tl.load(columns + index).to(tl.uint32, bitcast=True)
     out_grad += start * HEAD_STRIDE + head * HEAD_DIM
-    of_row = head.to(tl.int64) * rows + start
+    place = _row_place(head, rows, start, sequence)
     key_sums = vectors.zeros(BLOCK_KEYS, WIDTH, REST)
     value_sums = vectors.zeros(BLOCK_KEYS, WIDTH, REST)
-    stop = tl.where(first_key < keys, frames, 0)  # nothing to add up where no key is attended to
-    for first in range(0, stop, BLOCK_QUERIES):
-        key_sums, value_sums = _add_key_gradients(
-            key_sums, value_sums, key, value, column_bits, qkv, out_grad, lse + of_row, delta + of_row, row_bits, of_row, first,
-            frames, scale, threshold, HEAD_STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_QUERIES,
-        )  # fmt: skip
+    last = (frames - 1) // BLOCK_QUERIES * BLOCK_QUERIES
+    key_sums, value_sums = _add_key_gradients(
+        key_sums, value_sums, key, value, column_bits, qkv, out_grad, row_lse, delta, row_bits, place, last, frames, scale,
+        threshold, HEAD_STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_QUERIES, True,
+    )  # fmt: skip
+    # Nothing is to be added up where no key is attended to.
+    if (last > 0) & (first_key < keys):  # as in `_forward`
+        for first in range(0, last, BLOCK_QUERIES):
+            key_sums, value_sums = _add_key_gradients(
+                key_sums, value_sums, key, value, column_bits, qkv, out_grad, row_lse, delta, row_bits, place, first, frames,
+                scale, threshold, HEAD_STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_QUERIES, False,
+            )  # fmt: skip
     attended = (index < keys)[:, None]
     key_sums = vectors.where(attended, vectors.scaled(key_sums, grad_scale))
     value_sums = vectors.where(attended, vectors.scaled(value_sums, keep_scale))
@@ -334,15 +348,14 @@ def _key_backward(
 
 
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
-    max_frames, dropout_p, seed = arguments[3:]
+    dropout_p, seed = arguments.dropout_p, arguments.seed
     qkv, offsets, key_lengths = contiguous(*arguments[:3])
     rows, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(rows, heads, head_dim)
     saved = [qkv.new_empty(shape, dtype=dtype) for shape, dtype in saved_tensors(arguments)]
     lse, columns = saved if dropout_p > 0.0 else (*saved, None)
     if columns is not None:
-        given = {"columns": columns, "seed": seed, "max_frames": max_frames, "BLOCK": _COLUMNS_BLOCK}
-        launch(_draw_columns, lambda _: (cdiv(max_frames, _COLUMNS_BLOCK),), given, [Blocks()])
+        launch(_draw_columns, lambda _: (len(columns) // ROOM,), {"columns": columns, "seed": seed}, [Blocks()])
     given = {
         "qkv": qkv, "offsets": offsets, "key_lengths": key_lengths, "out": out, "lse": lse if save else None,
         "columns": columns, "seed": seed, "keep_scale": dropout.scale(dropout_p), **_constants(qkv, dropout_p),
@@ -352,10 +365,10 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
 
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Log-sum-exp of each row, and with dropout random bits of each key position."""
+    """Log-sum-exp of each row, and with dropout random bits of each key position, in whole blocks."""
     rows, _, heads, _ = arguments.qkv.shape
-    lse = ((heads, rows), torch.float32)
-    return [lse, ((arguments.max_frames,), torch.int32)] if arguments.dropout_p > 0.0 else [lse]
+    lse, columns = ((heads, rows), torch.float32), ((cdiv(arguments.max_frames, ROOM) * ROOM,), torch.int32)
+    return [lse, columns] if arguments.dropout_p > 0.0 else [lse]
 
 
 def backward(arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]) -> tuple[Tensor]:
@@ -364,12 +377,14 @@ def backward(arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor]
     out, lse, columns = saved if dropout_p > 0.0 else (*saved, None)
     constants, keep_scale = _constants(qkv, dropout_p), dropout.scale(dropout_p)
     qkv_grad = torch.empty_like(qkv)
+    places = len(lse), (len(qkv) // ROOM + len(offsets) - 1) * ROOM
     shared = {
-        "qkv": qkv, "qkv_grad": qkv_grad, "out_grad": grad, "offsets": offsets, "key_lengths": key_lengths, "lse": lse,
-        "delta": torch.empty_like(lse), "columns": columns, "grad_scale": keep_scale * qkv.shape[3] ** -0.5,
-        "row_bits": None if columns is None else torch.empty_like(lse, dtype=torch.int32), **constants,
+        "qkv": qkv, "qkv_grad": qkv_grad, "out_grad": grad, "offsets": offsets, "key_lengths": key_lengths,
+        "row_lse": lse.new_empty(places), "delta": lse.new_empty(places), "columns": columns,
+        "row_bits": None if columns is None else columns.new_empty(places),
+        "grad_scale": keep_scale * qkv.shape[3] ** -0.5, **constants,
     }  # fmt: skip
-    of_queries = {"out": out, "seed": seed, "inverse_keep_scale": 1 / keep_scale}
+    of_queries = {"out": out, "lse": lse, "seed": seed, "inverse_keep_scale": 1 / keep_scale}
     launch(_query_backward, _grid("BLOCK_QUERIES", arguments), shared | of_queries, _query_backward_blocks(*_kind(qkv)))
     of_keys = {"keep_scale": keep_scale}
     launch(_key_backward, _grid("BLOCK_KEYS", arguments), shared | of_keys, _key_backward_blocks(*_kind(qkv)))

@@ -10,7 +10,7 @@ pytest.importorskip("triton", minversion="3.6")
 from hubert_fast import backend  # noqa: E402
 from hubert_fast.kernels import head_vectors  # noqa: E402
 from hubert_fast.kernels import masked_attention as kernels  # noqa: E402
-from hubert_fast.kernels.launch import ARCHITECTURES  # noqa: E402
+from hubert_fast.kernels.launch import ARCHITECTURES, INTERPRETER  # noqa: E402
 from hubert_fast.ops.masked_attention import masked_attention  # noqa: E402
 from tests.kernels import dropout_twin  # noqa: E402
 from tests.kernels.device import DEVICE  # noqa: E402
@@ -85,6 +85,36 @@ def test_the_blocks_of_every_gpu_are_as_precise_as_pytorch(head_dim, dtype, arch
     monkeypatch.setattr(kernels, "architecture", lambda tensor: architecture)
     function = attend([70, 0, 3, 75], [50, 0, 0, 75], p=0.1, seed=SEED)
     _assert_as_precise(dtype, (150, 1, head_dim), function, seeds=1)
+
+
+@pytest.mark.parametrize("architecture", [INTERPRETER, 80, 90])
+@pytest.mark.parametrize("keys", [None, [1, 60, 0, 64, 65, 64, 0, 70]], ids=["all-keys", "key-lengths"])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_sequences_that_fill_their_blocks_or_just_do_not(p, keys, architecture, monkeypatch, memory_of_nan):
+    monkeypatch.setattr(kernels, "architecture", lambda tensor: architecture)
+    lengths = [1, 63, 0, 64, 65, 128, 0, 129]
+    function = attend(lengths, keys, p=p, seed=SEED, more_frames=60)
+    _assert_as_precise(torch.bfloat16, (sum(lengths) + 5, 1, 16), function, seeds=1)
+
+
+@pytest.fixture
+def memory_of_nan():
+    """PyTorch fills new memory with NaN and the largest integers."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("architecture", [INTERPRETER, *ARCHITECTURES])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_keys_gradient_reads_no_block_of_rows_that_the_queries_did_not_write(architecture, head_dim, dtype):
+    of_queries = kernels._query_backward_blocks(architecture, dtype, head_dim)
+    of_keys = kernels._key_backward_blocks(architecture, dtype, head_dim)
+    forward = kernels._forward_blocks(architecture, dtype, head_dim, True)
+    longest = max(each.sizes["BLOCK_QUERIES"] for each in of_keys)
+    assert longest <= min(each.sizes["BLOCK_QUERIES"] for each in of_queries)
+    assert all(kernels.ROOM % size == 0 for each in [*forward, *of_queries, *of_keys] for size in each.sizes.values())
 
 
 def test_a_sequence_gives_the_same_bits_in_every_place_of_a_batch():
