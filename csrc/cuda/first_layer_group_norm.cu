@@ -120,6 +120,7 @@ __global__ void __launch_bounds__(kThreads)
     group_norm_backward_kernel(FirstLayer layer, const double* statistics, const float* filters, T* gradients,
                                std::int64_t rows, float* partial, int parts) {
   constexpr int kFrames = kGroupNormBackwardFrames;
+  constexpr int kAhead = sizeof(T) == 4 ? 1 : 2;  // two of float would spill
   using Activation = typename GeluFor<T>::type;
   __shared__ float staged[staged_samples<Shape>(kFrames)];
   __shared__ float scratch[kThreads * kWidth];
@@ -144,16 +145,11 @@ __global__ void __launch_bounds__(kThreads)
     if (end > left) end = static_cast<int>(left);
     T* at = gradients + (row * rows + first_frame + begin) * layer.channels + channel;
     Window<Shape> window;
-    Packed<T, kWidth> next;
-    if (begin < end) {
-      window.begin(staged, begin);
-      next.load(at);
-    }
+    if (begin < end) window.begin(staged, begin);
+    Ahead<T, kWidth, kAhead> ahead(at, layer.channels, end - begin);
     for (int t = begin; t < end; ++t, at += layer.channels) {
-      const Packed<T, kWidth> packed = next;
-      if (t + 1 < end) next.load(at + layer.channels);
       float values[kWidth];
-      packed.to_floats(values);
+      ahead.next(at, end - 1 - t).to_floats(values);
       window.advance(staged, t, layer);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {

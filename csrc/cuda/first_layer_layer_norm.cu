@@ -95,12 +95,13 @@ __global__ void __launch_bounds__(kThreads)
     T* at = gradients + (row * rows + first_frame + begin) * layer.channels + channel;
     Window<Shape> window;
     if (begin < end) window.begin(staged, begin);
+    Ahead<T, kWidth, 2> ahead(at, layer.channels, share.active ? end - begin : 0);
     for (int t = begin; t < end; ++t, at += layer.channels) {
       window.advance(staged, t, layer);
       float first = 0.0f, second = 0.0f;
       if (share.active) {
         float values[kWidth];
-        load_floats<kWidth>(at, values);
+        ahead.next(at, end - 1 - t).to_floats(values);
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
           const float normalised = filter.apply(window, i) * rstd[t];  // norm_weight x_hat

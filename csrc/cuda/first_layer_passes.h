@@ -146,9 +146,34 @@ constexpr int staged_samples(int frames) {
   return frames * (Shape::kStride > 0 ? Shape::kStride : kMaxTaps) + kMaxTaps;
 }
 
-// One block a multiprocessor is enough for ptxas: for two it would spill a few registers of layer norm's on sm_80.
+// The runs of channels that a thread reads of consecutive frames, `channels` values apart: kFrames of them are on their way
+// while one is worked on.
+template <class T, int kWidth, int kFrames>
+class Ahead {
+ public:
+  __device__ Ahead(const T* first, int channels, int count) : channels_(channels) {
+#pragma unroll
+    for (int i = 0; i < kFrames; ++i) {
+      if (i < count) runs_[i].load(first + i * channels);
+    }
+  }
+  // The run at `at`, of a frame that has `left` more after it.
+  __device__ Packed<T, kWidth> next(const T* at, int left) {
+    const Packed<T, kWidth> run = runs_[0];
+#pragma unroll
+    for (int i = 1; i < kFrames; ++i) runs_[i - 1] = runs_[i];
+    if (left >= kFrames) runs_[kFrames - 1].load(at + kFrames * channels_);
+    return run;
+  }
+
+ private:
+  int channels_;
+  Packed<T, kWidth> runs_[kFrames];
+};
+
+// Two blocks a multiprocessor where ptxas spills nothing for that: it does under layer norm and for taps of any number.
 template <class T, bool kLayerNorm, class Shape>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kLayerNorm || Shape::kStride == 0 ? 1 : 2)
     forward_kernel(FirstLayer layer, const double* statistics, const float* filters, const float* norm_bias,
                    double epsilon, T* activations, std::int64_t rows, int parts) {
   constexpr int kWidth = 8;
@@ -186,20 +211,24 @@ __global__ void __launch_bounds__(kThreads, 1)
   const std::int64_t rows_left = rows - first_frame, frames_left = layer.frames - first_frame;
   int end = begin + run < kForwardFrames ? begin + run : kForwardFrames;
   if (end > rows_left) end = static_cast<int>(rows_left);
+  const int live = end < frames_left ? end : static_cast<int>(frames_left);
   T* out = activations + (row * rows + first_frame) * layer.channels + channel;
   Window<Shape> window;
-  if (begin < end) window.begin(staged, begin);
-  for (int t = begin; t < end; ++t) {
+  if (begin < live) window.begin(staged, begin);
+  int t = begin;
+  for (; t < live; ++t) {
     window.advance(staged, t, layer);
     float values[kWidth];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       float z = filter.apply(window, i);
       if (kLayerNorm) z = fmaf(z, rstd[t], bias[i]);
-      values[i] = t < frames_left ? Activation::value(z) : 0.0f;
+      values[i] = Activation::value(z);
     }
     store_floats<kWidth>(out + static_cast<std::int64_t>(t) * layer.channels, values);
   }
+  const float zeros[kWidth] = {};
+  for (; t < end; ++t) store_floats<kWidth>(out + static_cast<std::int64_t>(t) * layer.channels, zeros);
 }
 
 // Sums over the slots of one quantity that each thread holds for its channels, written for the block.
