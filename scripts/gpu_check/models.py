@@ -13,7 +13,6 @@ from benchmarks.architecture import ARCHITECTURES, Architecture
 from benchmarks.batches import SAMPLE_RATE, Batch, even, make
 from benchmarks.operators import OPERATORS as MEASURED
 from benchmarks.peers.peer import Setting
-from hubert_fast.ops import feed_forward  # noqa: F401  (so that there is such an operator)
 from scripts.gpu_check.device import DEVICE, ON_GPU
 from scripts.gpu_check.facts import Facts
 
