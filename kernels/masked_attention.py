@@ -28,7 +28,7 @@ from torch import Tensor
 from hubert_fast import tf32
 from hubert_fast.kernels import dropout
 from hubert_fast.kernels import head_vectors as vectors
-from hubert_fast.kernels.column_tiles import contiguous
+from hubert_fast.kernels.column_tiles import contiguous, sum_parts
 from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, cdiv, launch
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _LOG2_E = math.log2(math.e)
 ROOM = 128
 _ROOM = tl.constexpr(ROOM)  # in kernels
 # From batch to batch, and the alignment of a seed, which may be a view of several: nothing is compiled anew for them.
-_VARYING = ["rows", "sequences", "threshold", "seed"]
+_VARYING = ["rows", "sequences", "part_count", "threshold", "seed"]
 
 
 @triton.jit
@@ -193,6 +193,21 @@ def _forward(
 
 
 @triton.jit
+def _store_part(parts, part_count, which: tl.constexpr, sums, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+                WIDTH: tl.constexpr, REST: tl.constexpr):  # fmt: skip
+    """``sums``, a row, as the program's part of a sum over all rows; parts that no program has are 0."""
+    if parts is not None:
+        parts += (which * HEADS + tl.program_id(1)) * HEAD_DIM
+        part = tl.program_id(0)
+        vectors.store_row(parts + part * 3 * HEADS * HEAD_DIM, sums, WIDTH, REST, HEAD_DIM)
+        part += tl.num_programs(0)
+        while part < part_count:
+            nothing = tl.zeros([WIDTH], tl.float32), tl.zeros([REST if REST > 0 else 1], tl.float32)
+            vectors.store_row(parts + part * 3 * HEADS * HEAD_DIM, nothing, WIDTH, REST, HEAD_DIM)
+            part += tl.num_programs(0)
+
+
+@triton.jit
 def _add_query_gradient(sums, query, grad, lse, delta, row_bits, key, value, columns, first, keys, scale, threshold,
                         STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr,
                         DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
@@ -225,8 +240,10 @@ def _query_backward(
     row_bits,  # [HEADS, row_places] int32, written: dropout bits of each query; or None
     columns,  # [column_places] int32, or None
     seed,  # [] int64, or None
+    parts,  # [part_count, 3, HEADS, HEAD_DIM] float32, or None: the queries' part is written, the sum of each program's rows
     rows,
     sequences,
+    part_count,
     scale,
     threshold,
     grad_scale,
@@ -244,13 +261,12 @@ def _query_backward(
     HEAD_STRIDE: tl.constexpr = HEADS * HEAD_DIM
     STRIDE: tl.constexpr = 3 * HEAD_STRIDE
     sequence, start, frames, first = _rows_of_program(offsets, rows, sequences, BLOCK_QUERIES)
-    if first >= frames:
-        return
     head, row, left = tl.program_id(1), start + first, frames - first
     qkv_grad += row.to(tl.int64) * STRIDE + head * HEAD_DIM
-    if sequence == sequences:
+    if (first >= frames) | (sequence == sequences):
         nothing = vectors.zeros(BLOCK_QUERIES, WIDTH, REST)
         vectors.store(qkv_grad, nothing, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
+        _store_part(parts, part_count, 0, vectors.column_sums(nothing), HEADS, HEAD_DIM, WIDTH, REST)
         return
     keys = _keys_of(sequence, key_lengths, frames)
     qkv += start.to(tl.int64) * STRIDE + head * HEAD_DIM
@@ -280,6 +296,7 @@ def _query_backward(
                                        False)  # fmt: skip
     sums = vectors.scaled(sums, grad_scale)
     vectors.store(qkv_grad, sums, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
+    _store_part(parts, part_count, 0, vectors.column_sums(sums), HEADS, HEAD_DIM, WIDTH, REST)
 
 
 @triton.jit
@@ -316,8 +333,10 @@ def _key_backward(
     delta,  # [HEADS, row_places] float32, of `_query_backward`
     row_bits,  # [HEADS, row_places] int32, of `_query_backward`; or None
     columns,  # [column_places] int32, or None
+    parts,  # as in `_query_backward`: the keys' and the values' parts are written
     rows,
     sequences,
+    part_count,
     scale,
     threshold,
     grad_scale,
@@ -335,17 +354,17 @@ def _key_backward(
     HEAD_STRIDE: tl.constexpr = HEADS * HEAD_DIM
     STRIDE: tl.constexpr = 3 * HEAD_STRIDE
     sequence, start, frames, first_key = _rows_of_program(offsets, rows, sequences, BLOCK_KEYS)
-    if first_key >= frames:
-        return
     head = tl.program_id(1)
     away, left = first_key.to(tl.int64) * STRIDE, frames - first_key
     qkv += start.to(tl.int64) * STRIDE + head * HEAD_DIM
     key_grad = qkv_grad + (start + first_key).to(tl.int64) * STRIDE + head * HEAD_DIM + HEAD_STRIDE
     value_grad = key_grad + HEAD_STRIDE
-    if sequence == sequences:
+    if (first_key >= frames) | (sequence == sequences):
         nothing = vectors.zeros(BLOCK_KEYS, WIDTH, REST)
         vectors.store(key_grad, nothing, left, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
         vectors.store(value_grad, nothing, left, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
+        _store_part(parts, part_count, 1, vectors.column_sums(nothing), HEADS, HEAD_DIM, WIDTH, REST)
+        _store_part(parts, part_count, 2, vectors.column_sums(nothing), HEADS, HEAD_DIM, WIDTH, REST)
         return
     keys = _keys_of(sequence, key_lengths, frames)
     key = vectors.load(qkv + HEAD_STRIDE + away, keys - first_key, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM, True)
@@ -377,6 +396,8 @@ def _key_backward(
     value_sums = vectors.where(attended, vectors.scaled(value_sums, keep_scale))
     vectors.store(key_grad, key_sums, left, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
     vectors.store(value_grad, value_sums, left, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
+    _store_part(parts, part_count, 1, vectors.column_sums(key_sums), HEADS, HEAD_DIM, WIDTH, REST)
+    _store_part(parts, part_count, 2, vectors.column_sums(value_sums), HEADS, HEAD_DIM, WIDTH, REST)
 
 
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
@@ -403,24 +424,36 @@ def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dty
     return [lse, columns] if arguments.dropout_p > 0.0 else [lse]
 
 
-def backward(arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]) -> tuple[Tensor]:
+def backward(
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
+) -> tuple[Optional[Tensor], ...]:
     dropout_p, seed = arguments.dropout_p, arguments.seed
     grad, qkv, offsets, key_lengths = contiguous(*gradients, *arguments[:3])
     out, lse, columns = saved if dropout_p > 0.0 else (*saved, None)
     constants, keep_scale = _constants(qkv, offsets, dropout_p), dropout.scale(dropout_p)
     qkv_grad = torch.empty_like(qkv)
+    query_blocks, key_blocks = _query_backward_blocks(*_kind(qkv)), _key_backward_blocks(*_kind(qkv))
+    parts, part_count = None, 0
+    if wanted[1]:
+        shortest = min(
+            *(each.sizes["BLOCK_QUERIES"] for each in query_blocks), *(each.sizes["BLOCK_KEYS"] for each in key_blocks)
+        )
+        part_count = len(qkv) // shortest + len(offsets)
+        parts = qkv.new_empty(part_count, 1, *qkv.shape[1:], dtype=torch.float32)
     places = len(lse), (len(qkv) // ROOM + len(offsets) - 1) * ROOM
     shared = {
         "qkv": qkv, "qkv_grad": qkv_grad, "out_grad": grad, "offsets": offsets, "key_lengths": key_lengths,
         "row_lse": lse.new_empty(places), "delta": lse.new_empty(places), "columns": columns,
         "row_bits": None if columns is None else columns.new_empty(places),
-        "grad_scale": keep_scale * qkv.shape[3] ** -0.5, **constants,
+        "parts": parts, "part_count": part_count, "grad_scale": keep_scale * qkv.shape[3] ** -0.5, **constants,
     }  # fmt: skip
     of_queries = {"out": out, "lse": lse, "seed": seed, "inverse_keep_scale": 1 / keep_scale}
-    launch(_query_backward, _grid("BLOCK_QUERIES", arguments), shared | of_queries, _query_backward_blocks(*_kind(qkv)))
+    launch(_query_backward, _grid("BLOCK_QUERIES", arguments), shared | of_queries, query_blocks)
     of_keys = {"keep_scale": keep_scale}
-    launch(_key_backward, _grid("BLOCK_KEYS", arguments), shared | of_keys, _key_backward_blocks(*_kind(qkv)))
-    return (qkv_grad,)
+    launch(_key_backward, _grid("BLOCK_KEYS", arguments), shared | of_keys, key_blocks)
+    if parts is None:
+        return [qkv_grad, None]
+    return [qkv_grad, *sum_parts(parts.flatten(2), [arguments.qkv_bias])]
 
 
 def _constants(qkv: Tensor, offsets: Tensor, dropout_p: float) -> dict[str, object]:

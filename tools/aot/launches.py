@@ -40,7 +40,10 @@ def launch_all(operator: str, size: Size, dtype: torch.dtype) -> None:
         elif operator == "residual_layer_norm":  # and here the sum
             gradients[1] = gradients[1] if arguments.with_sum else None
             saved = [results[1], *saved]
-        kernels.backward(arguments, saved, tuple(gradients), [True] * _MOST_GRADIENTS)
+        wanted = [True] * _MOST_GRADIENTS
+        if operator == "masked_attention":
+            wanted[1] = arguments.qkv_bias is not None
+        kernels.backward(arguments, saved, tuple(gradients), wanted)
 
 
 def _like(result: Tensor | None) -> Tensor | None:
@@ -99,9 +102,10 @@ def _mask_fill(size: Size, dtype: torch.dtype) -> Iterator[tuple]:
 
 def _masked_attention(size: Size, dtype: torch.dtype) -> Iterator[tuple]:
     qkv = _empty(size.rows, 3, size.heads, size.head_dim, dtype=dtype)
-    for key_lengths, dropout_p in itertools.product((None, _integers(size.batch)), _DROPOUT):
-        offsets = _integers(size.batch + 1)
-        yield masked_attention.Arguments(qkv, offsets, key_lengths, size.frames, dropout_p, _seed(dropout_p))
+    offsets, bias = _integers(size.batch + 1), _empty(3, size.heads, size.head_dim)
+    for key_lengths, dropout_p, qkv_bias in itertools.product((None, _integers(size.batch)), _DROPOUT, (bias, None)):
+        settings = size.frames, dropout_p, _seed(dropout_p)
+        yield masked_attention.Arguments(qkv, offsets, key_lengths, *settings, qkv_bias)
 
 
 def _positional_conv(size: Size, dtype: torch.dtype) -> Iterator[tuple]:
