@@ -141,19 +141,16 @@ def row_sums(left, right, REST: tl.constexpr):
 
 
 @triton.jit
-def clear(
-    first,
-    rows,
-    STRIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    REST: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Zeros in ``rows`` rows (int64), shared among the programs of axis 0."""
-    nothing = zeros(BLOCK, WIDTH, REST)
-    step = tl.num_programs(0) * BLOCK
-    done = (tl.program_id(0) * BLOCK).to(tl.int64)
-    while done < rows:
-        store(first + done * STRIDE, nothing, rows - done, STRIDE, BLOCK, WIDTH, REST, HEAD_DIM)
-        done += step
+def column_sums(vectors):
+    """The sum of all rows."""
+    return tl.sum(vectors[0], 0), tl.sum(vectors[1], 0)
+
+
+@triton.jit
+def store_row(first, row, WIDTH: tl.constexpr, REST: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """``row``, a pair as of `column_sums`, to the pointer ``first``."""
+    column = tl.arange(0, WIDTH)
+    tl.store(first + column, row[0], mask=column < HEAD_DIM)
+    if REST > 0:
+        column = WIDTH + tl.arange(0, REST)
+        tl.store(first + column, row[1], mask=column < HEAD_DIM)

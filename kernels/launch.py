@@ -36,16 +36,22 @@ _HERE = nullcontext()
 
 @dataclass(frozen=True)
 class Blocks:
-    """Block sizes of a launch: constants of the kernel by name, warps of a program, stages of its pipelined loops."""
+    """Block sizes of a launch: constants of the kernel by name, warps of a program, stages of its pipelined loops.
+
+    ``registers`` is the most that a thread may have, where a few more would leave room for one program less. None: as it comes.
+    """
 
     sizes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     warps: int = 4
     stages: int = 2
+    registers: Optional[int] = None
 
     @cached_property
     def options(self) -> dict[str, Any]:
         """Triton's compile options. Multiply-adds are fused whatever the default: Triton 3.10 turns it round."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return {
+            "num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers, "enable_fp_fusion": True,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,7 @@ def _start(kernel: Any, programs: tuple[int, ...], given: Mapping[str, Any], blo
     device = driver.get_current_device()
     values = [given[name] for name in known.names]
     kinds = [value if is_constant else _kind(value) for value, is_constant in zip(values, known.are_constants)]
-    key = (device, blocks.warps, blocks.stages, *kinds)
+    key = (device, blocks.warps, blocks.stages, blocks.registers, *kinds)
     compiled = known.by_key.get(key)
     if compiled is None:
         known.by_key[key] = kernel[programs](**given, **blocks.options)
@@ -203,9 +209,12 @@ _tuners: dict[Any, Any] = {}
 
 def _tuned(kernel: Any, candidates: tuple[Blocks, ...], constants: list[str]) -> Any:
     """``kernel`` under ``triton.autotune``, keyed by dtypes and constants: numbers of rows change from batch to batch."""
-    key = (kernel, tuple((tuple(each.sizes.items()), each.warps, each.stages) for each in candidates))
+    key = (kernel, tuple((tuple(each.sizes.items()), *each.options.values()) for each in candidates))
     if key not in _tuners:
-        configs = [triton.Config(dict(each.sizes), num_warps=each.warps, num_stages=each.stages) for each in candidates]
+        configs = [
+            triton.Config(dict(each.sizes), num_warps=each.warps, num_stages=each.stages, maxnreg=each.registers)
+            for each in candidates
+        ]
         _tuners[key] = triton.autotune(configs=configs, key=constants)(kernel)
     return _tuners[key]
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 import torch
 import triton
@@ -28,7 +28,7 @@ from torch import Tensor
 from hubert_fast import tf32
 from hubert_fast.kernels import dropout
 from hubert_fast.kernels import head_vectors as vectors
-from hubert_fast.kernels.column_tiles import contiguous
+from hubert_fast.kernels.column_tiles import contiguous, sum_parts
 from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, cdiv, launch
 
 if TYPE_CHECKING:
@@ -39,14 +39,40 @@ _LOG2_E = math.log2(math.e)
 ROOM = 128
 _ROOM = tl.constexpr(ROOM)  # in kernels
 # From batch to batch, and the alignment of a seed, which may be a view of several: nothing is compiled anew for them.
-_VARYING = ["rows", "threshold", "seed"]
+_VARYING = ["rows", "sequences", "part_count", "threshold", "seed"]
 
 
 @triton.jit
-def _row_place(head, rows, start, sequence):
+def _first_place(start, sequence, SIZE: tl.constexpr):
+    """The first of the places, each for SIZE rows, of ``sequence``, whose first row is ``start``: there are enough before it."""
+    return start // SIZE + sequence
+
+
+@triton.jit
+def _rows_of_program(offsets, rows, sequences, BLOCK: tl.constexpr):
+    """The program's sequence, where that starts, its frames, and which of them the program's BLOCK begins with.
+
+    Found by a binary search over `_first_place`. Dead rows are one sequence more. Blocks may begin past a sequence's end.
+    """
+    place = tl.program_id(0)
+    sequence = place * 0  # the last that is known to begin no later
+    count = sequences + 1  # from there on, one of these is the program's
+    while count > 1:
+        middle = sequence + count // 2
+        begins = _first_place(tl.load(offsets + middle), middle, BLOCK)
+        sequence = tl.where(begins <= place, middle, sequence)
+        count -= count // 2
+    start, end = tl.load(offsets + sequence).to(tl.int32), rows
+    if sequence < sequences:
+        end = tl.load(offsets + sequence + 1).to(tl.int32)
+    return sequence, start, end - start, (place - _first_place(start, sequence, BLOCK)) * BLOCK
+
+
+@triton.jit
+def _row_place(head, rows, sequences, start, sequence):
     """Where the vectors of the rows of ``sequence``, whose first row is ``start``, lie in [HEADS, row_places]."""
-    of_head = head.to(tl.int64) * ((rows // _ROOM + tl.num_programs(2) - 1) * _ROOM)
-    return of_head + (start // _ROOM + sequence) * _ROOM
+    of_head = head.to(tl.int64) * ((rows // _ROOM + sequences) * _ROOM)
+    return of_head + _first_place(start, sequence, _ROOM) * _ROOM
 
 
 @triton.jit
@@ -66,9 +92,13 @@ def _draw_columns(columns, seed):
 
 
 @triton.jit
-def _kept(row_bits, columns, key, threshold):
+def _kept(row_bits, columns, key, keys, threshold, MASKED: tl.constexpr):
     """Which weights of rows x columns dropout keeps: ``row_bits`` and ``key`` broadcast with each other."""
-    return dropout.keep(row_bits, tl.load(columns + key).to(tl.uint32, bitcast=True), threshold)
+    if MASKED:  # the table goes further, but the loads of whole blocks would take registers that there are not
+        bits = tl.load(columns + key, mask=key < keys, other=0)
+    else:
+        bits = tl.load(columns + key)
+    return dropout.keep(row_bits, bits.to(tl.uint32, bitcast=True), threshold)
 
 
 @triton.jit
@@ -90,7 +120,7 @@ def _attend(state, query, row_bits, key, value, columns, first, keys, scale, thr
     total = total * shrink + tl.sum(weights, 1)
     if DROPOUT:
         # A zero that the compiler cannot see: it would move the choice behind the conversion to 16 bits, where it takes longer.
-        weights = tl.where(_kept(row_bits[:, None], columns, index, threshold), weights, 0.0 * scale)
+        weights = tl.where(_kept(row_bits[:, None], columns, index, keys, threshold, MASKED), weights, 0.0 * scale)
     sums = vectors.add_weighted(vectors.scaled(sums, shrink[:, None]), weights, block_value, REST, PRECISION)
     return sums, total, new_largest
 
@@ -105,6 +135,7 @@ def _forward(
     columns,  # [column_places] int32, or None
     seed,  # [] int64, or None
     rows,
+    sequences,
     scale,
     threshold,
     keep_scale,
@@ -117,29 +148,30 @@ def _forward(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """A program: BLOCK_QUERIES queries of a head of a sequence; the programs after the last sequence clear dead rows."""
+    """A program: BLOCK_QUERIES queries of a head of a sequence, or zeros for as many dead rows."""
     HEAD_STRIDE: tl.constexpr = HEADS * HEAD_DIM
     STRIDE: tl.constexpr = 3 * HEAD_STRIDE
-    head, sequence = tl.program_id(1), tl.program_id(2)
-    start = tl.load(offsets + sequence)
-    out += start * HEAD_STRIDE + head * HEAD_DIM
-    if sequence == tl.num_programs(2) - 1:
-        vectors.clear(out, rows - start, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
-        if lse is not None:
-            vectors.clear(lse + head.to(tl.int64) * rows + start, rows - start, 1, BLOCK_QUERIES, 1, 0, 1)
-        return
-    frames = (tl.load(offsets + sequence + 1) - start).to(tl.int32)
-    first = tl.program_id(0) * BLOCK_QUERIES
+    sequence, start, frames, first = _rows_of_program(offsets, rows, sequences, BLOCK_QUERIES)
     if first >= frames:
         return
+    head, row, left = tl.program_id(1), start + first, frames - first
+    index = tl.arange(0, BLOCK_QUERIES)
+    out += head * HEAD_DIM
+    if sequence == sequences:
+        nothing = vectors.zeros(BLOCK_QUERIES, WIDTH, REST)
+        away = row.to(tl.int64) * HEAD_STRIDE
+        vectors.store(out + away, nothing, left, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
+        if lse is not None:
+            tl.store(
+                lse + head.to(tl.int64) * rows + row + index, tl.zeros([BLOCK_QUERIES], tl.float32), mask=index < left
+            )
+        return
     keys = _keys_of(sequence, key_lengths, frames)
-    qkv += start * STRIDE + head * HEAD_DIM
-    away = first.to(tl.int64)
-    query = vectors.load(qkv + away * STRIDE, frames - first, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, True)
-    row = start + first + tl.arange(0, BLOCK_QUERIES)
+    qkv += start.to(tl.int64) * STRIDE + head * HEAD_DIM
+    query = vectors.load(qkv + first.to(tl.int64) * STRIDE, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, True)
     row_bits = tl.zeros([BLOCK_QUERIES], tl.uint32)
     if DROPOUT:
-        row_bits = dropout.row_bits(tl.load(seed), (row * HEADS + head).to(tl.int32))
+        row_bits = dropout.row_bits(tl.load(seed), (row + index) * HEADS + head)
     largest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
     state = vectors.zeros(BLOCK_QUERIES, WIDTH, REST), tl.zeros([BLOCK_QUERIES], tl.float32), largest
     key, value = qkv + HEAD_STRIDE, qkv + 2 * HEAD_STRIDE
@@ -154,9 +186,25 @@ def _forward(
                             STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_KEYS, False)  # fmt: skip
     sums, total, largest = state
     sums = vectors.scaled(sums, (keep_scale / total)[:, None])
-    vectors.store(out + away * HEAD_STRIDE, sums, frames - first, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
+    away = row.to(tl.int64) * HEAD_STRIDE
+    vectors.store(out + away, sums, left, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
     if lse is not None:
-        tl.store(lse + head.to(tl.int64) * rows + row, largest + tl.log2(total), mask=row < start + frames)
+        tl.store(lse + head.to(tl.int64) * rows + row + index, largest + tl.log2(total), mask=index < left)
+
+
+@triton.jit
+def _store_part(parts, part_count, which: tl.constexpr, sums, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+                WIDTH: tl.constexpr, REST: tl.constexpr):  # fmt: skip
+    """``sums``, a row, as the program's part of a sum over all rows; parts that no program has are 0."""
+    if parts is not None:
+        parts += (which * HEADS + tl.program_id(1)) * HEAD_DIM
+        part = tl.program_id(0)
+        vectors.store_row(parts + part * 3 * HEADS * HEAD_DIM, sums, WIDTH, REST, HEAD_DIM)
+        part += tl.num_programs(0)
+        while part < part_count:
+            nothing = tl.zeros([WIDTH], tl.float32), tl.zeros([REST if REST > 0 else 1], tl.float32)
+            vectors.store_row(parts + part * 3 * HEADS * HEAD_DIM, nothing, WIDTH, REST, HEAD_DIM)
+            part += tl.num_programs(0)
 
 
 @triton.jit
@@ -174,7 +222,7 @@ def _add_query_gradient(sums, query, grad, lse, delta, row_bits, key, value, col
     weights = tl.exp2(scores * scale - lse[:, None])
     weights_grad = vectors.products(grad, block_value, REST, PRECISION)
     if DROPOUT:
-        weights_grad = tl.where(_kept(row_bits[:, None], columns, index, threshold), weights_grad, 0.0)
+        weights_grad = tl.where(_kept(row_bits[:, None], columns, index, keys, threshold, MASKED), weights_grad, 0.0)
     return vectors.add_weighted(sums, weights * (weights_grad - delta[:, None]), block_key, REST, PRECISION)
 
 
@@ -192,7 +240,10 @@ def _query_backward(
     row_bits,  # [HEADS, row_places] int32, written: dropout bits of each query; or None
     columns,  # [column_places] int32, or None
     seed,  # [] int64, or None
+    parts,  # [part_count, 3, HEADS, HEAD_DIM] float32, or None: the queries' part is written, the sum of each program's rows
     rows,
+    sequences,
+    part_count,
     scale,
     threshold,
     grad_scale,
@@ -209,32 +260,29 @@ def _query_backward(
     """dQ of BLOCK_QUERIES queries of a head of a sequence, and what `_key_backward` needs to know of each query."""
     HEAD_STRIDE: tl.constexpr = HEADS * HEAD_DIM
     STRIDE: tl.constexpr = 3 * HEAD_STRIDE
-    head, sequence = tl.program_id(1), tl.program_id(2)
-    start = tl.load(offsets + sequence)
-    qkv_grad += start * STRIDE + head * HEAD_DIM
-    if sequence == tl.num_programs(2) - 1:
-        vectors.clear(qkv_grad, rows - start, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
-        return
-    frames = (tl.load(offsets + sequence + 1) - start).to(tl.int32)
-    first = tl.program_id(0) * BLOCK_QUERIES
-    if first >= frames:
+    sequence, start, frames, first = _rows_of_program(offsets, rows, sequences, BLOCK_QUERIES)
+    head, row, left = tl.program_id(1), start + first, frames - first
+    qkv_grad += row.to(tl.int64) * STRIDE + head * HEAD_DIM
+    if (first >= frames) | (sequence == sequences):
+        nothing = vectors.zeros(BLOCK_QUERIES, WIDTH, REST)
+        vectors.store(qkv_grad, nothing, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
+        _store_part(parts, part_count, 0, vectors.column_sums(nothing), HEADS, HEAD_DIM, WIDTH, REST)
         return
     keys = _keys_of(sequence, key_lengths, frames)
-    qkv += start * STRIDE + head * HEAD_DIM
-    away, left = first.to(tl.int64), frames - first
-    query = vectors.load(qkv + away * STRIDE, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, True)
-    block = (start + away) * HEAD_STRIDE + head * HEAD_DIM
+    qkv += start.to(tl.int64) * STRIDE + head * HEAD_DIM
+    query = vectors.load(qkv + first.to(tl.int64) * STRIDE, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, True)
+    block = row.to(tl.int64) * HEAD_STRIDE + head * HEAD_DIM
     grad = vectors.load(out_grad + block, left, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, True)
     result = vectors.load(out + block, left, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, True)
     block_delta = vectors.row_sums(grad, result, REST) * inverse_keep_scale
-    row = start + away + tl.arange(0, BLOCK_QUERIES)
-    place = _row_place(head, rows, start, sequence) + first + tl.arange(0, BLOCK_QUERIES)
-    block_lse = tl.load(lse + head.to(tl.int64) * rows + row, mask=row < start + frames, other=0.0)
+    index = tl.arange(0, BLOCK_QUERIES)
+    place = _row_place(head, rows, sequences, start, sequence) + first + index
+    block_lse = tl.load(lse + head.to(tl.int64) * rows + row + index, mask=index < left, other=0.0)
     tl.store(row_lse + place, block_lse)
     tl.store(delta + place, block_delta)
     block_bits = tl.zeros([BLOCK_QUERIES], tl.uint32)
     if DROPOUT:
-        block_bits = dropout.row_bits(tl.load(seed), (row * HEADS + head).to(tl.int32))
+        block_bits = dropout.row_bits(tl.load(seed), (row + index) * HEADS + head)
         tl.store(row_bits + place, block_bits.to(tl.int32, bitcast=True))
     key, value = qkv + HEAD_STRIDE, qkv + 2 * HEAD_STRIDE
     sums = vectors.zeros(BLOCK_QUERIES, WIDTH, REST)
@@ -247,7 +295,8 @@ def _query_backward(
                                        keys, scale, threshold, STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_KEYS,
                                        False)  # fmt: skip
     sums = vectors.scaled(sums, grad_scale)
-    vectors.store(qkv_grad + away * STRIDE, sums, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
+    vectors.store(qkv_grad, sums, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
+    _store_part(parts, part_count, 0, vectors.column_sums(sums), HEADS, HEAD_DIM, WIDTH, REST)
 
 
 @triton.jit
@@ -284,7 +333,10 @@ def _key_backward(
     delta,  # [HEADS, row_places] float32, of `_query_backward`
     row_bits,  # [HEADS, row_places] int32, of `_query_backward`; or None
     columns,  # [column_places] int32, or None
+    parts,  # as in `_query_backward`: the keys' and the values' parts are written
     rows,
+    sequences,
+    part_count,
     scale,
     threshold,
     grad_scale,
@@ -301,20 +353,20 @@ def _key_backward(
     """dK and dV of BLOCK_KEYS keys of a head of a sequence: 0 where they are not attended to. Scores are [keys, queries]."""
     HEAD_STRIDE: tl.constexpr = HEADS * HEAD_DIM
     STRIDE: tl.constexpr = 3 * HEAD_STRIDE
-    head, sequence = tl.program_id(1), tl.program_id(2)
-    start = tl.load(offsets + sequence)
-    key_grad = qkv_grad + start * STRIDE + head * HEAD_DIM + HEAD_STRIDE
-    if sequence == tl.num_programs(2) - 1:
-        vectors.clear(key_grad, rows - start, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
-        vectors.clear(key_grad + HEAD_STRIDE, rows - start, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
-        return
-    frames = (tl.load(offsets + sequence + 1) - start).to(tl.int32)
-    first_key = tl.program_id(0) * BLOCK_KEYS
-    if first_key >= frames:
+    sequence, start, frames, first_key = _rows_of_program(offsets, rows, sequences, BLOCK_KEYS)
+    head = tl.program_id(1)
+    away, left = first_key.to(tl.int64) * STRIDE, frames - first_key
+    qkv += start.to(tl.int64) * STRIDE + head * HEAD_DIM
+    key_grad = qkv_grad + (start + first_key).to(tl.int64) * STRIDE + head * HEAD_DIM + HEAD_STRIDE
+    value_grad = key_grad + HEAD_STRIDE
+    if (first_key >= frames) | (sequence == sequences):
+        nothing = vectors.zeros(BLOCK_KEYS, WIDTH, REST)
+        vectors.store(key_grad, nothing, left, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
+        vectors.store(value_grad, nothing, left, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
+        _store_part(parts, part_count, 1, vectors.column_sums(nothing), HEADS, HEAD_DIM, WIDTH, REST)
+        _store_part(parts, part_count, 2, vectors.column_sums(nothing), HEADS, HEAD_DIM, WIDTH, REST)
         return
     keys = _keys_of(sequence, key_lengths, frames)
-    away = first_key.to(tl.int64) * STRIDE
-    qkv += start * STRIDE + head * HEAD_DIM
     key = vectors.load(qkv + HEAD_STRIDE + away, keys - first_key, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM, True)
     value = vectors.load(
         qkv + 2 * HEAD_STRIDE + away, keys - first_key, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM, True
@@ -323,8 +375,8 @@ def _key_backward(
     column_bits = tl.zeros([BLOCK_KEYS], tl.uint32)
     if DROPOUT:
         column_bits = tl.load(columns + index).to(tl.uint32, bitcast=True)
-    out_grad += start * HEAD_STRIDE + head * HEAD_DIM
-    place = _row_place(head, rows, start, sequence)
+    out_grad += start.to(tl.int64) * HEAD_STRIDE + head * HEAD_DIM
+    place = _row_place(head, rows, sequences, start, sequence)
     key_sums = vectors.zeros(BLOCK_KEYS, WIDTH, REST)
     value_sums = vectors.zeros(BLOCK_KEYS, WIDTH, REST)
     last = (frames - 1) // BLOCK_QUERIES * BLOCK_QUERIES
@@ -342,9 +394,10 @@ def _key_backward(
     attended = (index < keys)[:, None]
     key_sums = vectors.where(attended, vectors.scaled(key_sums, grad_scale))
     value_sums = vectors.where(attended, vectors.scaled(value_sums, keep_scale))
-    key_grad += away
-    vectors.store(key_grad, key_sums, frames - first_key, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
-    vectors.store(key_grad + HEAD_STRIDE, value_sums, frames - first_key, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
+    vectors.store(key_grad, key_sums, left, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
+    vectors.store(value_grad, value_sums, left, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
+    _store_part(parts, part_count, 1, vectors.column_sums(key_sums), HEADS, HEAD_DIM, WIDTH, REST)
+    _store_part(parts, part_count, 2, vectors.column_sums(value_sums), HEADS, HEAD_DIM, WIDTH, REST)
 
 
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
@@ -358,7 +411,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
         launch(_draw_columns, lambda _: (len(columns) // ROOM,), {"columns": columns, "seed": seed}, [Blocks()])
     given = {
         "qkv": qkv, "offsets": offsets, "key_lengths": key_lengths, "out": out, "lse": lse if save else None,
-        "columns": columns, "seed": seed, "keep_scale": dropout.scale(dropout_p), **_constants(qkv, dropout_p),
+        "columns": columns, "seed": seed, "keep_scale": dropout.scale(dropout_p), **_constants(qkv, offsets, dropout_p),
     }  # fmt: skip
     launch(_forward, _grid("BLOCK_QUERIES", arguments), given, _forward_blocks(*_kind(qkv), dropout_p > 0.0))
     return (out,), saved if save else []
@@ -371,40 +424,53 @@ def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dty
     return [lse, columns] if arguments.dropout_p > 0.0 else [lse]
 
 
-def backward(arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]) -> tuple[Tensor]:
+def backward(
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
+) -> tuple[Optional[Tensor], ...]:
     dropout_p, seed = arguments.dropout_p, arguments.seed
     grad, qkv, offsets, key_lengths = contiguous(*gradients, *arguments[:3])
     out, lse, columns = saved if dropout_p > 0.0 else (*saved, None)
-    constants, keep_scale = _constants(qkv, dropout_p), dropout.scale(dropout_p)
+    constants, keep_scale = _constants(qkv, offsets, dropout_p), dropout.scale(dropout_p)
     qkv_grad = torch.empty_like(qkv)
+    query_blocks, key_blocks = _query_backward_blocks(*_kind(qkv)), _key_backward_blocks(*_kind(qkv))
+    parts, part_count = None, 0
+    if wanted[1]:
+        shortest = min(
+            *(each.sizes["BLOCK_QUERIES"] for each in query_blocks), *(each.sizes["BLOCK_KEYS"] for each in key_blocks)
+        )
+        part_count = len(qkv) // shortest + len(offsets)
+        parts = qkv.new_empty(part_count, 1, *qkv.shape[1:], dtype=torch.float32)
     places = len(lse), (len(qkv) // ROOM + len(offsets) - 1) * ROOM
     shared = {
         "qkv": qkv, "qkv_grad": qkv_grad, "out_grad": grad, "offsets": offsets, "key_lengths": key_lengths,
         "row_lse": lse.new_empty(places), "delta": lse.new_empty(places), "columns": columns,
         "row_bits": None if columns is None else columns.new_empty(places),
-        "grad_scale": keep_scale * qkv.shape[3] ** -0.5, **constants,
+        "parts": parts, "part_count": part_count, "grad_scale": keep_scale * qkv.shape[3] ** -0.5, **constants,
     }  # fmt: skip
     of_queries = {"out": out, "lse": lse, "seed": seed, "inverse_keep_scale": 1 / keep_scale}
-    launch(_query_backward, _grid("BLOCK_QUERIES", arguments), shared | of_queries, _query_backward_blocks(*_kind(qkv)))
+    launch(_query_backward, _grid("BLOCK_QUERIES", arguments), shared | of_queries, query_blocks)
     of_keys = {"keep_scale": keep_scale}
-    launch(_key_backward, _grid("BLOCK_KEYS", arguments), shared | of_keys, _key_backward_blocks(*_kind(qkv)))
-    return (qkv_grad,)
+    launch(_key_backward, _grid("BLOCK_KEYS", arguments), shared | of_keys, key_blocks)
+    if parts is None:
+        return [qkv_grad, None]
+    return [qkv_grad, *sum_parts(parts.flatten(2), [arguments.qkv_bias])]
 
 
-def _constants(qkv: Tensor, dropout_p: float) -> dict[str, object]:
+def _constants(qkv: Tensor, offsets: Tensor, dropout_p: float) -> dict[str, object]:
     rows, _, heads, head_dim = qkv.shape
     width, rest = vectors.tiles(head_dim)
     return {
-        "rows": rows, "scale": _LOG2_E * head_dim**-0.5, "threshold": dropout.threshold(dropout_p), "HEADS": heads,
-        "HEAD_DIM": head_dim, "WIDTH": width, "REST": rest, "DROPOUT": dropout_p > 0.0,
+        "rows": rows, "sequences": len(offsets) - 1, "scale": _LOG2_E * head_dim**-0.5,
+        "threshold": dropout.threshold(dropout_p), "HEADS": heads, "HEAD_DIM": head_dim, "WIDTH": width, "REST": rest,
+        "DROPOUT": dropout_p > 0.0,
         "PRECISION": "tf32" if qkv.dtype == torch.float32 and tf32.in_products() else "ieee",
     }  # fmt: skip
 
 
 def _grid(block: str, arguments: Arguments) -> Callable[[Mapping[str, int]], tuple[int, ...]]:
-    """Blocks of the longest sequence x heads x sequences; one more sequence stands for dead rows."""
-    longest, heads, sequences = max(arguments.max_frames, 1), arguments.qkv.shape[2], len(arguments.offsets)
-    return lambda sizes: (cdiv(longest, sizes[block]), heads, sequences)
+    """Blocks of rows x heads; the last block of each sequence, dead rows too, may be a part of one."""
+    rows, _, heads, _ = arguments.qkv.shape
+    return lambda sizes: (rows // sizes[block] + len(arguments.offsets), heads)
 
 
 def _kind(qkv: Tensor) -> tuple[int, torch.dtype, int]:
@@ -422,10 +488,11 @@ def _forward_blocks(arch: int, dtype: torch.dtype, head_dim: int, dropout: bool)
     if arch == 90:  # two or three programs a multiprocessor: while one is at its exponentials, another multiplies
         if wide:
             return [_blocks(64, 64, 4, 2), _blocks(128, 64, 8, 2)]
-        four, eight = _blocks(128, 64, 4, 3), _blocks(128, 64, 8, 3)
+        four, eight = _blocks(128, 64, 4, 3), _blocks(128, 64, 8, 3, registers=128)
         return [eight, four] if dropout else [four, eight]  # with random bits four warps run out of registers
     if arch == 100:
-        return [_blocks(128, 64, 8, 2), _blocks(128, 64, 8, 3)]
+        # Without dropout ptxas spills some bytes of eight warps.
+        return [_blocks(128, 64, 8, 2), _blocks(128, 64, 8, 3)] if dropout else [_blocks(128, 64, 4, 2)]
     return [_blocks(128, 64, 8, 2)] if wide else [_blocks(128, 64, 8, 3), _blocks(64, 64, 4, 3)]
 
 
@@ -437,12 +504,12 @@ def _query_backward_blocks(arch: int, dtype: torch.dtype, head_dim: int) -> list
     if dtype == torch.float32:
         # Triton 3.6 spills four warps' 32 keys.
         return [_blocks(32, 32, 8, 2) if wide else _blocks(32, 16, 4, 2)]
-    small, large = _blocks(64, 64, 4, 2), _blocks(128, 64, 8, 2)
+    small, large = _blocks(64, 64, 4, 2), _blocks(128, 64, 8, 2, registers=128 if arch == 90 and not wide else None)
     if arch == 90:
         return [small, large] if wide else [large, small]
     if arch == 100:
         return [large, small]
-    return [_blocks(128, 32, 8, 2)] if wide else [_blocks(128, 32, 8, 3), _blocks(64, 32, 4, 3)]
+    return [_blocks(128, 32, 8, 2)] if wide else [_blocks(128, 32, 8, 3, registers=128), _blocks(64, 32, 4, 3)]
 
 
 @functools.cache
@@ -461,5 +528,6 @@ def _key_backward_blocks(arch: int, dtype: torch.dtype, head_dim: int) -> list[B
     return [_blocks(32, 64, 8, 2)] if wide else [_blocks(32, 128, 8, 2), _blocks(32, 64, 4, 2)]
 
 
-def _blocks(queries: int, keys: int, warps: int, stages: int) -> Blocks:
-    return Blocks({"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys}, warps, stages)
+def _blocks(queries: int, keys: int, warps: int, stages: int, registers: Optional[int] = None) -> Blocks:
+    """With 128 ``registers`` a thread eight warps leave room for eight more."""
+    return Blocks({"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys}, warps, stages, registers)

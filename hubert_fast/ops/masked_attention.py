@@ -18,9 +18,6 @@ from hubert_fast.ops.operator import Operator
 from hubert_fast.reference import masked_attention as reference
 from hubert_fast.torch_backend import masked_attention as torch_backend
 
-# A GPU's grid has 65,535 programs along the axis of sequences, one of which stands for rows of no sequence.
-_MAX_SEQUENCES = 65_534
-
 
 class Arguments(NamedTuple):
     qkv: Tensor  # [rows, 3, heads, head_dim]
@@ -29,6 +26,7 @@ class Arguments(NamedTuple):
     max_frames: int
     dropout_p: float
     seed: Optional[Tensor]  # [] int64
+    qkv_bias: Optional[Tensor] = None  # [3, heads, head_dim]
 
 
 def masked_attention(
@@ -39,6 +37,7 @@ def masked_attention(
     max_frames: int,
     dropout_p: float = 0.0,
     seed: Optional[Tensor] = None,  # [] int64
+    qkv_bias: Optional[Tensor] = None,  # [3, heads, head_dim]
 ) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v within each sequence (Vaswani et al. 2017, eq. 1), with dropout on the softmax.
 
@@ -53,6 +52,8 @@ def masked_attention(
         dropout_p: probability that an attention weight is dropped, in [0, 1).
         seed: scalar int64 on the device of ``qkv``, from which the dropout mask follows. None: drawn from torch's default
             generator, only where ``dropout_p > 0``. PyTorch's attention for GPUs (backend "torch") draws its mask itself.
+        qkv_bias: ``[3, heads, head_dim]``, float: a bias that every row of ``qkv`` contains already. It is not added again; it
+            gets its gradient, the sum of that of ``qkv`` over the rows, with which the caller needs no pass of its own.
 
     Returns:
         ``[rows, heads, head_dim]``, in the dtype of ``qkv``. There is no second derivative, but through "reference".
@@ -60,19 +61,25 @@ def masked_attention(
     Raises:
         ValueError: for a wrong rank, shape, dtype, probability or seed.
     """
-    _check(qkv, offsets, key_lengths)
+    _check(qkv, offsets, key_lengths, qkv_bias)
     seed = dropout_seed(seed, qkv.device, dropout_p=dropout_p)
-    arguments = Arguments(qkv, offsets, key_lengths, max_frames, dropout_p, seed)
+    arguments = Arguments(qkv, offsets, key_lengths, max_frames, dropout_p, seed, qkv_bias)
     chosen = _operator.choose(arguments)
     if chosen == "torch" and qkv.device.type not in ("cpu", "meta"):
-        return torch_backend.padded_attention(qkv, offsets, key_lengths, max_frames, dropout_p)
+        given = _containing(qkv, qkv_bias)
+        return torch_backend.padded_attention(given, offsets, key_lengths, max_frames, dropout_p)
     if chosen == "triton":
         key_lengths = None if key_lengths is None else to_device(key_lengths, qkv.device)
         arguments = arguments._replace(offsets=to_device(offsets, qkv.device), key_lengths=key_lengths)
     return _operator.run(chosen, arguments)[0]
 
 
-def _check(qkv: Tensor, offsets: Tensor, key_lengths: Optional[Tensor]) -> None:
+def _containing(qkv: Tensor, qkv_bias: Optional[Tensor]) -> Tensor:
+    """``qkv`` to autograd as a sum with the bias: what is added is 0."""
+    return qkv if qkv_bias is None else qkv + (qkv_bias - qkv_bias.detach()).to(qkv.dtype)
+
+
+def _check(qkv: Tensor, offsets: Tensor, key_lengths: Optional[Tensor], qkv_bias: Optional[Tensor]) -> None:
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must have shape [rows, 3, heads, head_dim]; got {tuple(qkv.shape)}")
     if not qkv.is_floating_point():
@@ -85,19 +92,22 @@ def _check(qkv: Tensor, offsets: Tensor, key_lengths: Optional[Tensor]) -> None:
             f"key_lengths must be int64 of shape [{sequences}], a length a sequence; got {key_lengths.dtype} "
             f"{tuple(key_lengths.shape)}"
         )
+    if qkv_bias is not None and (qkv_bias.shape != qkv.shape[1:] or not qkv_bias.is_floating_point()):
+        raise ValueError(
+            f"qkv_bias must be floating point of shape {list(qkv.shape[1:])}; got {qkv_bias.dtype} {tuple(qkv_bias.shape)}"
+        )
 
 
 def _objection(name: str, arguments: Arguments) -> backend.Objection:
     if name != "triton":
         return None
-    head_dim, sequences = arguments.qkv.shape[3], len(arguments.offsets) - 1
-    if not 1 <= head_dim <= 128:
-        return f"it takes head dims up to 128; got {head_dim}"
-    return f"it takes up to {_MAX_SEQUENCES} sequences; got {sequences}" if sequences > _MAX_SEQUENCES else None
+    head_dim = arguments.qkv.shape[3]
+    return None if 1 <= head_dim <= 128 else f"it takes head dims up to 128; got {head_dim}"
 
 
 def _reference(arguments: Arguments) -> tuple[Tensor]:
-    qkv, offsets, key_lengths, _, dropout_p, seed = arguments
+    qkv, offsets, key_lengths, _, dropout_p, seed, qkv_bias = arguments
+    qkv = _containing(qkv, qkv_bias)
     return (reference.masked_attention(qkv, offsets, key_lengths, dropout_p=dropout_p, seed=seed),)
 
 
@@ -126,7 +136,7 @@ _operator = Operator(
     reference=_reference,
     results=["out"],
     fake=lambda arguments, save: (arguments.qkv[:, 0].new_empty(arguments.qkv[:, 0].shape),),
-    gradients=["qkv"],
+    gradients=["qkv", "qkv_bias"],
     kept=["qkv", "offsets", "key_lengths", "seed"],
     kept_results=["out"],
     objection=_objection,

@@ -33,7 +33,7 @@ class _Sequence(NamedTuple):
 
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
     """Without dropout the log-sum-exp of the scores is saved."""
-    qkv, offsets, key_lengths, _, dropout_p, seed = arguments
+    qkv, offsets, key_lengths, _, dropout_p, seed, _ = arguments
     rows, _, heads, head_dim = qkv.shape
     qkv = qkv.contiguous()  # the flash kernel takes a last stride of 1 for granted
     out = qkv.new_empty(rows, heads, head_dim)
@@ -58,8 +58,10 @@ def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dty
     return [lse] if arguments.dropout_p == 0.0 else []
 
 
-def backward(arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]) -> tuple[Tensor]:
-    qkv, offsets, key_lengths, _, dropout_p, seed = arguments
+def backward(
+    arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
+) -> tuple[Optional[Tensor], ...]:
+    qkv, offsets, key_lengths, _, dropout_p, seed, qkv_bias = arguments
     qkv, grad = qkv.contiguous(), gradients[0].contiguous()
     qkv_grad = torch.zeros_like(qkv) if key_lengths is not None else torch.empty_like(qkv)
     qkv_grad[int(offsets[-1]) :] = 0
@@ -72,7 +74,9 @@ def backward(arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor]
         else:
             for group in _head_groups(sequence):
                 _group_backward(sequence, group, grads, out_grad, generator, dropout_p)
-    return (qkv_grad,)
+    if not wanted[1]:
+        return [qkv_grad, None]
+    return [qkv_grad, qkv_grad.sum(0, dtype=torch.promote_types(qkv.dtype, torch.float32)).to(qkv_bias.dtype)]
 
 
 def _sequences(qkv: Tensor, offsets: Tensor, key_lengths: Optional[Tensor]) -> list[_Sequence]:

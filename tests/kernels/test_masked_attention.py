@@ -93,8 +93,16 @@ def test_the_blocks_of_every_gpu_are_as_precise_as_pytorch(head_dim, dtype, arch
 def test_sequences_that_fill_their_blocks_or_just_do_not(p, keys, architecture, monkeypatch, memory_of_nan):
     monkeypatch.setattr(kernels, "architecture", lambda tensor: architecture)
     lengths = [1, 63, 0, 64, 65, 128, 0, 129]
-    function = attend(lengths, keys, p=p, seed=SEED, more_frames=60)
-    _assert_as_precise(torch.bfloat16, (sum(lengths) + 5, 1, 16), function, seeds=1)
+    shape = sum(lengths) + 5, 1, 16
+
+    def function(qkv, bias):
+        return attend(lengths, keys, p=p, seed=SEED, more_frames=60, qkv_bias=bias)(qkv)
+
+    def draw(seed):
+        return [_qkv(*shape, seed, torch.float64), _qkv(*shape, seed, torch.float64)[0]]
+
+    with dropout_twin.in_references():
+        comparison.assert_as_precise(OPERATOR, function, draw, torch.bfloat16, name="triton", seeds=1)
 
 
 @pytest.fixture

@@ -134,7 +134,9 @@ def cases() -> Iterator[Case]:
         offsets, keys = torch.tensor([0, 10, 10, 17]), torch.tensor([4, 0, 7])
         make = masked_attention.Arguments
         yield Case("masked_attention", name, make(randn(19, 3, 2, 8), offsets, None, 10, *given))
-        yield Case("masked_attention", f"{name}, keys", make(randn(19, 3, 2, 8), offsets, keys, 12, *given))
+        yield Case(
+            "masked_attention", f"{name}, keys", make(randn(19, 3, 2, 8), offsets, keys, 12, *given, randn(3, 2, 8))
+        )
     labels = torch.tensor([3, 0, 1, 1, 2, 0])
     embeddings = randn(4, 8)[[0, 1, 2, 1]]  # two are equal
     yield Case("cosine_logits", "plain", cosine_logits.Arguments(randn(6, 8), embeddings, labels))

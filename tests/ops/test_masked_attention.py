@@ -30,7 +30,7 @@ def keys_of(lengths, shares):
     return keys + [0] * (len(lengths) - len(keys))
 
 
-def attend(lengths, keys=None, *, p=0.0, seed=0, more_frames=0):
+def attend(lengths, keys=None, *, p=0.0, seed=0, more_frames=0, qkv_bias=None):
     """The operator as a function of qkv, with the same dropout on every call."""
 
     def function(qkv):
@@ -38,7 +38,8 @@ def attend(lengths, keys=None, *, p=0.0, seed=0, more_frames=0):
         key_lengths = None if keys is None else torch.tensor(keys, device=device)
         given_seed = torch.tensor(seed, device=device) if p else None
         offsets = offsets_of(lengths).to(device)
-        return masked_attention(qkv, offsets, key_lengths, max_frames=longest, dropout_p=p, seed=given_seed)
+        settings = {"max_frames": longest, "dropout_p": p, "seed": given_seed, "qkv_bias": qkv_bias}
+        return masked_attention(qkv, offsets, key_lengths, **settings)
 
     return function
 
@@ -153,6 +154,22 @@ def test_as_precise_as_pytorch(p, dtype):
     assert_as_precise(OPERATOR, attend([50, 83], p=p), lambda seed: [qkv_of(133, 2, 64, seed)], dtype)
 
 
+@on_every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_the_gradient_of_a_bias_is_the_sum_of_that_of_the_rows(p, dtype, name):
+    lengths, device = [1, 63, 0, 64, 65], device_of(name)
+    qkv = qkv_of(198, 2, 20, dtype=dtype, device=device).requires_grad_()
+    bias = torch.randn(3, 2, 20, device=device).requires_grad_()
+    with backend.using(name, OPERATOR):
+        out, plain = (attend(lengths, [0, 40, 0, 64, 1], p=p, qkv_bias=each)(qkv) for each in (bias, None))
+    direction = qkv_of(198, 2, 20, seed=1, dtype=dtype, device=device)[:, 0]
+    qkv_grad, bias_grad = torch.autograd.grad(out, (qkv, bias), direction)
+    assert torch.equal(out, plain) and torch.equal(qkv_grad, *torch.autograd.grad(plain, qkv, direction))
+    assert bias_grad.dtype == torch.float32 and bias_grad.shape == bias.shape
+    assert error(bias_grad, qkv_grad.double().sum(0)) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
 def test_dropout_drops_as_often_as_asked_and_keeps_the_expectation():
     """With values of one unit vector per key, the output shows every attention weight after dropout."""
     frames, heads, p = 64, 4, 0.3
@@ -191,6 +208,7 @@ def test_random_numbers_are_drawn_only_for_dropout():
         (r"key_lengths must be int64 .*; got torch.int32", dict(key_lengths=torch.tensor([4], dtype=torch.int32))),
         (r"key_lengths must be int64 of shape \[1\].*; got torch.int64 \(2,\)", dict(key_lengths=torch.tensor([4, 4]))),
         (r"seed must be a scalar int64 tensor", dict(seed=torch.tensor([4]))),
+        (r"qkv_bias must be .* \[3, 2, 8\]; got torch.float32 \(48,\)", dict(qkv_bias=torch.zeros(48))),
         (r"dropout_p must be in \[0, 1\); got 1.0", dict(dropout_p=1.0)),
         (r"dropout_p must be in \[0, 1\); got -0.1", dict(dropout_p=-0.1)),
     ],

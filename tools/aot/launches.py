@@ -40,8 +40,11 @@ def launch_all(operator: str, size: Size, dtype: torch.dtype) -> None:
         elif operator == "residual_layer_norm":  # and here the sum
             gradients[2] = gradients[2] if arguments.with_sum else None
             saved = [results[2], *saved]
+        wanted = [True] * _MOST_GRADIENTS
+        if operator == "masked_attention":
+            wanted[1] = arguments.qkv_bias is not None
         for given in _given(operator, gradients):
-            kernels.backward(arguments, saved, given, [True] * _MOST_GRADIENTS)
+            kernels.backward(arguments, saved, given, wanted)
 
 
 def _given(operator: str, gradients: list[Tensor | None]) -> Iterator[tuple[Tensor | None, ...]]:
@@ -108,9 +111,10 @@ def _mask_fill(size: Size, dtype: torch.dtype) -> Iterator[tuple]:
 
 def _masked_attention(size: Size, dtype: torch.dtype) -> Iterator[tuple]:
     qkv = _empty(size.rows, 3, size.heads, size.head_dim, dtype=dtype)
-    for key_lengths, dropout_p in itertools.product((None, _integers(size.batch)), _DROPOUT):
-        offsets = _integers(size.batch + 1)
-        yield masked_attention.Arguments(qkv, offsets, key_lengths, size.frames, dropout_p, _seed(dropout_p))
+    offsets, bias = _integers(size.batch + 1), _empty(3, size.heads, size.head_dim)
+    for key_lengths, dropout_p, qkv_bias in itertools.product((None, _integers(size.batch)), _DROPOUT, (bias, None)):
+        settings = size.frames, dropout_p, _seed(dropout_p)
+        yield masked_attention.Arguments(qkv, offsets, key_lengths, *settings, qkv_bias)
 
 
 def _positional_conv(size: Size, dtype: torch.dtype) -> Iterator[tuple]:
