@@ -34,8 +34,10 @@ from hubert_fast.ops.feed_forward import feed_forward
 from hubert_fast.ops.host_tensors import may_decide_shapes
 from hubert_fast.ops.linear import linear
 from hubert_fast.ops.mask_fill import mask_fill
-from hubert_fast.ops.masked_attention import masked_attention
+from hubert_fast.ops.masked_attention import bias_of_heads, masked_attention
+from hubert_fast.ops.operator import is_plain_call
 from hubert_fast.ops.positional_conv import positional_conv
+from hubert_fast.switches import switches
 
 # Dropout masks of a layer: on the attention weights, after the attention, inside the feed-forward, after it.
 _MASKS = 4
@@ -139,13 +141,21 @@ class SelfAttention(nn.Module):
         """What the output projection is given: the heads side by side. ``seed`` is that of the dropout."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         if all(is_plain(each, nn.Linear) and each.bias is not None for each in projections):
-            qkv = linear(x, [each.weight for each in projections], [each.bias for each in projections])
+            weights, biases = ([getattr(each, name) for each in projections] for name in ("weight", "bias"))
+            # Attention knows the gradient of every row in its registers; a product would read it again for the biases.
+            elsewhere = switches.attention_bias_gradient and is_plain_call((x, *biases))
+            qkv = linear(x, weights, biases, learn_biases=not elsewhere)
+            qkv_bias = bias_of_heads(biases, self.num_heads) if elsewhere else None
         else:
-            qkv = torch.cat([each(x) for each in projections], dim=1)
-        qkv = qkv.unflatten(1, (3, self.num_heads, self.head_dim))
-        dropout = self.dropout if self.training else 0.0
+            qkv, qkv_bias = torch.cat([each(x) for each in projections], dim=1), None
         out = masked_attention(
-            qkv, layout.offsets, layout.key_lengths, max_frames=layout.frames, dropout_p=dropout, seed=seed
+            qkv.unflatten(1, (3, self.num_heads, self.head_dim)),
+            layout.offsets,
+            layout.key_lengths,
+            max_frames=layout.frames,
+            dropout_p=self.dropout if self.training else 0.0,
+            seed=seed,
+            qkv_bias=qkv_bias,
         ).flatten(1)
         return out if keep is None else out.index_select(0, keep)
 

@@ -19,6 +19,8 @@ def linear(
     x: Tensor,  # [..., in]
     weights: Sequence[Tensor],  # each [out, in]
     biases: Sequence[Tensor] = (),  # each [out]; none, or one a weight
+    *,
+    learn_biases: bool = True,
 ) -> Tensor:  # [..., sum of out]
     """``x weight^T + bias`` for one weight, or for several side by side in one product.
 
@@ -30,6 +32,7 @@ def linear(
         x: ``[..., in]`` float.
         weights: ``[out, in]`` float each.
         biases: ``[out]`` float each, one a weight, or none at all.
+        learn_biases: whether biases get their gradient here; False where somebody else has it at hand.
 
     Returns:
         ``[..., out of the first, out of the second...]``, in autocast's dtype where it is on, else in that of ``x``.
@@ -38,23 +41,25 @@ def linear(
     gains = dtype is not None or all(map(is_lent, weights))
     # Autocast leaves float64 alone.
     if not (gains and x.ndim == 2 and x.dtype != torch.float64 and is_plain_call((x, *weights, *biases))):
+        biases = biases if learn_biases else [each.detach() for each in biases]
         if len(weights) == 1:
             return F.linear(x, weights[0], *biases)
         return F.linear(x, torch.cat(list(weights)), torch.cat(list(biases)) if biases else None)
-    return _Linear.apply(x, dtype or x.dtype, len(weights), *weights, *biases)
+    return _Linear.apply(x, dtype or x.dtype, learn_biases, len(weights), *weights, *biases)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, count: int, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, learn_biases: bool, count: int, *parameters: Tensor) -> Tensor:
         weights, biases = parameters[:count], parameters[count:]
         x, weight = x.to(dtype), in_dtype(weights, dtype)
         out = F.linear(x, weight, in_dtype(biases, dtype) if biases else None)
-        wants_weights = any(ctx.needs_input_grad[3 : 3 + count])
+        wants_weights = any(ctx.needs_input_grad[4 : 4 + count])
         ctx.save_for_backward(x if wants_weights else None, weight if ctx.needs_input_grad[0] else None)
         ctx.dtypes = [weights[0].dtype, biases[0].dtype if biases else None]
         ctx.sizes = [len(each) for each in weights]
-        ctx.memory = [gradient_memory(weights), gradient_memory(biases) if biases else None]
+        ctx.wants_biases = learn_biases and any(ctx.needs_input_grad[4 + count :])
+        ctx.memory = [gradient_memory(weights), gradient_memory(biases) if ctx.wants_biases else None]
         return out
 
     @staticmethod
@@ -66,8 +71,8 @@ class _Linear(torch.autograd.Function):
         if x is not None:
             found = weight_gradient(gradient, x, ctx.dtypes[0], ctx.memory[0])
             weights = found.split(ctx.sizes) if count > 1 else (found,)
-        if any(ctx.needs_input_grad[3 + count :]):
+        if ctx.wants_biases:
             found = torch.sum(gradient, 0, dtype=ctx.dtypes[1], out=ctx.memory[1])
             biases = found.split(ctx.sizes) if count > 1 else (found,)
         x_gradient = None if weight is None else gradient @ weight
-        return (x_gradient, None, None, *weights, *biases)[: len(ctx.needs_input_grad)]
+        return (x_gradient, None, None, None, *weights, *biases)[: len(ctx.needs_input_grad)]

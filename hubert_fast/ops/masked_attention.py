@@ -6,7 +6,8 @@ sequences of equal length whose ``key_lengths`` leave the padding out.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -72,6 +73,24 @@ def masked_attention(
         key_lengths = None if key_lengths is None else to_device(key_lengths, qkv.device)
         arguments = arguments._replace(offsets=to_device(offsets, qkv.device), key_lengths=key_lengths)
     return _operator.run(chosen, arguments)[0]
+
+
+class _Bias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, heads: int, *biases: Tensor) -> Tensor:
+        return biases[0].detach().expand(3, -1).unflatten(1, (heads, -1))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Optional[Tensor], ...]:
+        return None, *gradient.flatten(1)
+
+
+def bias_of_heads(biases: Sequence[Tensor], heads: int) -> Tensor:
+    """The biases of queries, keys and values, ``[heads * head_dim]`` each, as `masked_attention` takes ``qkv_bias``.
+
+    ``[3, heads, head_dim]``. They get their gradients through it; its values, which nobody reads, are not theirs.
+    """
+    return _Bias.apply(heads, *biases)
 
 
 def _containing(qkv: Tensor, qkv_bias: Optional[Tensor]) -> Tensor:

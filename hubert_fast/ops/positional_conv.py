@@ -13,8 +13,8 @@ from torch import Tensor
 from hubert_fast.ops.arguments import autocast_dtype, without_autocast
 from hubert_fast.ops.host_tensors import to_device
 from hubert_fast.ops.operator import Operator
-from hubert_fast.ops.switches import switches
 from hubert_fast.reference import positional_conv as reference
+from hubert_fast.switches import switches
 
 
 class Arguments(NamedTuple):

@@ -10,7 +10,7 @@ from hubert_fast import tf32
 from hubert_fast.kernels import positional_conv as kernels
 from hubert_fast.kernels import weight_norm
 from hubert_fast.ops.positional_conv import positional_conv
-from hubert_fast.ops.switches import switched
+from hubert_fast.switches import switched
 from tests.kernels.device import DEVICE
 from tests.ops.comparison import assert_as_precise, error, run
 from tests.ops.test_masked_attention import EMPTY

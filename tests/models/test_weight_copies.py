@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from hubert_fast.models import plain
 from hubert_fast.models.stages import encoder_stages, in_place_of
 from hubert_fast.models.weight_copies import WeightCopies
-from hubert_fast.switches import switched
+from hubert_fast.switches import Switches, switched
 from hubert_fast.weights import Lent, in_dtype
 from tests.models.test_graphed_step import RANDOM, assert_equal, build, train_both
 
@@ -60,7 +61,7 @@ def test_a_float32_stream_with_its_narrow_copy_equals_that_of_a_loop_to_the_bit(
     assert_equal(theirs, ours)
 
 
-@pytest.mark.parametrize("name", ["narrow_copies", "weight_copies", "wide_weight_gradients"])
+@pytest.mark.parametrize("name", [each.name for each in dataclasses.fields(Switches)])
 def test_a_switch_turns_off_no_more_than_rounding(monkeypatch, name):
     monkeypatch.setattr(plain, "stream_dtype", lambda x: torch.float32)
     _, on, _ = train_both(4, 1, autocast=True, **RANDOM)
