@@ -86,9 +86,10 @@ def _keys_of(sequence, key_lengths, frames):
 
 @triton.jit(do_not_specialize=_VARYING)
 def _draw_columns(columns, seed):
-    """The dropout bits of every key position."""
-    column = tl.program_id(0) * _ROOM + tl.arange(0, _ROOM)
-    tl.store(columns + column, dropout.column_bits(tl.load(seed), column).to(tl.int32, bitcast=True))
+    """The dropout bits of every key position, for each of the seeds from ``seed``: ``columns`` is [seeds, column_places]."""
+    column, number = tl.program_id(0) * _ROOM + tl.arange(0, _ROOM), tl.program_id(1)
+    bits = dropout.column_bits(tl.load(seed + number), column).to(tl.int32, bitcast=True)
+    tl.store(columns + number * tl.num_programs(0) * _ROOM + column, bits)
 
 
 @triton.jit
@@ -400,15 +401,24 @@ def _key_backward(
     _store_part(parts, part_count, 2, vectors.column_sums(value_sums), HEADS, HEAD_DIM, WIDTH, REST)
 
 
+def draw_columns(seeds: Tensor, max_frames: int) -> Tensor:
+    """[..., column_places] int32, the dropout bits of every key position for each of ``seeds`` ([...] int64)."""
+    columns = seeds.new_empty(*seeds.shape, cdiv(max_frames, ROOM) * ROOM, dtype=torch.int32)
+    grid = columns.shape[-1] // ROOM, seeds.numel()
+    launch(_draw_columns, lambda _: grid, {"columns": columns, "seed": seeds.contiguous()}, [Blocks()])
+    return columns
+
+
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
     dropout_p, seed = arguments.dropout_p, arguments.seed
     qkv, offsets, key_lengths = contiguous(*arguments[:3])
     rows, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(rows, heads, head_dim)
-    saved = [qkv.new_empty(shape, dtype=dtype) for shape, dtype in saved_tensors(arguments)]
-    lse, columns = saved if dropout_p > 0.0 else (*saved, None)
-    if columns is not None:
-        launch(_draw_columns, lambda _: (len(columns) // ROOM,), {"columns": columns, "seed": seed}, [Blocks()])
+    lse, columns = qkv.new_empty(heads, rows, dtype=torch.float32), arguments.columns
+    saved = [lse]
+    if dropout_p > 0.0 and columns is None:
+        columns = draw_columns(seed, arguments.max_frames)
+        saved.append(columns)
     given = {
         "qkv": qkv, "offsets": offsets, "key_lengths": key_lengths, "out": out, "lse": lse if save else None,
         "columns": columns, "seed": seed, "keep_scale": dropout.scale(dropout_p), **_constants(qkv, offsets, dropout_p),
@@ -418,10 +428,10 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
 
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Log-sum-exp of each row, and with dropout random bits of each key position, in whole blocks."""
+    """Log-sum-exp of each row, and with dropout random bits of each key position, where they are not given."""
     rows, _, heads, _ = arguments.qkv.shape
     lse, columns = ((heads, rows), torch.float32), ((cdiv(arguments.max_frames, ROOM) * ROOM,), torch.int32)
-    return [lse, columns] if arguments.dropout_p > 0.0 else [lse]
+    return [lse, columns] if arguments.dropout_p > 0.0 and arguments.columns is None else [lse]
 
 
 def backward(
@@ -429,10 +439,11 @@ def backward(
 ) -> tuple[Optional[Tensor], ...]:
     dropout_p, seed = arguments.dropout_p, arguments.seed
     grad, qkv, offsets, key_lengths = contiguous(*gradients, *arguments[:3])
-    out, lse, columns = saved if dropout_p > 0.0 else (*saved, None)
+    out, lse, columns = saved if len(saved) == 3 else (*saved, arguments.columns)
     constants, keep_scale = _constants(qkv, offsets, dropout_p), dropout.scale(dropout_p)
     qkv_grad = torch.empty_like(qkv)
-    query_blocks, key_blocks = _query_backward_blocks(*_kind(qkv)), _key_backward_blocks(*_kind(qkv))
+    query_blocks = _query_backward_blocks(*_kind(qkv), dropout_p > 0.0)
+    key_blocks = _key_backward_blocks(*_kind(qkv))
     parts, part_count = None, 0
     if wanted[1]:
         shortest = min(
@@ -497,19 +508,20 @@ def _forward_blocks(arch: int, dtype: torch.dtype, head_dim: int, dropout: bool)
 
 
 @functools.cache
-def _query_backward_blocks(arch: int, dtype: torch.dtype, head_dim: int) -> list[Blocks]:
+def _query_backward_blocks(arch: int, dtype: torch.dtype, head_dim: int, dropout: bool) -> list[Blocks]:
     wide = head_dim > 64
+    most = 128 if dropout and not wide else None
     if arch == INTERPRETER:
         return [_blocks(32, 32, 4, 1)]
     if dtype == torch.float32:
         # Triton 3.6 spills four warps' 32 keys.
         return [_blocks(32, 32, 8, 2) if wide else _blocks(32, 16, 4, 2)]
-    small, large = _blocks(64, 64, 4, 2), _blocks(128, 64, 8, 2, registers=128 if arch == 90 and not wide else None)
+    small, large = _blocks(64, 64, 4, 2), _blocks(128, 64, 8, 2, registers=most if arch == 90 else None)
     if arch == 90:
         return [small, large] if wide else [large, small]
     if arch == 100:
         return [large, small]
-    return [_blocks(128, 32, 8, 2)] if wide else [_blocks(128, 32, 8, 3, registers=128), _blocks(64, 32, 4, 3)]
+    return [_blocks(128, 32, 8, 2)] if wide else [_blocks(128, 32, 8, 3, registers=most), _blocks(64, 32, 4, 3)]
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hubert_fast import backend
+from hubert_fast.ops import triton_backend
 from hubert_fast.ops.arguments import dropout_seed
 from hubert_fast.ops.host_tensors import to_device
 from hubert_fast.ops.operator import Operator
@@ -28,6 +29,7 @@ class Arguments(NamedTuple):
     dropout_p: float
     seed: Optional[Tensor]  # [] int64
     qkv_bias: Optional[Tensor] = None  # [3, heads, head_dim]
+    columns: Optional[Tensor] = None  # [at least max_frames] int32
 
 
 def masked_attention(
@@ -39,6 +41,7 @@ def masked_attention(
     dropout_p: float = 0.0,
     seed: Optional[Tensor] = None,  # [] int64
     qkv_bias: Optional[Tensor] = None,  # [3, heads, head_dim]
+    columns: Optional[Tensor] = None,  # [at least max_frames] int32
 ) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v within each sequence (Vaswani et al. 2017, eq. 1), with dropout on the softmax.
 
@@ -55,6 +58,8 @@ def masked_attention(
             generator, only where ``dropout_p > 0``. PyTorch's attention for GPUs (backend "torch") draws its mask itself.
         qkv_bias: ``[3, heads, head_dim]``, float: a bias that every row of ``qkv`` contains already. It is not added again; it
             gets its gradient, the sum of that of ``qkv`` over the rows, with which the caller needs no pass of its own.
+        columns: what `dropout_columns` made of ``seed`` for as many frames or more. Only backend "triton" reads it. None: made
+            in the call; the result is the same.
 
     Returns:
         ``[rows, heads, head_dim]``, in the dtype of ``qkv``. There is no second derivative, but through "reference".
@@ -63,8 +68,10 @@ def masked_attention(
         ValueError: for a wrong rank, shape, dtype, probability or seed.
     """
     _check(qkv, offsets, key_lengths, qkv_bias)
+    _check_columns(columns, max_frames, seed, qkv.device)
     seed = dropout_seed(seed, qkv.device, dropout_p=dropout_p)
-    arguments = Arguments(qkv, offsets, key_lengths, max_frames, dropout_p, seed, qkv_bias)
+    columns = None if seed is None else columns
+    arguments = Arguments(qkv, offsets, key_lengths, max_frames, dropout_p, seed, qkv_bias, columns)
     chosen = _operator.choose(arguments)
     if chosen == "torch" and qkv.device.type not in ("cpu", "meta"):
         given = _containing(qkv, qkv_bias)
@@ -91,6 +98,42 @@ def bias_of_heads(biases: Sequence[Tensor], heads: int) -> Tensor:
     ``[3, heads, head_dim]``. They get their gradients through it; its values, which nobody reads, are not theirs.
     """
     return _Bias.apply(heads, *biases)
+
+
+def dropout_columns(seeds: Tensor, max_frames: int) -> Optional[Tensor]:
+    """A part of the dropout masks of `masked_attention` that depends on the seed alone, for many seeds in one launch.
+
+    Args:
+        seeds: ``[layers]`` int64, the seed of each layer.
+        max_frames: rows of the longest sequence, or more.
+
+    Returns:
+        ``[layers, max_frames or more]`` int32 on the device of ``seeds``: row i is argument ``columns`` of a call with seed i.
+        None where Triton's kernels do not run, and under compilers and dispatch modes: then calls need none.
+
+    Raises:
+        ValueError: for a wrong rank or dtype.
+    """
+    if seeds.ndim != 1 or seeds.dtype != torch.int64:
+        raise ValueError(f"seeds must be int64 of shape [layers]; got {seeds.dtype} {tuple(seeds.shape)}")
+    if _operator.must_be_seen((seeds,)):
+        return None
+    chosen = backend.choose(
+        _operator.name, lambda name: triton_backend.objection(_operator.name, seeds) if name == "triton" else None
+    )
+    return _operator.implementation(chosen).draw_columns(seeds, max_frames) if chosen == "triton" else None
+
+
+def _check_columns(columns: Optional[Tensor], max_frames: int, seed: Optional[Tensor], device: torch.device) -> None:
+    if columns is None:
+        return
+    if seed is None:
+        raise ValueError("columns were given without the seed that they were made of")
+    if columns.dtype != torch.int32 or columns.ndim != 1 or len(columns) < max_frames or columns.device != device:
+        raise ValueError(
+            f"columns must be int32 of shape [{max_frames} or more] on {device}; got {columns.dtype} "
+            f"{tuple(columns.shape)} on {columns.device}"
+        )
 
 
 def _containing(qkv: Tensor, qkv_bias: Optional[Tensor]) -> Tensor:
@@ -125,7 +168,7 @@ def _objection(name: str, arguments: Arguments) -> backend.Objection:
 
 
 def _reference(arguments: Arguments) -> tuple[Tensor]:
-    qkv, offsets, key_lengths, _, dropout_p, seed, qkv_bias = arguments
+    qkv, offsets, key_lengths, _, dropout_p, seed, qkv_bias, _ = arguments
     qkv = _containing(qkv, qkv_bias)
     return (reference.masked_attention(qkv, offsets, key_lengths, dropout_p=dropout_p, seed=seed),)
 
@@ -156,7 +199,7 @@ _operator = Operator(
     results=["out"],
     fake=lambda arguments, save: (arguments.qkv[:, 0].new_empty(arguments.qkv[:, 0].shape),),
     gradients=["qkv", "qkv_bias"],
-    kept=["qkv", "offsets", "key_lengths", "seed"],
+    kept=["qkv", "offsets", "key_lengths", "seed", "columns"],
     kept_results=["out"],
     objection=_objection,
     flops=_flops,

@@ -33,7 +33,7 @@ class _Sequence(NamedTuple):
 
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
     """Without dropout the log-sum-exp of the scores is saved."""
-    qkv, offsets, key_lengths, _, dropout_p, seed, _ = arguments
+    qkv, offsets, key_lengths, _, dropout_p, seed = arguments[:6]
     rows, _, heads, head_dim = qkv.shape
     qkv = qkv.contiguous()  # the flash kernel takes a last stride of 1 for granted
     out = qkv.new_empty(rows, heads, head_dim)
@@ -61,7 +61,7 @@ def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dty
 def backward(
     arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
 ) -> tuple[Optional[Tensor], ...]:
-    qkv, offsets, key_lengths, _, dropout_p, seed, qkv_bias = arguments
+    qkv, offsets, key_lengths, _, dropout_p, seed, qkv_bias, _ = arguments
     qkv, grad = qkv.contiguous(), gradients[0].contiguous()
     qkv_grad = torch.zeros_like(qkv) if key_lengths is not None else torch.empty_like(qkv)
     qkv_grad[int(offsets[-1]) :] = 0

@@ -11,7 +11,7 @@ from hubert_fast import backend  # noqa: E402
 from hubert_fast.kernels import head_vectors  # noqa: E402
 from hubert_fast.kernels import masked_attention as kernels  # noqa: E402
 from hubert_fast.kernels.launch import ARCHITECTURES, INTERPRETER  # noqa: E402
-from hubert_fast.ops.masked_attention import masked_attention  # noqa: E402
+from hubert_fast.ops.masked_attention import dropout_columns, masked_attention  # noqa: E402
 from tests.kernels import dropout_twin  # noqa: E402
 from tests.kernels.device import DEVICE  # noqa: E402
 from tests.ops import comparison  # noqa: E402
@@ -117,7 +117,7 @@ def memory_of_nan():
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_keys_gradient_reads_no_block_of_rows_that_the_queries_did_not_write(architecture, head_dim, dtype):
-    of_queries = kernels._query_backward_blocks(architecture, dtype, head_dim)
+    of_queries = kernels._query_backward_blocks(architecture, dtype, head_dim, True)
     of_keys = kernels._key_backward_blocks(architecture, dtype, head_dim)
     forward = kernels._forward_blocks(architecture, dtype, head_dim, True)
     longest = max(each.sizes["BLOCK_QUERIES"] for each in of_keys)
@@ -139,6 +139,20 @@ def test_a_sequence_gives_the_same_bits_in_every_place_of_a_batch():
 def test_batches_without_a_frame(lengths, rows, p):
     out, grad = _run(attend(lengths, p=p), _qkv(rows, 2, 8))
     assert out.shape == (rows, 2, 8) and (out == 0).all() and (grad == 0).all()
+
+
+@pytest.mark.parametrize("max_frames", [1, 128, 129, 300])
+def test_columns_that_were_made_ahead_change_no_bit(max_frames, memory_of_nan):
+    seeds = torch.tensor([3, SEED, 1 << 40], device=DEVICE)
+    lengths, qkv = [max_frames // 2, max_frames], _qkv(max_frames // 2 + max_frames, 2, 16)
+    with backend.using("triton", OPERATOR):
+        columns = dropout_columns(seeds, max_frames)
+        assert len(columns) == 3 and columns.dtype == torch.int32
+        for seed, row in zip(seeds, columns):
+            ours, plain = (_run(attend(lengths, p=0.3, seed=int(seed), columns=each), qkv) for each in (row, None))
+            assert all(map(torch.equal, ours, plain))
+        others = _run(attend(lengths, p=0.3, seed=3, columns=columns[1]), qkv)
+    assert max_frames == 1 or not torch.equal(others[0], _run(attend(lengths, p=0.3, seed=3), qkv)[0])
 
 
 def test_equal_keys_of_any_size_share_the_weight():

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hubert_fast import backend
-from hubert_fast.ops.masked_attention import masked_attention
+from hubert_fast.ops.masked_attention import dropout_columns, masked_attention
 from hubert_fast.torch_backend import masked_attention as kernels
 from tests.ops.comparison import assert_as_precise, assert_twins, device_of, error, on_every_backend, run
 
@@ -30,7 +30,7 @@ def keys_of(lengths, shares):
     return keys + [0] * (len(lengths) - len(keys))
 
 
-def attend(lengths, keys=None, *, p=0.0, seed=0, more_frames=0, qkv_bias=None):
+def attend(lengths, keys=None, *, p=0.0, seed=0, more_frames=0, qkv_bias=None, columns=None):
     """The operator as a function of qkv, with the same dropout on every call."""
 
     def function(qkv):
@@ -38,8 +38,8 @@ def attend(lengths, keys=None, *, p=0.0, seed=0, more_frames=0, qkv_bias=None):
         key_lengths = None if keys is None else torch.tensor(keys, device=device)
         given_seed = torch.tensor(seed, device=device) if p else None
         offsets = offsets_of(lengths).to(device)
-        settings = {"max_frames": longest, "dropout_p": p, "seed": given_seed, "qkv_bias": qkv_bias}
-        return masked_attention(qkv, offsets, key_lengths, **settings)
+        settings = {"max_frames": longest, "dropout_p": p, "seed": given_seed}
+        return masked_attention(qkv, offsets, key_lengths, qkv_bias=qkv_bias, columns=columns, **settings)
 
     return function
 
@@ -185,6 +185,20 @@ def test_dropout_drops_as_often_as_asked_and_keeps_the_expectation():
     assert not torch.equal(kept[0], kept[1]) and not torch.equal(kept[0, :, 0], kept[0, :, 1])
 
 
+def test_other_backends_need_no_columns_and_ignore_them():
+    with backend.using("torch", OPERATOR):
+        assert dropout_columns(torch.tensor([3, 4]), 10) is None
+        columns = torch.zeros(128, dtype=torch.int32)
+        results = [attend([10], p=0.3, columns=each)(qkv_of(10)) for each in (columns, None)]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("seeds", [torch.tensor(3), torch.tensor([3], dtype=torch.int32)])
+def test_columns_are_of_a_list_of_seeds(seeds):
+    with pytest.raises(ValueError, match=r"seeds must be int64 of shape \[layers\]"):
+        dropout_columns(seeds, 10)
+
+
 def test_random_numbers_are_drawn_only_for_dropout():
     following = []
     for length, p in ((10, 0.0), (10, 0.1), (30, 0.1)):
@@ -209,6 +223,11 @@ def test_random_numbers_are_drawn_only_for_dropout():
         (r"key_lengths must be int64 of shape \[1\].*; got torch.int64 \(2,\)", dict(key_lengths=torch.tensor([4, 4]))),
         (r"seed must be a scalar int64 tensor", dict(seed=torch.tensor([4]))),
         (r"qkv_bias must be .* \[3, 2, 8\]; got torch.float32 \(48,\)", dict(qkv_bias=torch.zeros(48))),
+        (r"columns were given without the seed", dict(columns=torch.zeros(128, dtype=torch.int32))),
+        (
+            r"columns must be int32 .* \[10 or more\] on cpu; got torch.int32 \(9,\)",
+            dict(columns=torch.zeros(9, dtype=torch.int32), seed=torch.tensor(4)),
+        ),
         (r"dropout_p must be in \[0, 1\); got 1.0", dict(dropout_p=1.0)),
         (r"dropout_p must be in \[0, 1\); got -0.1", dict(dropout_p=-0.1)),
     ],
