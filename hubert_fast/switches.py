@@ -17,6 +17,7 @@ class Switches:
     narrow_copies: bool = True  # LayerNorm writes its 16-bit copy too and sums the gradients of both
     gelu_epilogues: bool = True  # GELU and its slope in the epilogues of the feed-forward's products
     weight_copies: bool = True  # `GraphedStep` keeps 16-bit copies of the weights of products
+    folded_filters: bool = True  # the positional convolution's gradient of filters: frames of a run in one product
     wide_weight_gradients: bool = True  # products give weight gradients in float32, into their buffers
 
 

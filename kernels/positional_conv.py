@@ -8,10 +8,12 @@ t + FOLD - 1 sees frames t - before to t - before + TAPS + FOLD - 2, and column 
 
 Depth grows to (taps + FOLD - 1) * width, by 3% for 5 frames of 128 taps, while 240 of 256 columns are used instead of 48 of 64,
 and every value of x that is brought to the tensor cores serves 5 frames. `_runs` says which frames a run has and where its
-sequence lies, so a tile of runs spans sequences. Loads of x and of the filters repeat themselves from j to j + 1: L1 keeps them.
+sequence lies, so a tile of runs spans sequences. Loads of x and of the filters repeat themselves from j to j + 1. Under Triton
+3.9 L1 may serve them (".ca", in SASS LDGSTS.E.128); Triton 3.6 drops that (LDGSTS.E.BYPASS.128), and all come from L2.
 
-The gradient of x is the same product of the preactivation's gradient with the taps reversed and the filters transposed. The
-gradient of the filters is, a group, the product of x, shifted by each tap, with the preactivation's gradient over all rows.
+The gradient of x is the same product of the preactivation's gradient with the taps reversed and the filters transposed. That of
+the filters is, a group, the product over all runs of what a run sees of x with the preactivation's gradient of its frames: entry
+(s, o) by (j, c) of it is what the frames at place s of their runs add to W[j - s, c, o], and the FOLD parts are summed after.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 # Programs that share the sum over rows for the gradient of the bias, whatever the GPU: their order decides the last bits.
 PARTS = 64
 
-_VARYING = ["rows", "sequences", "runs"]  # from batch to batch: nothing is compiled anew for them
+_VARYING = ["rows", "sequences", "runs", "room"]  # from batch to batch: nothing is compiled anew for them
 
 
 @triton.jit
@@ -102,8 +104,8 @@ def _finish(sums, column, group, first, start, end, bias, residual, out, preacti
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _convolve(x, filters, bias, residual, table, out, preactivation, runs, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-              TAPS: tl.constexpr, BEFORE: tl.constexpr, FOLD: tl.constexpr, BACKWARD: tl.constexpr,
+def _convolve(x, filters, bias, residual, table, out, preactivation, runs, room, CHANNELS: tl.constexpr,
+              WIDTH: tl.constexpr, TAPS: tl.constexpr, BEFORE: tl.constexpr, FOLD: tl.constexpr, BACKWARD: tl.constexpr,
               PRECISION: tl.constexpr, BLOCK_RUNS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
               BLOCK_DEPTH: tl.constexpr):  # fmt: skip
     """gelu(conv(x) + bias) + residual, its preactivation too where that is given; BACKWARD: conv(x) + residual, taps reversed.
@@ -116,8 +118,8 @@ def _convolve(x, filters, bias, residual, table, out, preactivation, runs, CHANN
     group = tl.program_id(1) // BLOCKS
     run = tl.program_id(0) * BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)
     first = tl.load(table + run, mask=run < runs, other=0)
-    start = tl.load(table + runs + run, mask=run < runs, other=0)
-    end = tl.load(table + 2 * runs + run, mask=run < runs, other=0)
+    start = tl.load(table + room + run, mask=run < runs, other=0)
+    end = tl.load(table + 2 * room + run, mask=run < runs, other=0)
     column = (tl.program_id(1) % BLOCKS) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     delay, target = column // WIDTH, column % WIDTH
 
@@ -179,55 +181,64 @@ def _activation_gradient(grad, preactivation, offsets, z_grad, parts, rows, sequ
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _filters_gradient(x, z_grad, table, filters_grad, rows, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-                      TAPS: tl.constexpr, BEFORE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_OUT: tl.constexpr,
-                      BLOCK_FILTER: tl.constexpr, BLOCK_ROWS: tl.constexpr):  # fmt: skip
-    """``filters_grad`` [groups, WIDTH (out), TAPS, WIDTH (in)] float32: for one group, z_grad^T times x shifted by each tap.
+def _filters_gradient(x, z_grad, table, parts, runs, room, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+                      TAPS: tl.constexpr, BEFORE: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+                      BLOCK_RUNS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr):  # fmt: skip
+    """``parts`` [FOLD, groups, WIDTH (out), TAPS, WIDTH (in)] float32: what each frame of the runs adds.
 
-    ``table`` is that of runs of one frame. A tile is BLOCK_OUT output channels by BLOCK_FILTER (tap, input channel) of one group.
+    A tile is BLOCK_COLUMNS columns of runs by BLOCK_DEPTH (frame that a run sees, input channel) of one group.
     """
-    BLOCKS: tl.constexpr = (WIDTH + BLOCK_OUT - 1) // BLOCK_OUT
+    BLOCKS: tl.constexpr = (FOLD * WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     group = tl.program_id(1) // BLOCKS
-    out = (tl.program_id(1) % BLOCKS) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    place = tl.program_id(0) * BLOCK_FILTER + tl.arange(0, BLOCK_FILTER)
-    tap, source = (place // WIDTH)[None], (place % WIDTH)[None]
-    shift = (tap - BEFORE) * CHANNELS + source
+    column = (tl.program_id(1) % BLOCKS) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    delay, target = column // WIDTH, column % WIDTH
+    place = tl.program_id(0) * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
+    tap, source = place // WIDTH, place % WIDTH
+    shift = ((tap - BEFORE) * CHANNELS + source)[None]
+    own = (delay * CHANNELS + target)[None]
 
-    sums = tl.zeros([BLOCK_OUT, BLOCK_FILTER], tl.float32)
-    if rows > 0:  # said although it is so: else ptxas serialises the products of a loop that might not run
-        row = tl.arange(0, BLOCK_ROWS)
-        start = tl.load(table + rows + row, mask=row < rows, other=0)
-        end = tl.load(table + 2 * rows + row, mask=row < rows, other=0)
-        for first in range(0, rows, BLOCK_ROWS):
-            row = first + tl.arange(0, BLOCK_ROWS)
-            frames = x + group * WIDTH + row.to(tl.int64)[:, None] * CHANNELS
-            low, high = (start - row + BEFORE)[:, None], (end - row + BEFORE)[:, None]
-            values = tl.load(frames + shift, mask=(tap >= low) & (tap < high), other=0.0, cache_modifier=".ca")
-            grads = z_grad + group * WIDTH + row.to(tl.int64)[:, None] * CHANNELS + out[None]
-            upstream = tl.load(grads, mask=(row < rows)[:, None] & (out < WIDTH)[None], other=0.0)
+    sums = tl.zeros([BLOCK_COLUMNS, BLOCK_DEPTH], tl.float32)
+    if runs > 0:  # said although it is so: else ptxas serialises the products of a loop that might not run
+        run = tl.arange(0, BLOCK_RUNS)
+        first = tl.load(table + run, mask=run < runs, other=0)
+        start = tl.load(table + room + run, mask=run < runs, other=0)
+        end = tl.load(table + 2 * room + run, mask=run < runs, other=0)
+        for block in range(0, runs, BLOCK_RUNS):
+            frames = group * WIDTH + first.to(tl.int64)[:, None] * CHANNELS
+            low, high = (start - first + BEFORE)[:, None], (end - first + BEFORE)[:, None]
+            seen = (tap[None] >= low) & (tap[None] < high)
+            values = tl.load(x + frames + shift, mask=seen, other=0.0, cache_modifier=".ca")
+            inside = (first[:, None] + delay[None] < end[:, None]) & (delay < FOLD)[None]
+            upstream = tl.load(z_grad + frames + own, mask=inside, other=0.0)
             sums = tl.dot(tl.trans(upstream), values, sums, input_precision=PRECISION)
             # A block ahead, so that the loads of x do not wait for them.
-            start = tl.load(table + rows + row + BLOCK_ROWS, mask=row + BLOCK_ROWS < rows, other=0)
-            end = tl.load(table + 2 * rows + row + BLOCK_ROWS, mask=row + BLOCK_ROWS < rows, other=0)
-    filters = filters_grad + (group * WIDTH + out[:, None]) * TAPS * WIDTH + place[None]
-    tl.store(filters, sums, mask=(out[:, None] < WIDTH) & (place[None] < TAPS * WIDTH))
+            run = block + BLOCK_RUNS + tl.arange(0, BLOCK_RUNS)
+            first = tl.load(table + run, mask=run < runs, other=0)
+            start = tl.load(table + room + run, mask=run < runs, other=0)
+            end = tl.load(table + 2 * room + run, mask=run < runs, other=0)
+    part = (delay * CHANNELS + group * WIDTH + target)[:, None] * TAPS - delay[:, None]
+    has_tap = (tap[None] >= delay[:, None]) & (tap[None] < delay[:, None] + TAPS) & (delay < FOLD)[:, None]
+    tl.store(parts + part * WIDTH + place[None], sums, mask=has_tap)
 
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Preactivation, packed filters, and with a gain parts of the squared norms."""
-    x, weight = arguments.x, arguments.weight
+    """Preactivation, packed filters, the runs, and with a gain parts of the squared norms."""
+    x, weight, offsets = arguments.x, arguments.weight, arguments.offsets
     channels, width, taps = weight.shape
     saved = [(tuple(x.shape), x.dtype), ((channels // width, taps, width, width), x.dtype)]
+    # Room for runs of one frame: of the shape of weight, on which their length depends, a compiler may know nothing.
+    saved.append(((3, x.shape[0] + offsets.shape[0]), torch.int32))
     return saved if arguments.gain is None else [*saved, (weight_norm.parts_shape(weight), torch.float32)]
 
 
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
     x, weight, bias, gain, offsets = contiguous(*arguments[:5])
     new = [x.new_empty(shape, dtype=dtype) for shape, dtype in saved_tensors(arguments)]
-    preactivation, packed, *squares = new
+    preactivation, packed, table, *squares = new
     weight_norm.pack(weight, gain, squares[0] if squares else None, packed)
+    _fill_run_table(table, offsets, x.shape[0], _fold(x, weight))
     out = torch.empty_like(x)
-    _launch_convolve(x, packed, bias, x, offsets, out, preactivation if save else None)
+    _launch_convolve(x, packed, bias, x, offsets, table, out, preactivation if save else None)
     return (out,), new if save else []
 
 
@@ -235,28 +246,36 @@ def backward(
     arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
 ) -> tuple[Optional[Tensor], ...]:
     grad, x, weight, bias, gain, offsets = contiguous(*gradients, *arguments[:5])
-    preactivation, packed, *squares = saved
+    preactivation, packed, table, *squares = saved
     z_grad, bias_parts = _activation_backward(grad, preactivation, offsets)
     x_grad = weight_grad = bias_grad = gain_grad = None
     if wanted[0]:
         x_grad = torch.empty_like(x)
-        _launch_convolve(z_grad, packed, None, grad, offsets, x_grad, None)
+        _launch_convolve(z_grad, packed, None, grad, offsets, table, x_grad, None)
     if any(wanted[1:]):
-        filters_grad = _filters_backward(x, z_grad, offsets, packed)
+        filters_grad = _filters_backward(x, z_grad, offsets, table, packed, folded=arguments.fold_filters)
         weight_grad, gain_grad = weight_norm.pack_backward(filters_grad, weight, gain, squares[0] if squares else None)
         bias_grad = bias_parts.sum(0).to(bias.dtype)
     return x_grad, weight_grad, bias_grad, gain_grad
 
 
-def _run_table(offsets: Tensor, rows: int, fold: int) -> Tensor:
-    """``[3, runs]`` int32; see `_runs`. Every sequence may leave a run unused, and so may the dead rows."""
-    sequences = offsets.shape[0] - 1
-    runs = rows if fold == 1 else rows // fold + sequences + 1
-    table = offsets.new_empty(3, runs, dtype=torch.int32)
+def _fold(x: Tensor, weight: Tensor) -> int:
+    """Frames of a run."""
+    _, width, taps = weight.shape
+    return _tile_columns(architecture(x), width, taps, x.element_size())[1]
+
+
+def _run_count(rows: int, offsets: Tensor, fold: int) -> int:
+    """Every sequence may leave a run unused, and so may the dead rows."""
+    return rows if fold == 1 else rows // fold + offsets.shape[0]
+
+
+def _fill_run_table(table: Tensor, offsets: Tensor, rows: int, fold: int) -> None:
+    """``table`` ``[3, room]`` int32, of which `_run_count` are needed; see `_runs`."""
+    sequences, runs = offsets.shape[0] - 1, table.shape[1]
     arguments = {"offsets": offsets, "table": table, "rows": rows, "sequences": sequences, "runs": runs, "FOLD": fold}
     block = 1024 if architecture(offsets) == INTERPRETER else 128
     launch(_runs, lambda a: (cdiv(runs, a["BLOCK"]),), arguments, [Blocks({"BLOCK": block})])
-    return table
 
 
 def _launch_convolve(
@@ -265,17 +284,17 @@ def _launch_convolve(
     bias: Optional[Tensor],  # None: the gradient of x is wanted, and x is that of the preactivation
     residual: Tensor,
     offsets: Tensor,
+    table: Tensor,  # [3, room]
     out: Tensor,
     preactivation: Optional[Tensor],
 ) -> None:
     groups, taps, width, _ = filters.shape
     columns, fold = _tile_columns(architecture(x), width, taps, x.element_size())
-    table = _run_table(offsets, x.shape[0], fold)
-    runs, backward = table.shape[1], bias is None
+    runs, backward = _run_count(x.shape[0], offsets, fold), bias is None
     arguments = {
         "x": x, "filters": filters, "bias": bias, "residual": residual, "table": table, "out": out,
-        "preactivation": preactivation, "runs": runs, "CHANNELS": x.shape[1], "WIDTH": width, "TAPS": taps,
-        "BEFORE": taps - 1 - taps // 2 if backward else taps // 2, "FOLD": fold, "BACKWARD": backward,
+        "preactivation": preactivation, "runs": runs, "room": table.shape[1], "CHANNELS": x.shape[1], "WIDTH": width,
+        "TAPS": taps, "BEFORE": taps - 1 - taps // 2 if backward else taps // 2, "FOLD": fold, "BACKWARD": backward,
         "PRECISION": _precision(x),
     }  # fmt: skip
     blocks = groups * cdiv(fold * width, columns)
@@ -300,22 +319,33 @@ def _activation_backward(grad: Tensor, preactivation: Tensor, offsets: Tensor) -
     return z_grad, parts
 
 
-def _filters_backward(x: Tensor, z_grad: Tensor, offsets: Tensor, packed: Tensor) -> Tensor:
-    """``[channels (out), taps, channels / groups (in)]`` float32."""
+def _filters_backward(
+    x: Tensor, z_grad: Tensor, offsets: Tensor, table: Tensor, packed: Tensor, *, folded: bool
+) -> Tensor:
+    """``[channels (out), taps, channels / groups (in)]`` float32. ``table`` is of the forward's runs, ``folded`` whether to use
+    them: where not, and in tiles of less than 256 columns, a run is one frame.
+    """
     groups, taps, width, _ = packed.shape
-    rows, channels = x.shape
-    filters_grad = x.new_empty(channels, taps, width, dtype=torch.float32)
+    (rows, channels), arch, itemsize = x.shape, architecture(x), x.element_size()
+    columns, fold = _tile_columns(arch, width, taps, itemsize)
+    if not folded or arch in (80, 86) or itemsize == 4:
+        columns, fold = 64 if width <= 64 or itemsize == 4 else 128, 1
+        table = table.new_empty(3, rows)
+        _fill_run_table(table, offsets, rows, fold)
+    runs = _run_count(rows, offsets, fold)
+    parts = x.new_empty(fold, channels, taps, width, dtype=torch.float32)
     arguments = {
-        "x": x, "z_grad": z_grad, "table": _run_table(offsets, rows, 1), "filters_grad": filters_grad, "rows": rows,
-        "CHANNELS": channels, "WIDTH": width, "TAPS": taps, "BEFORE": taps // 2, "PRECISION": _precision(x),
+        "x": x, "z_grad": z_grad, "table": table, "parts": parts, "runs": runs, "room": table.shape[1],
+        "CHANNELS": channels, "WIDTH": width, "TAPS": taps, "BEFORE": taps // 2, "FOLD": fold, "PRECISION": _precision(x),
     }  # fmt: skip
+    blocks, depth = groups * cdiv(fold * width, columns), (taps + fold - 1) * width
     launch(
         _filters_gradient,
-        lambda a: (cdiv(taps * width, a["BLOCK_FILTER"]), groups * cdiv(width, a["BLOCK_OUT"])),
+        lambda a: (cdiv(depth, a["BLOCK_DEPTH"]), blocks),
         arguments,
-        _filters_blocks(architecture(x), width, x.element_size()),
+        _filters_blocks(arch, columns, itemsize),
     )
-    return filters_grad
+    return parts[0] if fold == 1 else parts.sum(0)
 
 
 def _precision(x: Tensor) -> str:
@@ -361,18 +391,20 @@ def _convolve_blocks(arch: int, columns: int, itemsize: int, precision: str) -> 
 
 
 @functools.cache
-def _filters_blocks(arch: int, width: int, itemsize: int) -> list[Blocks]:
-    """Tensor cores take 64 rows at least: groups of 48 and 64 channels fill one tile of output channels, 80 need two."""
+def _filters_blocks(arch: int, columns: int, itemsize: int) -> list[Blocks]:
+    """Tensor cores take 64 columns at least, of which groups of 48 channels fill as many as they have, or 240 of 256."""
 
-    def blocks(out: int, filters: int, rows: int, warps: int, stages: int) -> Blocks:
-        sizes = {"BLOCK_OUT": out, "BLOCK_FILTER": filters, "BLOCK_ROWS": rows}
+    def blocks(runs: int, depth: int, warps: int, stages: int) -> Blocks:
+        sizes = {"BLOCK_RUNS": runs, "BLOCK_COLUMNS": columns, "BLOCK_DEPTH": depth}
         return Blocks(sizes, warps, stages)
 
     if arch == INTERPRETER:
-        return [blocks(16, 32, 16, 4, 1)]
-    out = 64 if width <= 64 or itemsize == 4 else 128
+        return [blocks(16, 32, 4, 1)]
     if itemsize == 4:
-        return [blocks(out, 64, 16, 8, 3), blocks(out, 64, 32, 8, 3)]
+        return [blocks(16, 64, 8, 3), blocks(32, 64, 8, 3)]
+    warps = 4 if columns == 64 else 8
     if arch in (80, 86):
-        return [blocks(out, 128, 32, 4 if out == 64 else 8, 4), blocks(out, 128, 64, 8, 3)]
-    return [blocks(out, 256, 64, 8, 3), blocks(out, 256, 32, 8, 4), blocks(out, 128, 64, 4 if out == 64 else 8, 4)]
+        return [blocks(32, 128, warps, 4), blocks(64, 128, 8, 3)]
+    if columns == 256:
+        return [blocks(64, 128, 8, 4), blocks(64, 128, 8, 3), blocks(32, 128, 8, 4)]
+    return [blocks(64, 256, 8, 3), blocks(32, 256, 8, 4), blocks(64, 128, warps, 4)]

@@ -10,6 +10,7 @@ from hubert_fast import tf32
 from hubert_fast.kernels import positional_conv as kernels
 from hubert_fast.kernels import weight_norm
 from hubert_fast.ops.positional_conv import positional_conv
+from hubert_fast.switches import switched
 from tests.kernels.device import DEVICE
 from tests.ops.comparison import assert_as_precise, error, run
 from tests.ops.test_masked_attention import EMPTY
@@ -73,14 +74,15 @@ def test_as_precise_as_pytorch(normalised, dtype):
     assert_as_precise(OPERATOR, embed([50, 31, 9]), draw, dtype, name="triton", seeds=3)
 
 
-@pytest.mark.parametrize("width", [48, 64, 80])
-def test_tiles_of_a_gpu_are_as_precise_as_pytorch(width, tiles_of_a_gpu):
+@pytest.mark.parametrize(("width", "folded"), [(48, True), (48, False), (64, True), (80, True), (80, False)])
+def test_tiles_of_a_gpu_are_as_precise_as_pytorch(width, folded, tiles_of_a_gpu):
     lengths = [70, 0, 3, 61]
 
     def draw(seed):
         return on_device(inputs(137, 1, width, 6, seed=seed), torch.float64)
 
-    assert_as_precise(OPERATOR, embed(lengths, 1), draw, torch.bfloat16, name="triton", seeds=1)
+    with switched(folded_filters=folded):
+        assert_as_precise(OPERATOR, embed(lengths, 1), draw, torch.bfloat16, name="triton", seeds=1)
 
 
 def _assert_runs(lengths, dead, fold):
@@ -91,7 +93,10 @@ def _assert_runs(lengths, dead, fold):
         expected += [(first, low, low + length) for first in range(low, low + length, fold)]
         low += length
     expected += [(first, rows, rows) for first in range(low, rows, fold)]
-    table = kernels._run_table(offsets_of(lengths).to(DEVICE), rows, fold).T.tolist()
+    offsets = offsets_of(lengths).to(DEVICE)
+    table = torch.empty(3, rows + len(offsets), dtype=torch.int32, device=DEVICE)
+    kernels._fill_run_table(table, offsets, rows, fold)
+    table = table[:, : kernels._run_count(rows, offsets, fold)].T.tolist()
     assert [tuple(each) for each in table if each != [rows, rows, rows]] == expected
     assert fold > 1 or len(table) == rows  # a row's run is found without a search
 

@@ -116,7 +116,8 @@ def _masked_attention(size: Size, dtype: torch.dtype) -> Iterator[tuple]:
 def _positional_conv(size: Size, dtype: torch.dtype) -> Iterator[tuple]:
     x, weight = _empty(size.rows, size.dim, dtype=dtype), _empty(size.dim, size.group_channels, size.taps)
     bias, gain, offsets = _empty(size.dim), _empty(1, 1, size.taps), _integers(size.batch + 1)
-    yield positional_conv.Arguments(x, weight, bias, gain, offsets, size.groups, size.frames)
+    for folded in (True, False):
+        yield positional_conv.Arguments(x, weight, bias, gain, offsets, size.groups, size.frames, folded)
 
 
 def _residual_layer_norm(size: Size, dtype: torch.dtype) -> Iterator[tuple]:
