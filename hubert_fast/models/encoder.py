@@ -34,13 +34,22 @@ from hubert_fast.ops.feed_forward import feed_forward
 from hubert_fast.ops.host_tensors import may_decide_shapes
 from hubert_fast.ops.linear import linear
 from hubert_fast.ops.mask_fill import mask_fill
-from hubert_fast.ops.masked_attention import bias_of_heads, masked_attention
+from hubert_fast.ops.masked_attention import bias_of_heads, dropout_columns, masked_attention
 from hubert_fast.ops.operator import is_plain_call
 from hubert_fast.ops.positional_conv import positional_conv
 from hubert_fast.switches import switches
 
-# Dropout masks of a layer: on the attention weights, after the attention, inside the feed-forward, after it.
-_MASKS = 4
+_MASKS = 4  # of dropout in a layer, as `LayerSeeds` names them
+
+
+class LayerSeeds(NamedTuple):
+    """Seeds of the dropout masks of a layer, each ``[]`` int64; None: drawn where it is needed, if at all."""
+
+    attention: Optional[Tensor] = None  # on the attention weights
+    attended: Optional[Tensor] = None  # after the attention
+    hidden: Optional[Tensor] = None  # inside the feed-forward
+    output: Optional[Tensor] = None  # after it
+    columns: Optional[Tensor] = None  # [frames or more] int32: `dropout_columns` of the first
 
 
 class Seeds(NamedTuple):
@@ -48,15 +57,21 @@ class Seeds(NamedTuple):
 
     projection: Optional[Tensor] = None
     embedding: Optional[Tensor] = None  # of the transformer's input
-    layers: Optional[Sequence[list[Tensor]]] = None
+    attention: Optional[Tensor] = None  # [layers] int64: the first of each layer
+    layers: Optional[Sequence[LayerSeeds]] = None
 
     @classmethod
     def of(cls, drawn: Optional[Tensor]) -> Seeds:
         """The seeds in ``drawn``, ``[2 + 4 * layers]`` int64."""
         if drawn is None:
             return cls()
-        projection, embedding, *layers = drawn.unbind()
-        return cls(projection, embedding, [layers[i : i + _MASKS] for i in range(0, len(layers), _MASKS)])
+        projection, embedding = drawn[:2].unbind()
+        by_place = drawn[2:].view(_MASKS, -1)
+        return cls(projection, embedding, by_place[0], [LayerSeeds(*each.unbind()) for each in by_place.unbind(1)])
+
+    def of_layer(self, i: int) -> Optional[LayerSeeds]:
+        """Those of layer ``i``, if there are any."""
+        return None if self.layers is None else self.layers[i]
 
 
 class FeatureProjection(nn.Module):
@@ -136,9 +151,13 @@ class SelfAttention(nn.Module):
         return self.out_proj(self.heads(x, layout, keep))
 
     def heads(
-        self, x: Tensor, layout: Rows, keep: Optional[Tensor] = None, seed: Optional[Tensor] = None
+        self,
+        x: Tensor,  # [rows, embed_dim]
+        layout: Rows,
+        keep: Optional[Tensor] = None,  # [kept] int64
+        seeds: LayerSeeds = LayerSeeds(),
     ) -> Tensor:  # [rows, embed_dim]
-        """What the output projection is given: the heads side by side. ``seed`` is that of the dropout."""
+        """The output projection's input: the heads side by side."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         if all(is_plain(each, nn.Linear) and each.bias is not None for each in projections):
             weights, biases = ([getattr(each, name) for each in projections] for name in ("weight", "bias"))
@@ -154,8 +173,9 @@ class SelfAttention(nn.Module):
             layout.key_lengths,
             max_frames=layout.frames,
             dropout_p=self.dropout if self.training else 0.0,
-            seed=seed,
+            seed=seeds.attention,
             qkv_bias=qkv_bias,
+            columns=seeds.columns,
         ).flatten(1)
         return out if keep is None else out.index_select(0, keep)
 
@@ -215,7 +235,7 @@ class EncoderLayer(nn.Module):
         x: Union[Tensor, Stream],  # [rows, dim]
         layout: Rows,
         keep: Optional[Tensor] = None,  # [kept] int64
-        seeds: Optional[list[Tensor]] = None,
+        seeds: Optional[LayerSeeds] = None,
     ) -> Union[Tensor, Stream]:
         """``[rows, dim] -> [rows, dim]``, or ``[kept, dim]`` where ``keep`` says which rows are wanted.
 
@@ -223,37 +243,30 @@ class EncoderLayer(nn.Module):
         """
         if not isinstance(x, Stream):
             return self.forward(Stream(x), layout, keep, seeds).x
-        attention_seed, attended_seed, hidden_seed, output_seed = seeds or [None] * _MASKS
+        seeds = seeds or LayerSeeds()
         if self.layer_norm_first:
             normed = Stream(normalize(self.layer_norm, x.x))
-            attended = self._attend(normed, layout, keep, attention_seed, attended_seed)
+            attended = self._attend(normed, layout, keep, seeds)
             normed, stream = add_and_normalize(self.final_layer_norm, x.x, attended, keep)
-            return Stream(add(stream, self._feed_forward(Stream(normed), hidden_seed, output_seed)))
-        attended = self._attend(x, layout, keep, attention_seed, attended_seed)
+            return Stream(add(stream, self._feed_forward(Stream(normed), seeds)))
+        attended = self._attend(x, layout, keep, seeds)
         x = add_then_normalize(self.layer_norm, x.x, attended, keep)
-        return add_then_normalize(self.final_layer_norm, x.x, self._feed_forward(x, hidden_seed, output_seed))
+        return add_then_normalize(self.final_layer_norm, x.x, self._feed_forward(x, seeds))
 
-    def _attend(
-        self,
-        x: Stream,
-        layout: Rows,
-        keep: Optional[Tensor],
-        attention_seed: Optional[Tensor],
-        attended_seed: Optional[Tensor],
-    ) -> Update:
+    def _attend(self, x: Stream, layout: Rows, keep: Optional[Tensor], seeds: LayerSeeds) -> Update:
         attention = self.attention
         if is_plain(attention, SelfAttention):
-            value, bias = product(attention.out_proj, attention.heads(x.operand, layout, keep, attention_seed))
+            value, bias = product(attention.out_proj, attention.heads(x.operand, layout, keep, seeds))
         else:
             value, bias = attention(x.x, layout, keep), None
-        return before_dropout(self.dropout, value, bias, attended_seed)
+        return before_dropout(self.dropout, value, bias, seeds.attended)
 
-    def _feed_forward(self, x: Stream, hidden_seed: Optional[Tensor], output_seed: Optional[Tensor]) -> Update:
+    def _feed_forward(self, x: Stream, seeds: LayerSeeds) -> Update:
         block = self.feed_forward
         if not is_plain(block, FeedForward):
             return Update(block(x.x), None, 0.0, None)
-        value, bias = block.update(x.operand, hidden_seed)
-        return before_dropout(block.output_dropout, value, bias, output_seed)
+        value, bias = block.update(x.operand, seeds.hidden)
+        return before_dropout(block.output_dropout, value, bias, seeds.output)
 
 
 class Transformer(nn.Module):
@@ -295,11 +308,12 @@ class Transformer(nn.Module):
     def stream(self, x: Tensor, layout: Rows, keep: Optional[Tensor] = None, seeds: Optional[Seeds] = None) -> Stream:
         """The result of `forward` on a layout, with its copy for a product where layers make one."""
         seeds = Seeds.of(self.draw_seeds(x.device)) if seeds is None else seeds
+        seeds = self.with_columns(seeds, layout)
         stream = self.embed(x, layout, seeds.embedding)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             wanted = keep if i == last else None
-            stream = self._drop_or_run(layer, stream, layout, wanted, seeds.layers and seeds.layers[i])
+            stream = self._drop_or_run(layer, stream, layout, wanted, seeds.of_layer(i))
         return self.finish(stream)
 
     def intermediate_outputs(self, x: Tensor, layout: Rows, num_layers: Optional[int] = None) -> Iterator[Tensor]:
@@ -336,6 +350,19 @@ class Transformer(nn.Module):
         """Random numbers for `Seeds.of`: ``[2 + 4 * layers]`` int64."""
         return torch.randint(*SEED_RANGE, (self.seed_count,), device=device)
 
+    def with_columns(self, seeds: Seeds, layout: Rows) -> Seeds:
+        """``seeds`` with the columns of the attention masks of all layers, made in one launch where there is a use for them."""
+        attentions = [getattr(layer, "attention", None) for layer in self.layers]
+        if seeds.layers is None or not any(
+            type(each) is SelfAttention and each.training and each.dropout > 0.0 for each in attentions
+        ):
+            return seeds
+        columns = dropout_columns(seeds.attention, layout.frames)
+        if columns is None:
+            return seeds
+        layers = [each._replace(columns=own) for each, own in zip(seeds.layers, columns.unbind())]
+        return seeds._replace(layers=layers)
+
     @property
     def seed_count(self) -> int:
         """How many seeds a step has."""
@@ -346,7 +373,7 @@ class Transformer(nn.Module):
         return [torch.rand(1).item() <= self.layer_drop and self.layer_drop > 0.0 for _ in self.layers]
 
     def _drop_or_run(
-        self, layer: nn.Module, stream: Stream, layout: Rows, keep: Optional[Tensor], seeds: Optional[list[Tensor]]
+        self, layer: nn.Module, stream: Stream, layout: Rows, keep: Optional[Tensor], seeds: Optional[LayerSeeds]
     ) -> Stream:
         arguments = (stream, layout, keep) if seeds is None else (stream, layout, keep, seeds)
         if not self.training:
@@ -370,7 +397,7 @@ def run_layer(
     stream: Stream,
     layout: Rows,
     keep: Optional[Tensor] = None,
-    seeds: Optional[list[Tensor]] = None,
+    seeds: Optional[LayerSeeds] = None,
 ) -> Stream:
     """The stream after ``layer``; one that is not as it was built is given a tensor and gives one."""
     arguments = (layout, keep) if seeds is None else (layout, keep, seeds)

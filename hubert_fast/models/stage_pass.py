@@ -14,7 +14,7 @@ from hubert_fast.models.gradient_buffers import GradientBuffers
 from hubert_fast.models.objective import FrameLosses, PretrainingObjective
 from hubert_fast.models.plain import Stream
 from hubert_fast.models.plan import StepPlan
-from hubert_fast.models.stages import Owned, Stage, head_losses, in_place_of, skipped, skipped_gradient
+from hubert_fast.models.stages import Owned, Stage, head_losses, in_place_of, seeds_of_pass, skipped, skipped_gradient
 from hubert_fast.models.weight_copies import WeightCopies
 from hubert_fast.weights import Lent
 
@@ -74,7 +74,7 @@ class StagePass:
         self._objective, self._stages, self._head = objective, stages, head
         self._tensors, self._gradients, self._copies = tensors, gradients, copies
         self._overwrite, self._autocast = overwrite, autocast
-        self._value = Stream(tensors.rows)
+        self._value, self._seeds = Stream(tensors.rows), tensors.seeds
         # Whether anything before each stage, and before the head, is trained.
         self._wanted = [tensors.rows_gradient is not None]
         for stage in stages:
@@ -109,9 +109,11 @@ class StagePass:
 
     def _forward(self, i: int) -> None:
         stage, tensors = self._stages[i], self._tensors
+        if i == 0:
+            self._seeds = seeds_of_pass(self._objective, tensors.seeds, tensors.plan)
         stream = _leaves(self._value, self._wanted[i])
         with self._forward_of(i, stage.owned) as leaves:
-            self._outputs[i] = stage.run(stream, tensors.plan, tensors.seeds)
+            self._outputs[i] = stage.run(stream, tensors.plan, self._seeds)
         self._inputs[i], self._leaves[i] = stream, leaves
         self._value = _leaves(self._outputs[i], False)
 

@@ -55,7 +55,7 @@ def encoder_stages(objective: PretrainingObjective) -> list[Stage]:
     def layer(i: int, last: bool) -> Callable[[Stream, StepPlan, Seeds], Stream]:
         def run(stream: Stream, plan: StepPlan, seeds: Seeds) -> Stream:
             keep = plan.keep if last else None
-            return run_layer(transformer.layers[i], stream, plan.layout, keep, seeds.layers and seeds.layers[i])
+            return run_layer(transformer.layers[i], stream, plan.layout, keep, seeds.of_layer(i))
 
         return run
 
@@ -67,6 +67,11 @@ def encoder_stages(objective: PretrainingObjective) -> list[Stage]:
     for i, module in enumerate(transformer.layers):
         stages.append(Stage(f"layer {i}", _owned_by_layer(module), layer(i, i == last), i == last, skippable))
     return stages
+
+
+def seeds_of_pass(objective: PretrainingObjective, seeds: Seeds, plan: StepPlan) -> Seeds:
+    """``seeds`` with what all layers' masks have together, made once."""
+    return objective.model.wav2vec2.encoder.transformer.with_columns(seeds, plan.layout)
 
 
 def head_parameters(objective: PretrainingObjective) -> list[Owned]:
