@@ -16,8 +16,8 @@ TFLOPS, COPY_TB_PER_S = 798.0, 3.0
 class Part:
     """A part of the step.
 
-    ``floor_ms``: bytes over bandwidth or FLOPs over rate, whichever is larger. ``predicted_ms``: of the code as it stood when
-    this was written; ``improved_ms``: after the changes that NOTES.md lists. ``operators``: how the
+    ``floor_ms``: bytes over bandwidth or FLOPs over rate, whichever is larger. ``launches`` and ``predicted_ms``: before the
+    changes of "Nothing moved twice" in NOTES.md; ``improved_ms``: with them. ``operators``: how the
     profiler's names of what belongs to it begin, a backward's like its forward's; `part_of` knows other products by themselves.
     """
 
@@ -50,7 +50,7 @@ PARTS = (
     REST,
 )  # fmt: skip
 
-# Between the kernels of one CUDA graph, and all of it; `Update` has what several graphs add.
+# Between the kernels of one CUDA graph, and all of it, before those changes and with them; `Update` has what several graphs add.
 GAPS_MS = (0.6, 0.5)
 STEP_MS = (25.3, 21.5)
 STEP_RANGE_MS = (22.5, 29.0)  # of the first

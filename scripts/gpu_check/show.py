@@ -105,13 +105,13 @@ def _parts(facts: Facts) -> list[str]:
     if not measured:
         return []
     lines = [
-        f"{'part of the step':34} {'launches':>9} {'predicted':>9} {'floor ms':>9} {'predicted':>9} {'measured':>9}"
+        f"{'part of the step':34} {'launches':>9} {'predicted':>9} {'floor ms':>9} {'before':>9} {'predicted':>9} {'measured':>9}"
     ]
     for part in predictions.PARTS:
         found = measured.get(part.name, {"launches": 0, "ms": 0.0})
         lines.append(
             f"{part.name:34} {found['launches']:9.0f} {part.launches:9d} "
-            f"{part.floor_ms:9.2f} {part.predicted_ms:9.2f} {found['ms']:9.2f}"
+            f"{part.floor_ms:9.2f} {part.predicted_ms:9.2f} {part.improved_ms:9.2f} {found['ms']:9.2f}"
         )
     return lines
 
