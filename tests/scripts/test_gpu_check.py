@@ -393,7 +393,7 @@ def test_measured_stands_beside_predicted(facts):
     assert re.search(
         r"^hubert_fast +50\.00 +48\.00 +3,500 +1\.00\ntorchaudio +200\.00 +60\.00 +875 +4\.00$", text, re.MULTILINE
     )
-    assert re.search(r"^attention +48 +48 +0\.90 +2\.90 +3\.25$", text, re.MULTILINE)
+    assert re.search(r"^attention +48 +48 +0\.90 +2\.90 +2\.30 +3\.25$", text, re.MULTILINE)
 
 
 def test_an_update_in_graphs_stands_beside_its_prediction(facts):
