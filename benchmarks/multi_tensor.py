@@ -34,7 +34,7 @@ def launches(tensors: Sequence[Tensor], lists: int) -> int:
 
 @contextlib.contextmanager
 def counted(title: str) -> Iterator[list[int]]:
-    """Inside it such operations run under the profiler's name ``title``; yields a list to which each adds its launches."""
+    """Count launches of operations on lists inside, each under the profiler's name ``title``; yields a list of the counts."""
     counts: list[int] = []
 
     def watched(name: str) -> Any:

@@ -80,7 +80,7 @@ class Update:
 _BETWEEN_GRAPHS_MS = 0.003
 
 # By the name of the item of ``scripts/gpu-check``; the second at a LayerDrop of 0.05.
-UPDATES = {"time": Update(2.0, 2, 130), "time, LayerDrop": Update(3.6, 28, 130)}
+UPDATES = {"time": Update(1.6, 2, 75), "time, LayerDrop": Update(2.2, 28, 75)}
 
 # Milliseconds of a step that each flag of `hubert_fast.switches` saves.
 SWITCHES = {

@@ -83,7 +83,9 @@ def _load() -> tuple[Optional[ModuleType], Optional[str]]:
         return None, _import_failure(error)
     built = getattr(_C, "interface", None)
     if built != INTERFACE:
-        return None, f"hubert_fast._C was built from other sources (interface {built}, not {INTERFACE}); {_REBUILD}"
+        reason = f"hubert_fast._C was built from other sources (interface {built}, not {INTERFACE}); {_REBUILD}"
+        warnings.warn(f"{reason}. Until then PyTorch's operations run in its place, slower.", stacklevel=2)
+        return None, reason
     try:
         _C.cpu.instruction_set()
     except ValueError as error:

@@ -1,7 +1,7 @@
 """Weights of matrix products: in the dtype of the product, and their gradients in their own.
 
-Who trains in 16 bits casts each weight in every forward and each of their gradients in every backward. A graphed step spares
-both: it lends a weight memory (`lend`) that holds it in 16 bits already, and memory that wants its gradient.
+Autocast to 16 bits casts each weight in every forward, and its gradient in every backward. A graphed step spares both: it lends
+a weight memory (`lend`) that holds it in 16 bits already, and memory that wants its gradient.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ def column_sums(vectors):
 
 @triton.jit
 def store_row(first, row, WIDTH: tl.constexpr, REST: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """``row``, a pair as of `column_sums`, to the pointer ``first``."""
+    """Store ``row``, a pair as of `column_sums`, from the pointer ``first`` on."""
     column = tl.arange(0, WIDTH)
     tl.store(first + column, row[0], mask=column < HEAD_DIM)
     if REST > 0:

@@ -196,7 +196,7 @@ def _forward(
 @triton.jit
 def _store_part(parts, part_count, which: tl.constexpr, sums, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
                 WIDTH: tl.constexpr, REST: tl.constexpr):  # fmt: skip
-    """``sums``, a row, as the program's part of a sum over all rows; parts that no program has are 0."""
+    """Store ``sums``, a row, as the program's part of a sum over all rows; parts that no program has become 0."""
     if parts is not None:
         parts += (which * HEADS + tl.program_id(1)) * HEAD_DIM
         part = tl.program_id(0)
@@ -541,5 +541,5 @@ def _key_backward_blocks(arch: int, dtype: torch.dtype, head_dim: int) -> list[B
 
 
 def _blocks(queries: int, keys: int, warps: int, stages: int, registers: Optional[int] = None) -> Blocks:
-    """With 128 ``registers`` a thread eight warps leave room for eight more."""
+    """Blocks of queries and keys. With 128 ``registers`` a thread eight warps leave room for eight more."""
     return Blocks({"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys}, warps, stages, registers)

@@ -260,18 +260,18 @@ def backward(
 
 
 def _fold(x: Tensor, weight: Tensor) -> int:
-    """Frames of a run."""
+    """Frames of a run in the forward and in the gradient of ``x``."""
     _, width, taps = weight.shape
     return _tile_columns(architecture(x), width, taps, x.element_size())[1]
 
 
 def _run_count(rows: int, offsets: Tensor, fold: int) -> int:
-    """Every sequence may leave a run unused, and so may the dead rows."""
+    """Runs that are enough for any offsets: every sequence may leave a part of one unused, and so may the dead rows."""
     return rows if fold == 1 else rows // fold + offsets.shape[0]
 
 
 def _fill_run_table(table: Tensor, offsets: Tensor, rows: int, fold: int) -> None:
-    """``table`` ``[3, room]`` int32, of which `_run_count` are needed; see `_runs`."""
+    """Write the runs of ``fold`` frames to ``table``, ``[3, room]`` int32; `_run_count` of them are read. See `_runs`."""
     sequences, runs = offsets.shape[0] - 1, table.shape[1]
     arguments = {"offsets": offsets, "table": table, "rows": rows, "sequences": sequences, "runs": runs, "FOLD": fold}
     block = 1024 if architecture(offsets) == INTERPRETER else 128

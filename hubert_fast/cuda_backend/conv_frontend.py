@@ -141,9 +141,9 @@ class _Frontend:
         return torch.empty(shape, dtype=self.dtype if dtype is None else dtype, device=self.device)
 
     def _narrow_weights(self) -> dict[int, tuple[list[int], Tensor]]:
-        """By kernel, the later layers that have it and their filters in the compute dtype, [layers, out, in, kernel].
+        """The later layers by their number of taps, and their filters in the compute dtype, [layers, out, in, taps].
 
-        Together, so that one launch narrows them all and one lays out those of a kernel.
+        They lie together, so that one launch narrows them all and one lays out those of as many taps.
         """
         layers: dict[int, list[int]] = {}
         for layer, weight in enumerate(self.weights[1:], start=1):
@@ -166,7 +166,7 @@ class _Frontend:
         return found
 
     def gradient_weights(self) -> dict[int, list[Tensor]]:
-        """Of each later layer the matrices of its data gradient (`input_gradient`): [depth, columns] of the product."""
+        """Matrices of each later layer's data gradient (`input_gradient`), [depth, columns] of a product each."""
         found: dict[int, list[Tensor]] = {}
         for kernel, (those, stack) in self.narrow.items():
             taps = stack.unbind(3)  # each [layers, out, in]
@@ -178,7 +178,7 @@ class _Frontend:
         return found
 
     def buffer(self, layer: int) -> Tensor:
-        """Of a layer's activations: its rows, and one after them, which the last window of kernel 3, a dead one, reads."""
+        """Room for a layer's activations: its rows, and one more, which the last window of kernel 3, a dead one, reads."""
         return self.empty(self.batch * self.rows[layer] + 1, self.channels)
 
     def layout(self, layer: int) -> Any:
@@ -526,7 +526,7 @@ class _Backward:
         self.norm_sums.append((layer, frontend.sum_parts(partial, frontend.wide)[0]))
 
     def _take_norm_sums(self) -> None:
-        """Copies to tensors of their own, since outputs of a custom operator may not share memory."""
+        """Copy the sums to tensors of their own, since outputs of a custom operator may not share memory."""
         groups = [self.gradients.norm_weights, self.gradients.norm_biases]
         groups += [self.gradients.biases] if self.frontend.biases else []
         own, sums = [], []

@@ -1,4 +1,4 @@
-"""Which GPUs the kernels of the extension run on, and how tensors are given to them."""
+"""GPUs that the kernels of the extension run on, and the form in which they take tensors, dtypes and streams."""
 
 from __future__ import annotations
 
@@ -55,5 +55,5 @@ def stream_of(kernels: ModuleType, device: torch.device) -> int:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The kernels load 16 bytes at a time; a view into a flattened parameter may begin anywhere."""
+    """``tensor``, or a copy where it does not begin on 16 bytes, as the kernels load them; a view may begin anywhere."""
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

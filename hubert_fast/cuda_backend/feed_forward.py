@@ -63,7 +63,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
 def backward(
     arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
 ) -> list[Optional[Tensor]]:
-    """Those of weights and bias are written where memory is lent for them."""
+    """Gradients of weights and bias are written where memory is lent for them."""
     (x, weight1, bias1, weight2, *_, dtype), (z,), (gradient,) = arguments, saved, gradients
     wants_x, wants_weight1, wants_bias1, wants_weight2 = wanted
     of_x = of_weight1 = of_bias1 = of_weight2 = None
@@ -99,5 +99,5 @@ def _hidden(arguments: Arguments) -> Tensor:
 
 
 def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As the kernels take a tensor."""
+    """``tensor`` as the kernels take it."""
     return device.aligned(tensor.to(dtype).contiguous())

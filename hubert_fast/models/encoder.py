@@ -205,7 +205,7 @@ class FeedForward(nn.Module):
         return product(second, self._hidden(x, seed))
 
     def _hidden(self, x: Tensor, seed: Optional[Tensor] = None) -> Tensor:
-        """What the second product is given: ``[rows, io_features] -> [rows, intermediate_features]``."""
+        """The second product's input: ``[rows, io_features] -> [rows, intermediate_features]``."""
         value, bias = product(self.intermediate_dense, x)
         dropout = self.intermediate_dropout
         if is_fusable(dropout):
@@ -216,7 +216,8 @@ class FeedForward(nn.Module):
 class EncoderLayer(nn.Module):
     """Attention and feed-forward, each with a residual and a LayerNorm before (``layer_norm_first``) or after it.
 
-    Between the products there is one pass over memory each: bias, GELU and dropout; bias, dropout, residual and LayerNorm.
+    Between the products there is at most one pass over memory each: bias, GELU and dropout; bias, dropout, residual and
+    LayerNorm.
     """
 
     def __init__(

@@ -259,7 +259,7 @@ class GraphedStep:
             samples = samples.to(self._device, non_blocking=True)
         features, _ = self._objective.model.wav2vec2.feature_extractor(waveforms, samples)
         with torch.no_grad():
-            # Of frames first: a norm of all values at once loses digits on a CPU.
+            # A norm of all values at once loses digits on a CPU, so each frame has its own first.
             frames = torch.linalg.vector_norm(features, dim=2, dtype=torch.promote_types(features.dtype, torch.float32))
             norm = torch.linalg.vector_norm(frames)
             self._sums[6].addcmul_(norm, norm, value=batch.masked_frames / features.numel())
@@ -270,7 +270,7 @@ class GraphedStep:
             return
         objective, valid = self._objective, batch.valid_frames
         wide = torch.promote_types(features.dtype, torch.float32)
-        # Of the penalty, over the feature. Rounded step by step as autograd does: a plain loop gives the same bits.
+        # The penalty's gradient over the feature, rounded step by step as autograd does: a plain loop gives the same bits.
         slope = torch.tensor(self._scale_on_host, dtype=wide) * batch.masked_frames * objective.feature_weight
         slope = 2.0 * (slope / features.numel()).item()
         with torch.no_grad():

@@ -97,7 +97,7 @@ def product(linear: nn.Module, x: Tensor) -> tuple[Tensor, Optional[Tensor]]:
 
 
 def projection(linear: nn.Module, x: Tensor) -> Tensor:
-    """``linear(x)``."""
+    """``linear(x)``; a plain one may have a copy of its weight in 16 bits (`hubert_fast.weights`)."""
     if not is_plain(linear, nn.Linear):
         return linear(x)
     return linear_product(x, [linear.weight], [] if linear.bias is None else [linear.bias])

@@ -70,7 +70,7 @@ def encoder_stages(objective: PretrainingObjective) -> list[Stage]:
 
 
 def seeds_of_pass(objective: PretrainingObjective, seeds: Seeds, plan: StepPlan) -> Seeds:
-    """``seeds`` with what all layers' masks have together, made once."""
+    """``seeds`` with the columns of all layers' attention masks, made once a pass."""
     return objective.model.wav2vec2.encoder.transformer.with_columns(seeds, plan.layout)
 
 

@@ -95,7 +95,7 @@ class _Bias(torch.autograd.Function):
 def bias_of_heads(biases: Sequence[Tensor], heads: int) -> Tensor:
     """The biases of queries, keys and values, ``[heads * head_dim]`` each, as `masked_attention` takes ``qkv_bias``.
 
-    ``[3, heads, head_dim]``. They get their gradients through it; its values, which nobody reads, are not theirs.
+    ``[3, heads, head_dim]``, in their dtype. It carries their gradients; its values are read by nobody, and not theirs.
     """
     return _Bias.apply(heads, *biases)
 
@@ -137,7 +137,7 @@ def _check_columns(columns: Optional[Tensor], max_frames: int, seed: Optional[Te
 
 
 def _containing(qkv: Tensor, qkv_bias: Optional[Tensor]) -> Tensor:
-    """``qkv`` to autograd as a sum with the bias: what is added is 0."""
+    """``qkv``, which autograd sees as a sum with the bias: 0 is added."""
     return qkv if qkv_bias is None else qkv + (qkv_bias - qkv_bias.detach()).to(qkv.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Graphed steps of HuBERT Base for the check's items: made, given batches, run until they are captured; captures are counted."""
+"""Graphed steps of HuBERT Base for the check's items, their batches, and a count of their captures."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def free_what_is_left() -> None:
 
 
 def make_objective(layer_drop: float) -> hubert_fast.PretrainingObjective:
-    """The same weights every time."""
+    """HuBERT Base, ready to train, with the same weights every time."""
     arguments = {**architecture("base").factory_arguments(NUM_CLASSES), "encoder_layer_drop": layer_drop}
     torch.manual_seed(0)
     with torch.device(DEVICE):

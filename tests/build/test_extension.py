@@ -27,6 +27,7 @@ def _package_with(folder, files):
     # -S: what finds the modules of an editable install would find its _C.
     done = subprocess.run([sys.executable, "-S", "-c", ABSENT], cwd=folder, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+    assert ("UserWarning" in done.stderr) == ("built from other sources" in done.stdout)
     return done.stdout
 
 

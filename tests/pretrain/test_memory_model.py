@@ -91,7 +91,7 @@ def counted_and_predicted(model, lengths, *, unmasked_weight=0.0, autocast=True,
     labels = torch.zeros(len(samples), int(frames.max()), dtype=torch.int64)
     plan = objective.plan(labels, samples, samples=int(samples.max()), device="cpu")
     shape = len(samples), int(samples.max())
-    # Who calls in such a mode must name the backend.
+    # In such a mode an automatic choice is the composition.
     fused = extension and autocast and not config.encoder_ff_interm_dropout
     with backend.using("cuda" if fused else "torch", "feed_forward"):
         counted = kept_bytes(objective, shape, plan, autocast)
