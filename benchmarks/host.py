@@ -52,7 +52,7 @@ _WITHOUT_KERNEL = {
     "as_strided", "empty", "empty_strided", "view", "_unsafe_view", "_reshape_alias", "alias", "detach", "to", "promote_types",
     "result_type", "set_", "resize_", "unbind", "uniform_", "_local_scalar_dense", "lift_fresh", "detach_",
 }  # fmt: skip
-# What a CPU makes of several operations and a GPU of one.
+# A CPU makes these of several operations, a GPU of one.
 _ONE_KERNEL = {
     f"aten::{name}" for name in ("mm", "addmm", "bmm", "sum", "mean", "linalg_vector_norm", "index_copy_", "stack")
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Switches:
-    """One flag a change; read when an operator is called, and for a graph when it is captured."""
+    """One flag a change; read as an operator or its backward is called, and for a graph when it is captured."""
 
     narrow_copies: bool = True  # LayerNorm writes its 16-bit copy too and sums the gradients of both
     gelu_epilogues: bool = True  # GELU and its slope in the epilogues of the feed-forward's products

@@ -32,6 +32,7 @@ from hubert_fast.kernels import weight_norm
 from hubert_fast.kernels.column_tiles import contiguous
 from hubert_fast.kernels.gelu import gelu, gelu_slope
 from hubert_fast.kernels.launch import INTERPRETER, Blocks, architecture, cdiv, launch
+from hubert_fast.switches import switches
 
 if TYPE_CHECKING:
     from hubert_fast.ops.positional_conv import Arguments
@@ -253,7 +254,7 @@ def backward(
         x_grad = torch.empty_like(x)
         _launch_convolve(z_grad, packed, None, grad, offsets, table, x_grad, None)
     if any(wanted[1:]):
-        filters_grad = _filters_backward(x, z_grad, offsets, table, packed, folded=arguments.fold_filters)
+        filters_grad = _filters_backward(x, z_grad, offsets, table, packed)
         weight_grad, gain_grad = weight_norm.pack_backward(filters_grad, weight, gain, squares[0] if squares else None)
         bias_grad = bias_parts.sum(0).to(bias.dtype)
     return x_grad, weight_grad, bias_grad, gain_grad
@@ -319,16 +320,15 @@ def _activation_backward(grad: Tensor, preactivation: Tensor, offsets: Tensor) -
     return z_grad, parts
 
 
-def _filters_backward(
-    x: Tensor, z_grad: Tensor, offsets: Tensor, table: Tensor, packed: Tensor, *, folded: bool
-) -> Tensor:
-    """``[channels (out), taps, channels / groups (in)]`` float32. ``table`` is of the forward's runs, ``folded`` whether to use
-    them: where not, and in tiles of less than 256 columns, a run is one frame.
+def _filters_backward(x: Tensor, z_grad: Tensor, offsets: Tensor, table: Tensor, packed: Tensor) -> Tensor:
+    """The filters' gradient, ``[channels (out), taps, channels / groups (in)]`` float32; ``table`` is of the forward's runs.
+
+    In float32, on sm_80 and sm_86, and without `Switches.folded_filters` a run is one frame here.
     """
     groups, taps, width, _ = packed.shape
     (rows, channels), arch, itemsize = x.shape, architecture(x), x.element_size()
     columns, fold = _tile_columns(arch, width, taps, itemsize)
-    if not folded or arch in (80, 86) or itemsize == 4:
+    if not switches.folded_filters or arch in (80, 86) or itemsize == 4:
         columns, fold = 64 if width <= 64 or itemsize == 4 else 128, 1
         table = table.new_empty(3, rows)
         _fill_run_table(table, offsets, rows, fold)

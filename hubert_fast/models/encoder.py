@@ -70,7 +70,7 @@ class Seeds(NamedTuple):
         return cls(projection, embedding, by_place[0], [LayerSeeds(*each.unbind()) for each in by_place.unbind(1)])
 
     def of_layer(self, i: int) -> Optional[LayerSeeds]:
-        """Those of layer ``i``, if there are any."""
+        """The seeds of layer ``i``, if there are any."""
         return None if self.layers is None else self.layers[i]
 
 

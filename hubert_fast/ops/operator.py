@@ -190,7 +190,7 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
         return False
-    # Of such modes the default device is one, which would be that of whatever an implementation allocates.
+    # The default device is such a mode, and would be that of whatever an implementation allocates.
     if torch._C._len_torch_function_stack() > 0 or _is_traced_before_dispatch():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:

@@ -14,7 +14,6 @@ from hubert_fast.ops.arguments import autocast_dtype, without_autocast
 from hubert_fast.ops.host_tensors import to_device
 from hubert_fast.ops.operator import Operator
 from hubert_fast.reference import positional_conv as reference
-from hubert_fast.switches import switches
 
 
 class Arguments(NamedTuple):
@@ -25,7 +24,6 @@ class Arguments(NamedTuple):
     offsets: Tensor  # [sequences + 1] int64; for "triton" on the device of x
     groups: int
     max_frames: int
-    fold_filters: bool = True
 
 
 def positional_conv(
@@ -63,7 +61,7 @@ def positional_conv(
     """
     _check(x, weight, bias, offsets, groups, max_frames, gain)
     x = x.to(autocast_dtype(x.device) or x.dtype)
-    arguments = Arguments(x, weight, bias, gain, offsets, groups, max_frames, switches.folded_filters)
+    arguments = Arguments(x, weight, bias, gain, offsets, groups, max_frames)
     chosen = _operator.choose(arguments)
     if chosen == "triton":
         arguments = arguments._replace(offsets=to_device(offsets, x.device))
@@ -99,7 +97,7 @@ def _check(
 
 
 def _reference(arguments: Arguments) -> tuple[Tensor]:
-    x, weight, bias, gain, offsets, groups, *_ = arguments
+    x, weight, bias, gain, offsets, groups, _ = arguments
     with without_autocast(x.device):
         return (reference.positional_conv(x, weight, bias, offsets, groups=groups, gain=gain),)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
     """The convolution's result before the GELU is saved, in the dtype of ``x``."""
-    x, weight, bias, gain, offsets, groups, max_frames, *_ = _contiguous(arguments)
+    x, weight, bias, gain, offsets, groups, max_frames = _contiguous(arguments)
     grid = _Grid(x, offsets, max_frames)
     if grid.is_empty:
         return (x.new_zeros(x.shape),), [x.new_zeros(x.shape)] if save else []
@@ -35,7 +35,7 @@ def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dty
 def backward(
     arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
 ) -> tuple[Optional[Tensor], ...]:
-    x, weight, bias, gain, offsets, groups, max_frames, *_ = _contiguous(arguments)
+    x, weight, bias, gain, offsets, groups, max_frames = _contiguous(arguments)
     (preactivation,), (grad,), x_wanted = saved, gradients, wanted[0]
     grid = _Grid(x, offsets, max_frames)
     if grid.is_empty:

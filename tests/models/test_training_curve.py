@@ -84,7 +84,7 @@ def test_losses_of_200_steps_are_within_a_thousandth_of_torchaudios():
 
 
 def test_under_autocast_the_mean_loss_of_200_steps_is_within_a_thousandth_of_torchaudios(monkeypatch):
-    """Of one step it is not, nor is torchaudio's of its own in float32: both round. The stream is float32, as on a GPU."""
+    """A single step's is not, nor is torchaudio's beside its own in float32: both round. The stream is float32, as on a GPU."""
     theirs, ours = _twins()
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.functional, "layer_norm", float32_layer_norm)

@@ -20,6 +20,7 @@ from hubert_fast.ops import (
     positional_conv,
     residual_layer_norm,
 )
+from hubert_fast.switches import switched
 
 _DROPOUT = (0.1, 0.0)
 # Their forwards are others where nothing is saved.
@@ -121,7 +122,8 @@ def _positional_conv(size: Size, dtype: torch.dtype) -> Iterator[tuple]:
     x, weight = _empty(size.rows, size.dim, dtype=dtype), _empty(size.dim, size.group_channels, size.taps)
     bias, gain, offsets = _empty(size.dim), _empty(1, 1, size.taps), _integers(size.batch + 1)
     for folded in (True, False):
-        yield positional_conv.Arguments(x, weight, bias, gain, offsets, size.groups, size.frames, folded)
+        with switched(folded_filters=folded):
+            yield positional_conv.Arguments(x, weight, bias, gain, offsets, size.groups, size.frames)
 
 
 def _residual_layer_norm(size: Size, dtype: torch.dtype) -> Iterator[tuple]:
