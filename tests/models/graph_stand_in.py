@@ -55,7 +55,7 @@ class StandInCapture:
         self._pool.clear()
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
-        # A product is one PyTorch operation after another, so the recorder needs not be spared the view of it.
+        # The recorder is a dispatch mode, under which `linear` would not go the way that it goes in a capture.
         with mock.patch.object(linear, "is_plain_call", lambda _: True), _Recorder(self._pool) as recorder:
             work()
         # A capture runs nothing: what lies elsewhere than in the pool is as before.
