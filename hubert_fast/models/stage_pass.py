@@ -122,7 +122,8 @@ class StagePass:
         if output is None:
             self._value = skipped(self._value, self._tensors.plan, keeps)
             return
-        for mine, theirs in zip(output, skipped(_leaves(self._inputs[i], False), self._tensors.plan, keeps)):
+        given = skipped(_leaves(self._inputs[i], False), self._tensors.plan, keeps)
+        for mine, theirs in ((output.x, given.x), (output.narrow, given.operand)):
             if mine is not None:  # `data`, because autograd is not to see that what it keeps may be replaced
                 mine.data.copy_(theirs)
 
@@ -155,9 +156,12 @@ class StagePass:
         if self._differentiated != i:
             self._gradient = skipped_gradient(self._gradient, plan, keeps)
             return
-        for mine, theirs in zip(self._gradient, skipped_gradient(self._given, plan, keeps)):
+        (x, narrow), given = self._gradient, skipped_gradient(self._given, plan, keeps)
+        for mine, theirs in ((x, given.x), (narrow, given.narrow)):
             if mine is not None:
                 mine.zero_() if theirs is None else mine.copy_(theirs)
+        if x is not None and narrow is None and given.narrow is not None:  # the stage makes a copy and is given none
+            x.add_(given.narrow)
 
 
 def _leaves(stream: Stream, wanted: bool) -> Stream:

@@ -61,6 +61,28 @@ def test_a_float32_stream_with_its_narrow_copy_equals_that_of_a_loop_to_the_bit(
     assert_equal(theirs, ours)
 
 
+# Whose stream has no copy, before or after some layer: that layer takes or gives a tensor.
+HOOKED = {
+    "layer": lambda transformer: transformer.layers[1],
+    "attention": lambda transformer: transformer.layers[1].attention,
+    "dropout of the input": lambda transformer: transformer.dropout,
+}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("name", HOOKED)
+def test_layer_drop_of_a_stream_whose_copy_not_all_layers_read_equals_that_of_a_loop_to_the_bit(
+    monkeypatch, name, accumulate
+):
+    def hook(objective: nn.Module) -> None:
+        HOOKED[name](objective.model.wav2vec2.encoder.transformer).register_forward_hook(lambda *_: None)
+
+    monkeypatch.setattr(plain, "stream_dtype", lambda x: torch.float32)
+    settings = {"capture": True, "autocast": True, "prepare": hook, "encoder_layer_drop": 0.5}
+    theirs, ours, _ = train_both(12, accumulate, **settings)
+    assert_equal(theirs, ours)
+
+
 @pytest.mark.parametrize("name", [each.name for each in dataclasses.fields(Switches)])
 def test_a_switch_turns_off_no_more_than_rounding(monkeypatch, name):
     monkeypatch.setattr(plain, "stream_dtype", lambda x: torch.float32)
