@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hubert_fast.models import plain
-from hubert_fast.models.stages import encoder_stages, in_place_of
+from hubert_fast.models.stages import encoder_stages, in_place_of, leaves_of
 from hubert_fast.models.weight_copies import WeightCopies
 from hubert_fast.switches import Switches, switched
 from hubert_fast.weights import Lent, in_dtype
@@ -100,7 +100,7 @@ def test_queries_keys_and_values_are_one_matrix_without_a_copy():
     copies = WeightCopies(stages, torch.bfloat16)
     copies.refresh()
     attention = objective.model.wav2vec2.encoder.transformer.layers[0].attention
-    with in_place_of(stages[1], [Lent(each) for each in copies.of(1)]):
+    with in_place_of(stages[1], leaves_of(stages[1], [Lent(each) for each in copies.of(1)])):
         for name in ("weight", "bias"):
             three = [getattr(each, name) for each in (attention.q_proj, attention.k_proj, attention.v_proj)]
             whole = in_dtype(three, torch.bfloat16)
