@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from hubert_fast import GraphedStep
 from hubert_fast.models import plain
 from hubert_fast.models.stages import encoder_stages, in_place_of, leaves_of
 from hubert_fast.models.weight_copies import WeightCopies
 from hubert_fast.switches import Switches, switched
 from hubert_fast.weights import Lent, in_dtype
-from tests.models.test_graphed_step import RANDOM, assert_equal, build, train_both
+from tests.models.test_graphed_step import RANDOM, ROOM, adamw, assert_equal, build, data, train_both
 
 
 def _output_projection(objective: nn.Module) -> nn.Linear:
@@ -50,6 +51,18 @@ WRITERS = [_edit_in_place, _load_state_dict, _swap_in_an_average, _merge_an_adap
 def test_what_is_written_into_weights_between_updates_is_seen(writer, capture):
     theirs, ours, _ = train_both(4, 1, capture=capture, autocast=True, before=writer, **RANDOM)
     assert_equal(theirs, ours)
+
+
+def test_a_weight_that_is_transposed_where_it_lies_is_seen():
+    objective, gradients = build(), []
+    before = GraphedStep(objective, adamw(objective), capacities=ROOM, autocast=torch.bfloat16)
+    weight = _output_projection(objective).weight
+    weight.data = weight.data.t()
+    for step in (before, GraphedStep(objective, adamw(objective), capacities=ROOM, autocast=torch.bfloat16)):
+        torch.manual_seed(0)
+        step.gradients([step.planner(*data(0))])
+        gradients.append([each.grad.clone() for each in objective.parameters()])
+    assert all(map(torch.equal, *gradients))
 
 
 @pytest.mark.parametrize("capture", [False, True], ids=["as-it-runs", "captured"])
