@@ -46,7 +46,7 @@ def counted(title: str) -> Iterator[list[int]]:
             if name.startswith("_fused_"):
                 found = launches(tensors[0], _LISTS_OF_OPTIMIZER)
             elif name == "_foreach_norm":
-                found = launches(tensors[0], 1) + 1  # and one over the partial sums
+                found = launches(tensors[0], 1) + 2  # zeros for the partial sums, and one over them
             else:
                 found = launches(tensors[0], len(tensors) + (not name.endswith("_")))
             counts.append(found)

@@ -130,6 +130,11 @@ def is_automatic(operator: str) -> bool:
     return _operators[operator].chosen == AUTO
 
 
+def is_reference(operator: str) -> bool:
+    """Whether somebody asked for the formula of ``operator`` by name."""
+    return _operators[operator].chosen == "reference"
+
+
 @dataclass(frozen=True)
 class Choice:
     """One operator's line of `report`."""

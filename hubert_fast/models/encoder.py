@@ -397,8 +397,11 @@ class Transformer(nn.Module):
         if compiling or capturing:
             # A graph cannot skip a layer on a number drawn as it runs, so a dropped layer is computed and not used.
             dropped = (draw <= self.layer_drop).to(stream.x.device, non_blocking=True)
-            pairs = zip(wanted_rows(stream, keep), run_layer(layer, *arguments))
-            return Stream(*(None if before is None else torch.where(dropped, before, after) for before, after in pairs))
+            (before, narrow), after = wanted_rows(stream, keep), run_layer(layer, *arguments)
+            both = narrow is not None and after.narrow is not None
+            return Stream(
+                torch.where(dropped, before, after.x), torch.where(dropped, narrow, after.narrow) if both else None
+            )
         return wanted_rows(stream, keep) if draw.item() <= self.layer_drop else run_layer(layer, *arguments)
 
 

@@ -378,8 +378,8 @@ class GraphedStep:
             self._device.type, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False
         )
 
-    def _where_parameters_lie(self) -> list[int]:
-        return [each.data_ptr() for each in self._parameters]
+    def _where_parameters_lie(self) -> list[tuple[int, tuple[int, ...]]]:
+        return [(each.data_ptr(), each.stride()) for each in self._parameters]
 
     def _require_same_parameters(self) -> None:
         """Refuse a model whose parameters were replaced, frozen or unfrozen since: training would go on with the old ones."""

@@ -14,7 +14,16 @@ from hubert_fast.models.gradient_buffers import GradientBuffers
 from hubert_fast.models.objective import FrameLosses, PretrainingObjective
 from hubert_fast.models.plain import Stream
 from hubert_fast.models.plan import StepPlan
-from hubert_fast.models.stages import Owned, Stage, head_losses, in_place_of, seeds_of_pass, skipped, skipped_gradient
+from hubert_fast.models.stages import (
+    Owned,
+    Stage,
+    head_losses,
+    in_place_of,
+    leaves_of,
+    seeds_of_pass,
+    skipped,
+    skipped_gradient,
+)
 from hubert_fast.models.weight_copies import WeightCopies
 from hubert_fast.weights import Lent
 
@@ -103,8 +112,8 @@ class StagePass:
     @contextmanager
     def _forward_of(self, stage: int, owned: Sequence[Owned]) -> Iterator[Sequence[Tensor]]:
         gradients = self._gradients.lent(stage) if self._overwrite else [None] * len(owned)
-        lent = [Lent(*each) for each in zip(self._copies.of(stage), gradients)]
-        with in_place_of(owned, lent) as leaves, torch.enable_grad(), self._autocast():
+        leaves = leaves_of(owned, [Lent(*each) for each in zip(self._copies.of(stage), gradients)])
+        with in_place_of(owned, leaves), torch.enable_grad(), self._autocast():
             yield leaves
 
     def _forward(self, i: int) -> None:
@@ -122,7 +131,8 @@ class StagePass:
         if output is None:
             self._value = skipped(self._value, self._tensors.plan, keeps)
             return
-        for mine, theirs in zip(output, skipped(_leaves(self._inputs[i], False), self._tensors.plan, keeps)):
+        given = skipped(_leaves(self._inputs[i], False), self._tensors.plan, keeps)
+        for mine, theirs in ((output.x, given.x), (output.narrow, given.operand)):
             if mine is not None:  # `data`, because autograd is not to see that what it keeps may be replaced
                 mine.data.copy_(theirs)
 
@@ -137,13 +147,15 @@ class StagePass:
             )
             loss = sum(weight * part for weight, part in weighted if part is not None)
         given = Stream(tensors.scale.to(loss.dtype))
-        self._gradient, found = _differentiate(Stream(loss), stream, leaves, given)
+        with in_place_of(self._head, leaves):
+            self._gradient, found = _differentiate(Stream(loss), stream, leaves, given)
         self._gradients.collect(stage, found, overwrite=self._overwrite)
         tensors.sums.add_(_in_float64(losses))
 
     def _backward(self, i: int) -> None:
         stream, leaves = self._inputs[i], self._leaves[i]
-        gradient, found = _differentiate(self._outputs[i], stream, leaves, self._gradient)
+        with in_place_of(self._stages[i].owned, leaves):  # activation checkpointing runs the forward again
+            gradient, found = _differentiate(self._outputs[i], stream, leaves, self._gradient)
         self._differentiated, self._given, self._gradient = i, self._gradient, gradient
         self._gradients.collect(i, found, overwrite=self._overwrite)
         self._inputs[i] = self._outputs[i] = None
@@ -155,9 +167,12 @@ class StagePass:
         if self._differentiated != i:
             self._gradient = skipped_gradient(self._gradient, plan, keeps)
             return
-        for mine, theirs in zip(self._gradient, skipped_gradient(self._given, plan, keeps)):
+        (x, narrow), given = self._gradient, skipped_gradient(self._given, plan, keeps)
+        for mine, theirs in ((x, given.x), (narrow, given.narrow)):
             if mine is not None:
                 mine.zero_() if theirs is None else mine.copy_(theirs)
+        if x is not None and narrow is None and given.narrow is not None:  # the stage makes a copy and is given none
+            x.add_(given.narrow)
 
 
 def _leaves(stream: Stream, wanted: bool) -> Stream:

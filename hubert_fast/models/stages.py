@@ -108,19 +108,24 @@ def _scattered(gradient: Tensor, keep: Tensor, rows: int) -> Tensor:
     return gradient.new_zeros(rows, gradient.shape[1]).index_copy_(0, keep, gradient)
 
 
-@contextmanager
-def in_place_of(owned: Sequence[Owned], lent: Sequence[Lent]) -> Iterator[list[nn.Parameter]]:
-    """Inside it the modules have leaves of their own on the memory of their parameters, in this order.
+def leaves_of(owned: Sequence[Owned], lent: Sequence[Lent]) -> list[nn.Parameter]:
+    """Leaves on the memory of the parameters, in this order, each with its part of ``lent``.
 
-    Nothing that hangs on the parameters, such as hooks or a stream of an earlier backward, then takes part in a capture.
-    Each leaf is lent its part of ``lent``.
+    Nothing that hangs on the parameters, such as hooks or a stream of an earlier backward, takes part in a capture of theirs.
     """
     leaves = [nn.Parameter(each.parameter.detach()) for each in owned]
-    for each, leaf, memory in zip(owned, leaves, lent):
+    for leaf, memory in zip(leaves, lent):
         lend(leaf, memory)
+    return leaves
+
+
+@contextmanager
+def in_place_of(owned: Sequence[Owned], leaves: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside it the modules have ``leaves`` where their parameters are."""
+    for each, leaf in zip(owned, leaves):
         each.put(leaf)
     try:
-        yield leaves
+        yield
     finally:
         for each in owned:
             each.put(each.parameter)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hubert_fast import backend
 from hubert_fast.ops.arguments import autocast_dtype
 from hubert_fast.ops.operator import is_plain_call
 from hubert_fast.weights import gradient_memory, in_dtype, is_lent, weight_gradient
@@ -25,8 +26,8 @@ def linear(
     """``x weight^T + bias`` for one weight, or for several side by side in one product.
 
     Under autocast, and for weights that have memory lent (`weights.lend`), a weight in 16 bits is not cast where its copy is
-    at hand, and a product gives its gradient in its own dtype rather than in 16 bits. Elsewhere this is `F.linear`. It has no
-    second derivative under autocast.
+    at hand, and a product gives its gradient in its own dtype rather than in 16 bits; of that there is no second derivative.
+    Elsewhere this is `F.linear`, and everywhere where the formula of `feed_forward` was asked for (backend "reference").
 
     Args:
         x: ``[..., in]`` float.
@@ -38,7 +39,7 @@ def linear(
         ``[..., out of the first, out of the second...]``, in autocast's dtype where it is on, else in that of ``x``.
     """
     dtype = autocast_dtype(x.device)
-    gains = dtype is not None or all(map(is_lent, weights))
+    gains = (dtype is not None or all(map(is_lent, weights))) and not backend.is_reference("feed_forward")
     # Autocast leaves float64 alone.
     if not (gains and x.ndim == 2 and x.dtype != torch.float64 and is_plain_call((x, *weights, *biases))):
         biases = biases if learn_biases else [each.detach() for each in biases]

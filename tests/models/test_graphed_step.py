@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import logging
 import pickle
@@ -13,6 +14,7 @@ from typing import Any, Optional
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import hubert_fast
 from hubert_fast import Capacities, GraphedStep
@@ -182,6 +184,16 @@ def _replace_feed_forward(objective: nn.Module) -> None:
 def _share_within_a_layer(objective: nn.Module) -> None:
     attention = objective.model.wav2vec2.encoder.transformer.layers[0].attention
     attention.q_proj.weight = attention.k_proj.weight
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_activation_checkpointing_changes_nothing(autocast):
+    def recompute(objective: nn.Module) -> None:
+        for layer in objective.model.wav2vec2.encoder.transformer.layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+    theirs, ours, _ = train_both(4, 1, autocast=autocast, prepare=recompute, encoder_layer_drop=0.0)
+    assert_equal(theirs, ours)
 
 
 PREPARED = {

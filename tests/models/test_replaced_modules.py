@@ -126,6 +126,19 @@ def test_a_layer_that_is_dropped_in_a_captured_step_is_not_used(monkeypatch):
     assert torch.equal(captured[0], captured[1]) and torch.equal(captured[0], _loss(model))
 
 
+def test_a_hooked_layer_is_dropped_in_a_captured_step_whose_stream_has_a_copy(monkeypatch):
+    monkeypatch.setattr(plain, "stream_dtype", lambda x: torch.float32)
+    losses = []
+    for capturing in (False, True):
+        monkeypatch.setattr(encoder_module, "_is_capturing", lambda x, capturing=capturing: capturing)
+        model = twins(configurations.base(encoder_layer_drop=0.5))[1]
+        model.wav2vec2.encoder.transformer.layers[0].register_forward_hook(lambda *call: None)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(hubert_fast.PretrainingObjective(model)(*batch(lengths=LENGTHS)).loss)
+    assert torch.equal(*losses)
+
+
 def test_a_post_norm_stream_is_float32_where_autocast_has_layer_norm_give_float32(monkeypatch):
     """CUDA's autocast does; on a CPU it takes a patch. Twelve layers, as deep as base: bfloat16 streams lose twice as much."""
     settings = configurations.base(encoder_num_layers=12)

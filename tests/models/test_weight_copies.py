@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from hubert_fast import GraphedStep
 from hubert_fast.models import plain
-from hubert_fast.models.stages import encoder_stages, in_place_of
+from hubert_fast.models.stages import encoder_stages, in_place_of, leaves_of
 from hubert_fast.models.weight_copies import WeightCopies
 from hubert_fast.switches import Switches, switched
 from hubert_fast.weights import Lent, in_dtype
-from tests.models.test_graphed_step import RANDOM, assert_equal, build, train_both
+from tests.models.test_graphed_step import RANDOM, ROOM, adamw, assert_equal, build, data, train_both
 
 
 def _output_projection(objective: nn.Module) -> nn.Linear:
@@ -52,12 +53,46 @@ def test_what_is_written_into_weights_between_updates_is_seen(writer, capture):
     assert_equal(theirs, ours)
 
 
+def test_a_weight_that_is_transposed_where_it_lies_is_seen():
+    objective, gradients = build(), []
+    before = GraphedStep(objective, adamw(objective), capacities=ROOM, autocast=torch.bfloat16)
+    weight = _output_projection(objective).weight
+    weight.data = weight.data.t()
+    for step in (before, GraphedStep(objective, adamw(objective), capacities=ROOM, autocast=torch.bfloat16)):
+        torch.manual_seed(0)
+        step.gradients([step.planner(*data(0))])
+        gradients.append([each.grad.clone() for each in objective.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
 @pytest.mark.parametrize("capture", [False, True], ids=["as-it-runs", "captured"])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_float32_stream_with_its_narrow_copy_equals_that_of_a_loop_to_the_bit(monkeypatch, accumulate, capture):
     """CUDA's autocast has such streams; on a CPU it takes a patch. LayerDrop leaves out the last layer too."""
     monkeypatch.setattr(plain, "stream_dtype", lambda x: torch.float32)
     theirs, ours, _ = train_both(12, accumulate, capture=capture, autocast=True, **RANDOM)
+    assert_equal(theirs, ours)
+
+
+# Whose stream has no copy, before or after some layer: that layer takes or gives a tensor.
+HOOKED = {
+    "layer": lambda transformer: transformer.layers[1],
+    "attention": lambda transformer: transformer.layers[1].attention,
+    "dropout of the input": lambda transformer: transformer.dropout,
+}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("name", HOOKED)
+def test_layer_drop_of_a_stream_whose_copy_not_all_layers_read_equals_that_of_a_loop_to_the_bit(
+    monkeypatch, name, accumulate
+):
+    def hook(objective: nn.Module) -> None:
+        HOOKED[name](objective.model.wav2vec2.encoder.transformer).register_forward_hook(lambda *_: None)
+
+    monkeypatch.setattr(plain, "stream_dtype", lambda x: torch.float32)
+    settings = {"capture": True, "autocast": True, "prepare": hook, "encoder_layer_drop": 0.5}
+    theirs, ours, _ = train_both(12, accumulate, **settings)
     assert_equal(theirs, ours)
 
 
@@ -78,7 +113,7 @@ def test_queries_keys_and_values_are_one_matrix_without_a_copy():
     copies = WeightCopies(stages, torch.bfloat16)
     copies.refresh()
     attention = objective.model.wav2vec2.encoder.transformer.layers[0].attention
-    with in_place_of(stages[1], [Lent(each) for each in copies.of(1)]):
+    with in_place_of(stages[1], leaves_of(stages[1], [Lent(each) for each in copies.of(1)])):
         for name in ("weight", "bias"):
             three = [getattr(each, name) for each in (attention.q_proj, attention.k_proj, attention.v_proj)]
             whole = in_dtype(three, torch.bfloat16)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from hubert_fast import backend
 from hubert_fast.ops.linear import linear
 from hubert_fast.weights import Lent, lend
 from tests.ops.comparison import error
@@ -129,3 +130,10 @@ def test_on_a_gpu_a_weight_gradient_is_float32_before_it_is_rounded() -> None:
         assert found.dtype == torch.float32
         assert error(found, exact) <= 1e-5
     assert found.data_ptr() == memory.data_ptr()
+
+
+def test_the_formula_has_a_second_derivative_under_autocast() -> None:
+    x, weight = torch.randn(5, 4), nn.Parameter(torch.randn(3, 4))
+    with backend.using("reference"), torch.autocast("cpu", torch.bfloat16):
+        (gradient,) = torch.autograd.grad(linear(x, [weight]).float().square().sum(), weight, create_graph=True)
+        assert torch.autograd.grad(gradient.sum(), weight)[0].norm() > 0.0
