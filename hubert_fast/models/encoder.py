@@ -8,6 +8,7 @@ from typing import Iterator, NamedTuple, Optional, Sequence, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_hook_of_all_modules
 from torch.nn.utils import parametrizations, parametrize
 
 from hubert_fast.models.masking import MaskGenerator
@@ -414,7 +415,7 @@ def run_layer(
 ) -> Stream:
     """The stream after ``layer``; one that is not as it was built is given a tensor and gives one."""
     arguments = (layout, keep) if seeds is None else (layout, keep, seeds)
-    if is_plain(layer, EncoderLayer):
+    if is_plain(layer, EncoderLayer) and not has_hook_of_all_modules():
         return layer(stream, *arguments)
     return Stream(layer(stream.x, *arguments))
 

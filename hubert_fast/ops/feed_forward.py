@@ -68,6 +68,12 @@ def feed_forward(
     return linear(bias_gelu_dropout(linear(x, [weight1]), bias1, dropout_p=dropout_p, seed=seed), [weight2])
 
 
+def keeps_hidden_once(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a block in ``dtype`` that drops nothing keeps its hidden values before GELU alone, and not those after it too."""
+    x, bias = (torch.empty(size, device=device, dtype=dtype) for size in ((8, 8), (8,)))
+    return switches.gelu_epilogues and _operator.choose(Arguments(x, x, bias, x, 0.0, None, dtype)) == "cuda"
+
+
 def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> torch.dtype:
     """The products' dtype, once the arguments are known to be good."""
     check_rows("x", x)

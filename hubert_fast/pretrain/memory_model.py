@@ -38,8 +38,8 @@ class MemoryModel:
     """Bytes by the size of a micro-batch, on one of ``world_size`` GPUs.
 
     ``parameters``: of the model; ``autocast``: to bfloat16, otherwise all is float32; ``masked_only``: only masked frames
-    have a weight in the loss; ``extension``: the CUDA extension is there, whose products in 16 bits keep of a feed-forward
-    block without dropout the values before GELU alone.
+    have a weight in the loss; ``hidden_once``: the CUDA extension's products are there, which in 16 bits keep of a
+    feed-forward block without dropout the values before GELU alone.
     """
 
     model: ModelConfig
@@ -47,7 +47,7 @@ class MemoryModel:
     autocast: bool
     masked_only: bool = True
     world_size: int = 1
-    extension: bool = True
+    hidden_once: bool = True
 
     def largest(self, batch: int, samples: int) -> Size:
         """The size of a micro-batch without padding, of as many masked frames as there can be (spans may overlap)."""
@@ -106,7 +106,7 @@ class MemoryModel:
     def _layer(self, rows: int, kept: int) -> int:
         """A layer whose attention sees ``rows`` and whose feed-forward ``kept`` rows."""
         model, narrow, stream = self.model, self._narrow, self._stream
-        dim, fused = model.encoder_embed_dim, self.extension and self.autocast and not model.encoder_ff_interm_dropout
+        dim, fused = model.encoder_embed_dim, self.hidden_once and self.autocast and not model.encoder_ff_interm_dropout
         hidden = (1 if fused else 2) * model.encoder_ff_interm_features * narrow
         attention = 5 * dim * narrow + model.encoder_num_heads * _WIDE  # its input; queries, keys, values; output
         norm = dim * stream + 2 * _WIDE  # what it reads, and each row's statistics

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from hubert_fast import extension
+from hubert_fast.ops.feed_forward import keeps_hidden_once
 from hubert_fast.pretrain.batches import GlobalBatches, largest_seconds
 from hubert_fast.pretrain.config import IterationConfig, PretrainConfig
 from hubert_fast.pretrain.distributed import Process
@@ -54,7 +54,7 @@ def divide(
             config.autocast,
             masked_only=iteration.objective.unmasked_weight == 0,
             world_size=process.world_size,
-            extension=extension.cuda() is not None,
+            hidden_once=keeps_hidden_once(process.device, torch.bfloat16),
         )
         free = _free_bytes(process)
 

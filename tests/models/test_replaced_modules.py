@@ -167,3 +167,20 @@ def test_weight_normalisation_is_left_to_the_operator(monkeypatch):
     monkeypatch.setattr(parametrizations._WeightNorm, "forward", lambda *each: (calls.append(1), forward(*each))[1])
     _loss(model)
     assert not calls
+
+
+def test_a_hook_of_all_modules_sees_tensors(monkeypatch):
+    """Under CUDA's autocast layers hand each other a stream and its 16-bit copy: not to somebody who looks."""
+    monkeypatch.setattr(plain, "stream_dtype", lambda x: torch.float32)
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, given, result: seen.append((module, result))
+    )
+    model = hubert_fast.hubert_pretrain_model(**configurations.base())
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            model.wav2vec2(batch(torch.float32).waveforms)
+    finally:
+        hook.remove()
+    layers = [result for module, result in seen if isinstance(module, encoder_module.EncoderLayer)]
+    assert layers and all(isinstance(each, torch.Tensor) for each in layers)

@@ -254,3 +254,12 @@ def test_both_ways_are_captured_in_a_graph():
     for _ in range(2):
         graph.replay()
         assert all(torch.equal(*pair) for pair in zip(captured, eager, strict=True))
+
+
+def test_who_plans_memory_is_told_whether_hidden_values_are_kept_once(kernels):
+    assert module.keeps_hidden_once(DEVICE, torch.bfloat16)
+    assert not module.keeps_hidden_once(DEVICE, torch.float32)
+    with switched(gelu_epilogues=False):
+        assert not module.keeps_hidden_once(DEVICE, torch.bfloat16)
+    with backend.using("torch", "feed_forward"):
+        assert not module.keeps_hidden_once(DEVICE, torch.bfloat16)

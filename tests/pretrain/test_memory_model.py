@@ -85,7 +85,7 @@ def counted_and_predicted(model, lengths, *, unmasked_weight=0.0, autocast=True,
     with torch.device("meta"):
         objective = PretrainingObjective(config.build(500), unmasked_weight=unmasked_weight)
     parameters = sum(each.numel() for each in objective.parameters())
-    memory = MemoryModel(config, parameters, autocast, masked_only=unmasked_weight == 0, extension=extension)
+    memory = MemoryModel(config, parameters, autocast, masked_only=unmasked_weight == 0, hidden_once=extension)
     samples = torch.tensor(lengths)
     frames = objective.model.wav2vec2.feature_extractor.output_lengths(samples)
     labels = torch.zeros(len(samples), int(frames.max()), dtype=torch.int64)
