@@ -599,7 +599,7 @@ def _forward_blocks(arch: int, dtype: torch.dtype, head_dim: int, dropout: bool,
         if not dropout:
             return [_blocks(128, 64, 8 if alone and wide else 4, 2)]
         return [_blocks(128, 64, 8, 2), _blocks(128, 64, 8, 3)]
-    most = 128 if dropout and not wide else None  # so few that two programs share a multiprocessor
+    most = 128 if alone and dropout else None  # as it comes where queries are in qkv
     return [_blocks(128, 64, 8, 2)] if wide else [_blocks(128, 64, 8, 3, registers=most), _blocks(64, 64, 4, 3)]
 
 
