@@ -376,26 +376,26 @@ def _add_key_gradients(key_sums, value_sums, key, value, column_bits, queries, o
 
 @triton.jit(do_not_specialize=_VARYING)
 def _key_backward(
-    qkv,  # as in `_forward`, and so the next four
-    queries,
-    query_offsets,
-    offsets,
-    key_lengths,
+    qkv,  # [rows, PARTS, HEADS, HEAD_DIM]
+    queries,  # [queried, HEADS, HEAD_DIM], or None: in qkv, one a row
     qkv_grad,  # [rows, PARTS, HEADS, HEAD_DIM]: the keys' and the values' parts are written
     out_grad,  # [queried, HEADS, HEAD_DIM]
+    query_offsets,  # [sequences + 1] int64, or None: ``offsets``
+    offsets,  # [sequences + 1] int64
+    key_lengths,  # [sequences] int64, or None
     row_lse,  # [HEADS, row_places] float32, of `_query_backward`
     delta,  # [HEADS, row_places] float32, of `_query_backward`
     row_bits,  # [HEADS, row_places] int32, of `_query_backward`; or None
     columns,  # [column_places] int32, or None
     parts,  # as in `_query_backward`: the keys' and the values' parts are written
     rows,
-    queried,
     sequences,
     part_count,
     scale,
     threshold,
     grad_scale,
     keep_scale,
+    queried,
     PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -419,7 +419,7 @@ def _key_backward(
     value_grad = key_grad + HEAD_STRIDE
     is_idle = (first_key >= frames) | (sequence == sequences)
     if queries is None:
-        first_query, count, queries = start, frames, qkv
+        first_query, count, queried, queries = start, frames, rows, qkv
     else:
         first_query, count = start, start * 0
         if sequence < sequences:
@@ -478,7 +478,7 @@ def draw_columns(seeds: Tensor, max_frames: int) -> Tensor:
 
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
     dropout_p, seed = arguments.dropout_p, arguments.seed
-    given = _given(arguments)
+    given, alone = _given(arguments), arguments.queries is not None
     qkv = given["qkv"]
     queried, heads, head_dim = _shape(arguments)
     out = qkv.new_empty(queried, heads, head_dim)
@@ -491,7 +491,12 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
         "query_rows": _query_rows(arguments), "out": out, "lse": lse if save else None, "columns": columns, "seed": seed,
         "keep_scale": dropout.scale(dropout_p),
     }  # fmt: skip
-    launch(_forward, _grid("BLOCK_QUERIES", queried, arguments), given, _forward_blocks(*_kind(qkv), dropout_p > 0.0))
+    launch(
+        _forward,
+        _grid("BLOCK_QUERIES", queried, arguments),
+        given,
+        _forward_blocks(*_kind(qkv), dropout_p > 0.0, alone),
+    )
     return (out,), saved if save else []
 
 
@@ -513,7 +518,7 @@ def backward(
     keep_scale = dropout.scale(dropout_p)
     qkv_grad, query_grad = torch.empty_like(qkv), None if queries is None else torch.empty_like(queries)
     query_blocks = _query_backward_blocks(*_kind(qkv), dropout_p > 0.0)
-    key_blocks = _key_backward_blocks(*_kind(qkv))
+    key_blocks = _key_backward_blocks(*_kind(qkv), queries is not None)
     parts, part_count = None, 0
     if wanted[1]:
         shortest = min(
@@ -577,7 +582,8 @@ def _kind(qkv: Tensor) -> tuple[int, torch.dtype, int]:
 
 
 @functools.cache
-def _forward_blocks(arch: int, dtype: torch.dtype, head_dim: int, dropout: bool) -> list[Blocks]:
+def _forward_blocks(arch: int, dtype: torch.dtype, head_dim: int, dropout: bool, alone: bool = False) -> list[Blocks]:
+    """``alone``: for queries that stand by themselves, whose programs hold some pointers and numbers more."""
     wide = head_dim > 64
     if arch == INTERPRETER:
         return [_blocks(32, 32, 4, 1)]
@@ -586,12 +592,15 @@ def _forward_blocks(arch: int, dtype: torch.dtype, head_dim: int, dropout: bool)
     if arch == 90:  # two or three programs a multiprocessor: while one is at its exponentials, another multiplies
         if wide:
             return [_blocks(64, 64, 4, 2), _blocks(128, 64, 8, 2)]
-        four, eight = _blocks(128, 64, 4, 3), _blocks(128, 64, 8, 3, registers=128)
+        four, eight = _blocks(128, 64, 4, 3), _blocks(128, 32 if alone else 64, 8, 3, registers=128)
         return [eight, four] if dropout else [four, eight]  # with random bits four warps run out of registers
     if arch == 100:
-        # Without dropout ptxas spills some bytes of eight warps.
-        return [_blocks(128, 64, 8, 2), _blocks(128, 64, 8, 3)] if dropout else [_blocks(128, 64, 4, 2)]
-    return [_blocks(128, 64, 8, 2)] if wide else [_blocks(128, 64, 8, 3), _blocks(64, 64, 4, 3)]
+        # Without dropout ptxas spills some bytes of eight warps, or of four where wide queries stand by themselves.
+        if not dropout:
+            return [_blocks(128, 64, 8 if alone and wide else 4, 2)]
+        return [_blocks(128, 64, 8, 2), _blocks(128, 64, 8, 3)]
+    most = 128 if alone and dropout else None  # as it comes where queries are in qkv
+    return [_blocks(128, 64, 8, 2)] if wide else [_blocks(128, 64, 8, 3, registers=most), _blocks(64, 64, 4, 3)]
 
 
 @functools.cache
@@ -612,7 +621,7 @@ def _query_backward_blocks(arch: int, dtype: torch.dtype, head_dim: int, dropout
 
 
 @functools.cache
-def _key_backward_blocks(arch: int, dtype: torch.dtype, head_dim: int) -> list[Blocks]:
+def _key_backward_blocks(arch: int, dtype: torch.dtype, head_dim: int, alone: bool = False) -> list[Blocks]:
     wide = head_dim > 64
     if arch == INTERPRETER:
         return [_blocks(32, 32, 4, 1)]
@@ -624,7 +633,9 @@ def _key_backward_blocks(arch: int, dtype: torch.dtype, head_dim: int) -> list[B
         return [_blocks(32, 128, 8, 2)] if wider else [_blocks(64, 64, 4, 2), _blocks(32, 64, 4, 2)]
     if arch == 100:
         return [_blocks(64, 128, 8, 2), _blocks(64, 64, 4, 2)]
-    return [_blocks(32, 64, 8, 2)] if wide else [_blocks(32, 128, 8, 2), _blocks(32, 64, 4, 2)]
+    if wide:
+        return [_blocks(16, 128, 8, 2) if alone else _blocks(32, 64, 8, 2)]
+    return [_blocks(32, 128, 8, 2), _blocks(32, 64, 4, 2)]
 
 
 def _blocks(queries: int, keys: int, warps: int, stages: int, registers: Optional[int] = None) -> Blocks:

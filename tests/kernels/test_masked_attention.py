@@ -124,8 +124,10 @@ def memory_of_nan():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_keys_gradient_reads_no_block_of_rows_that_the_queries_did_not_write(architecture, head_dim, dtype):
     of_queries = kernels._query_backward_blocks(architecture, dtype, head_dim, True)
-    of_keys = kernels._key_backward_blocks(architecture, dtype, head_dim)
-    forward = kernels._forward_blocks(architecture, dtype, head_dim, True)
+    forward, of_keys = [], []
+    for alone in (False, True):
+        of_keys += kernels._key_backward_blocks(architecture, dtype, head_dim, alone)
+        forward += kernels._forward_blocks(architecture, dtype, head_dim, True, alone)
     longest = max(each.sizes["BLOCK_QUERIES"] for each in of_keys)
     assert longest <= min(each.sizes["BLOCK_QUERIES"] for each in of_queries)
     assert all(kernels.ROOM % size == 0 for each in [*forward, *of_queries, *of_keys] for size in each.sizes.values())
