@@ -1,8 +1,5 @@
 """Attention within each sequence of packed rows, read straight from ``[rows, 3, heads, head_dim]``; no scores in memory.
 
-Or the queries of some rows stand by themselves: then blocks of queries, and all that is kept of a query, go by these alone, while
-keys and values lie in ``[rows, 2, heads, head_dim]``. A query's dropout bits are those of its row.
-
 Forward: online softmax over blocks of keys (Milakov and Gimelshein 2018; FlashAttention-2, Dao 2023, algorithm 1). Backward: one
 kernel over blocks of queries for dQ, one over blocks of keys for dK and dV. Each computes the scores again, so that no program
 adds to what another one writes and results repeat to the bit.
@@ -42,7 +39,7 @@ _LOG2_E = math.log2(math.e)
 ROOM = 128
 _ROOM = tl.constexpr(ROOM)  # in kernels
 # From batch to batch, and the alignment of a seed, which may be a view of several: nothing is compiled anew for them.
-_VARYING = ["rows", "queried", "sequences", "part_count", "threshold", "seed"]
+_VARYING = ["rows", "sequences", "part_count", "threshold", "seed"]
 
 
 @triton.jit
@@ -72,23 +69,6 @@ def _rows_of_program(offsets, rows, sequences, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rows_of(offsets, sequence):
-    """Where ``sequence`` starts, and its frames."""
-    start = tl.load(offsets + sequence).to(tl.int32)
-    return start, tl.load(offsets + sequence + 1).to(tl.int32) - start
-
-
-@triton.jit
-def _numbers(query_rows, query, left, BLOCK: tl.constexpr):
-    """The rows of the BLOCK queries from ``query``, of which ``left`` are there."""
-    index = tl.arange(0, BLOCK)
-    rows = query + index
-    if query_rows is not None:
-        rows = tl.load(query_rows + rows, mask=index < left, other=0).to(tl.int32)
-    return rows
-
-
-@triton.jit
 def _row_place(head, rows, sequences, start, sequence):
     """Where the vectors of the rows of ``sequence``, whose first row is ``start``, lie in [HEADS, row_places]."""
     of_head = head.to(tl.int64) * ((rows // _ROOM + sequences) * _ROOM)
@@ -102,24 +82,6 @@ def _keys_of(sequence, key_lengths, frames):
         length = tl.load(key_lengths + sequence)
         keys = tl.where(length > 0, tl.minimum(length, frames), frames).to(tl.int32)
     return keys
-
-
-@triton.jit
-def _queries_and_keys(qkv, queries, offsets, key_lengths, sequence, start, frames, first, head, STRIDE: tl.constexpr,
-                      HEAD_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr,
-                      BLOCK: tl.constexpr):  # fmt: skip
-    """The BLOCK queries from ``first`` of the ``frames`` of ``sequence``, its head's first row in ``qkv``, and how many keys."""
-    row, left = start + first, frames - first
-    if queries is not None:
-        start, frames = _rows_of(offsets, sequence)
-    keys = _keys_of(sequence, key_lengths, frames)
-    qkv += start.to(tl.int64) * STRIDE + head * HEAD_DIM
-    if queries is None:
-        query = vectors.load(qkv + first.to(tl.int64) * STRIDE, left, STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, True)
-    else:
-        queries += row.to(tl.int64) * HEAD_STRIDE + head * HEAD_DIM
-        query = vectors.load(queries, left, HEAD_STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, True)
-    return query, qkv, keys
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -166,22 +128,18 @@ def _attend(state, query, row_bits, key, value, columns, first, keys, scale, thr
 
 @triton.jit(do_not_specialize=_VARYING)
 def _forward(
-    qkv,  # [rows, PARTS, HEADS, HEAD_DIM]
-    queries,  # [queried, HEADS, HEAD_DIM], or None: in qkv, one a row
-    query_rows,  # [queried] int64, or None
-    query_offsets,  # [sequences + 1] int64, or None: ``offsets``
+    qkv,  # [rows, 3, HEADS, HEAD_DIM]
     offsets,  # [sequences + 1] int64
     key_lengths,  # [sequences] int64, or None
-    out,  # [queried, HEADS, HEAD_DIM]
-    lse,  # [HEADS, queried] float32: log2 of the sum of 2^score, or None
+    out,  # [rows, HEADS, HEAD_DIM]
+    lse,  # [HEADS, rows] float32: log2 of the sum of 2^score, or None
     columns,  # [column_places] int32, or None
     seed,  # [] int64, or None
-    queried,
+    rows,
     sequences,
     scale,
     threshold,
     keep_scale,
-    PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -193,9 +151,8 @@ def _forward(
 ):
     """A program: BLOCK_QUERIES queries of a head of a sequence, or zeros for as many dead rows."""
     HEAD_STRIDE: tl.constexpr = HEADS * HEAD_DIM
-    STRIDE: tl.constexpr = PARTS * HEAD_STRIDE
-    starts = offsets if query_offsets is None else query_offsets
-    sequence, start, frames, first = _rows_of_program(starts, queried, sequences, BLOCK_QUERIES)
+    STRIDE: tl.constexpr = 3 * HEAD_STRIDE
+    sequence, start, frames, first = _rows_of_program(offsets, rows, sequences, BLOCK_QUERIES)
     if first >= frames:
         return
     head, row, left = tl.program_id(1), start + first, frames - first
@@ -207,20 +164,18 @@ def _forward(
         vectors.store(out + away, nothing, left, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
         if lse is not None:
             tl.store(
-                lse + head.to(tl.int64) * queried + row + index,
-                tl.zeros([BLOCK_QUERIES], tl.float32),
-                mask=index < left,
+                lse + head.to(tl.int64) * rows + row + index, tl.zeros([BLOCK_QUERIES], tl.float32), mask=index < left
             )
         return
-    query, qkv, keys = _queries_and_keys(qkv, queries, offsets, key_lengths, sequence, start, frames, first, head,
-                                         STRIDE, HEAD_STRIDE, HEAD_DIM, WIDTH, REST, BLOCK_QUERIES)  # fmt: skip
+    keys = _keys_of(sequence, key_lengths, frames)
+    qkv += start.to(tl.int64) * STRIDE + head * HEAD_DIM
+    query = vectors.load(qkv + first.to(tl.int64) * STRIDE, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, True)
     row_bits = tl.zeros([BLOCK_QUERIES], tl.uint32)
     if DROPOUT:
-        numbers = _numbers(query_rows, row, left, BLOCK_QUERIES)
-        row_bits = dropout.row_bits(tl.load(seed), numbers * HEADS + head)
+        row_bits = dropout.row_bits(tl.load(seed), (row + index) * HEADS + head)
     largest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
     state = vectors.zeros(BLOCK_QUERIES, WIDTH, REST), tl.zeros([BLOCK_QUERIES], tl.float32), largest
-    key, value = qkv + (PARTS - 2) * HEAD_STRIDE, qkv + (PARTS - 1) * HEAD_STRIDE
+    key, value = qkv + HEAD_STRIDE, qkv + 2 * HEAD_STRIDE
     # The last block, which alone needs masks, comes first. The loop stands behind a condition of its own: with one that may
     # run no times, ptxas makes every tensor-core instruction wait for the one before.
     last = (keys - 1) // BLOCK_KEYS * BLOCK_KEYS
@@ -235,7 +190,7 @@ def _forward(
     away = row.to(tl.int64) * HEAD_STRIDE
     vectors.store(out + away, sums, left, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
     if lse is not None:
-        tl.store(lse + head.to(tl.int64) * queried + row + index, largest + tl.log2(total), mask=index < left)
+        tl.store(lse + head.to(tl.int64) * rows + row + index, largest + tl.log2(total), mask=index < left)
 
 
 @triton.jit
@@ -274,30 +229,26 @@ def _add_query_gradient(sums, query, grad, lse, delta, row_bits, key, value, col
 
 @triton.jit(do_not_specialize=_VARYING)
 def _query_backward(
-    qkv,  # as in `_forward`, and so the next five
-    queries,
-    query_rows,
-    query_offsets,
-    offsets,
-    key_lengths,
-    query_grad,  # written: where ``queries`` are given of their shape, else as qkv
-    out,  # [queried, HEADS, HEAD_DIM]
-    out_grad,  # [queried, HEADS, HEAD_DIM]
-    lse,  # [HEADS, queried] float32
+    qkv,  # [rows, 3, HEADS, HEAD_DIM]
+    qkv_grad,  # [rows, 3, HEADS, HEAD_DIM]: the queries' part is written
+    out,  # [rows, HEADS, HEAD_DIM]
+    out_grad,  # [rows, HEADS, HEAD_DIM]
+    offsets,  # [sequences + 1] int64
+    key_lengths,  # [sequences] int64, or None
+    lse,  # [HEADS, rows] float32
     row_lse,  # [HEADS, row_places] float32, written: ``lse``
     delta,  # [HEADS, row_places] float32, written: (1 - p_drop) sum of out out_grad
     row_bits,  # [HEADS, row_places] int32, written: dropout bits of each query; or None
     columns,  # [column_places] int32, or None
     seed,  # [] int64, or None
     parts,  # [part_count, 3, HEADS, HEAD_DIM] float32, or None: the queries' part is written, the sum of each program's rows
-    queried,
+    rows,
     sequences,
     part_count,
     scale,
     threshold,
     grad_scale,
     inverse_keep_scale,
-    PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -309,34 +260,32 @@ def _query_backward(
 ):
     """dQ of BLOCK_QUERIES queries of a head of a sequence, and what `_key_backward` needs to know of each query."""
     HEAD_STRIDE: tl.constexpr = HEADS * HEAD_DIM
-    STRIDE: tl.constexpr = PARTS * HEAD_STRIDE
-    QUERY_STRIDE: tl.constexpr = STRIDE if PARTS == 3 else HEAD_STRIDE
-    starts = offsets if query_offsets is None else query_offsets
-    sequence, start, frames, first = _rows_of_program(starts, queried, sequences, BLOCK_QUERIES)
+    STRIDE: tl.constexpr = 3 * HEAD_STRIDE
+    sequence, start, frames, first = _rows_of_program(offsets, rows, sequences, BLOCK_QUERIES)
     head, row, left = tl.program_id(1), start + first, frames - first
-    query_grad += row.to(tl.int64) * QUERY_STRIDE + head * HEAD_DIM
+    qkv_grad += row.to(tl.int64) * STRIDE + head * HEAD_DIM
     if (first >= frames) | (sequence == sequences):
         nothing = vectors.zeros(BLOCK_QUERIES, WIDTH, REST)
-        vectors.store(query_grad, nothing, left, QUERY_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
+        vectors.store(qkv_grad, nothing, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
         _store_part(parts, part_count, 0, vectors.column_sums(nothing), HEADS, HEAD_DIM, WIDTH, REST)
         return
-    query, qkv, keys = _queries_and_keys(qkv, queries, offsets, key_lengths, sequence, start, frames, first, head,
-                                         STRIDE, HEAD_STRIDE, HEAD_DIM, WIDTH, REST, BLOCK_QUERIES)  # fmt: skip
+    keys = _keys_of(sequence, key_lengths, frames)
+    qkv += start.to(tl.int64) * STRIDE + head * HEAD_DIM
+    query = vectors.load(qkv + first.to(tl.int64) * STRIDE, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, True)
     block = row.to(tl.int64) * HEAD_STRIDE + head * HEAD_DIM
     grad = vectors.load(out_grad + block, left, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, True)
     result = vectors.load(out + block, left, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, True)
     block_delta = vectors.row_sums(grad, result, REST) * inverse_keep_scale
     index = tl.arange(0, BLOCK_QUERIES)
-    place = _row_place(head, queried, sequences, start, sequence) + first + index
-    block_lse = tl.load(lse + head.to(tl.int64) * queried + row + index, mask=index < left, other=0.0)
+    place = _row_place(head, rows, sequences, start, sequence) + first + index
+    block_lse = tl.load(lse + head.to(tl.int64) * rows + row + index, mask=index < left, other=0.0)
     tl.store(row_lse + place, block_lse)
     tl.store(delta + place, block_delta)
     block_bits = tl.zeros([BLOCK_QUERIES], tl.uint32)
     if DROPOUT:
-        numbers = _numbers(query_rows, row, left, BLOCK_QUERIES)
-        block_bits = dropout.row_bits(tl.load(seed), numbers * HEADS + head)
+        block_bits = dropout.row_bits(tl.load(seed), (row + index) * HEADS + head)
         tl.store(row_bits + place, block_bits.to(tl.int32, bitcast=True))
-    key, value = qkv + (PARTS - 2) * HEAD_STRIDE, qkv + (PARTS - 1) * HEAD_STRIDE
+    key, value = qkv + HEAD_STRIDE, qkv + 2 * HEAD_STRIDE
     sums = vectors.zeros(BLOCK_QUERIES, WIDTH, REST)
     last = (keys - 1) // BLOCK_KEYS * BLOCK_KEYS
     sums = _add_query_gradient(sums, query, grad, block_lse, block_delta, block_bits, key, value, columns, last, keys, scale,
@@ -347,18 +296,18 @@ def _query_backward(
                                        keys, scale, threshold, STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_KEYS,
                                        False)  # fmt: skip
     sums = vectors.scaled(sums, grad_scale)
-    vectors.store(query_grad, sums, left, QUERY_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
+    vectors.store(qkv_grad, sums, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
     _store_part(parts, part_count, 0, vectors.column_sums(sums), HEADS, HEAD_DIM, WIDTH, REST)
 
 
 @triton.jit
-def _add_key_gradients(key_sums, value_sums, key, value, column_bits, queries, out_grad, row_lse, delta, row_bits, place, first,
-                       count, scale, threshold, QUERY_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr,
-                       HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, DROPOUT: tl.constexpr,
-                       PRECISION: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Both sums after the BLOCK queries from ``first``: + ds^T q, + (keep p)^T dout; MASKED: all ``count`` may end in them."""
-    away, left = tl.cast(first, tl.int64), count - first
-    query = vectors.load(queries + away * QUERY_STRIDE, left, QUERY_STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, MASKED)
+def _add_key_gradients(key_sums, value_sums, key, value, column_bits, qkv, out_grad, row_lse, delta, row_bits, place, first,
+                       frames, scale, threshold, HEAD_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+                       REST: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+                       MASKED: tl.constexpr):  # fmt: skip
+    """Both sums after the BLOCK queries from ``first``: + ds^T q, + (keep p)^T dout; MASKED: ``frames`` may end in them."""
+    away, left = tl.cast(first, tl.int64), frames - first
+    query = vectors.load(qkv + away * 3 * HEAD_STRIDE, left, 3 * HEAD_STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, MASKED)
     grad = vectors.load(out_grad + away * HEAD_STRIDE, left, HEAD_STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, MASKED)
     row = place + first + tl.arange(0, BLOCK)
     weights = tl.exp2(vectors.products(key, query, REST, PRECISION) * scale - tl.load(row_lse + row)[None])
@@ -376,11 +325,9 @@ def _add_key_gradients(key_sums, value_sums, key, value, column_bits, queries, o
 
 @triton.jit(do_not_specialize=_VARYING)
 def _key_backward(
-    qkv,  # [rows, PARTS, HEADS, HEAD_DIM]
-    queries,  # [queried, HEADS, HEAD_DIM], or None: in qkv, one a row
-    qkv_grad,  # [rows, PARTS, HEADS, HEAD_DIM]: the keys' and the values' parts are written
-    out_grad,  # [queried, HEADS, HEAD_DIM]
-    query_offsets,  # [sequences + 1] int64, or None: ``offsets``
+    qkv,  # [rows, 3, HEADS, HEAD_DIM]
+    qkv_grad,  # [rows, 3, HEADS, HEAD_DIM]: the keys' and the values' parts are written
+    out_grad,  # [rows, HEADS, HEAD_DIM]
     offsets,  # [sequences + 1] int64
     key_lengths,  # [sequences] int64, or None
     row_lse,  # [HEADS, row_places] float32, of `_query_backward`
@@ -395,8 +342,6 @@ def _key_backward(
     threshold,
     grad_scale,
     keep_scale,
-    queried,
-    PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -408,25 +353,14 @@ def _key_backward(
 ):
     """dK and dV of BLOCK_KEYS keys of a head of a sequence: 0 where they are not attended to. Scores are [keys, queries]."""
     HEAD_STRIDE: tl.constexpr = HEADS * HEAD_DIM
-    STRIDE: tl.constexpr = PARTS * HEAD_STRIDE
-    QUERY_STRIDE: tl.constexpr = STRIDE if PARTS == 3 else HEAD_STRIDE
-    KEY: tl.constexpr = (PARTS - 2) * HEAD_STRIDE
+    STRIDE: tl.constexpr = 3 * HEAD_STRIDE
     sequence, start, frames, first_key = _rows_of_program(offsets, rows, sequences, BLOCK_KEYS)
     head = tl.program_id(1)
     away, left = first_key.to(tl.int64) * STRIDE, frames - first_key
     qkv += start.to(tl.int64) * STRIDE + head * HEAD_DIM
-    key_grad = qkv_grad + (start + first_key).to(tl.int64) * STRIDE + head * HEAD_DIM + KEY
+    key_grad = qkv_grad + (start + first_key).to(tl.int64) * STRIDE + head * HEAD_DIM + HEAD_STRIDE
     value_grad = key_grad + HEAD_STRIDE
-    is_idle = (first_key >= frames) | (sequence == sequences)
-    if queries is None:
-        first_query, count, queried, queries = start, frames, rows, qkv
-    else:
-        first_query, count = start, start * 0
-        if sequence < sequences:
-            first_query, count = _rows_of(query_offsets, sequence)
-        is_idle |= count == 0
-        queries += first_query.to(tl.int64) * QUERY_STRIDE + head * HEAD_DIM
-    if is_idle:
+    if (first_key >= frames) | (sequence == sequences):
         nothing = vectors.zeros(BLOCK_KEYS, WIDTH, REST)
         vectors.store(key_grad, nothing, left, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
         vectors.store(value_grad, nothing, left, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
@@ -434,30 +368,29 @@ def _key_backward(
         _store_part(parts, part_count, 2, vectors.column_sums(nothing), HEADS, HEAD_DIM, WIDTH, REST)
         return
     keys = _keys_of(sequence, key_lengths, frames)
-    key = vectors.load(qkv + KEY + away, keys - first_key, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM, True)
+    key = vectors.load(qkv + HEAD_STRIDE + away, keys - first_key, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM, True)
     value = vectors.load(
-        qkv + KEY + HEAD_STRIDE + away, keys - first_key, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM, True
+        qkv + 2 * HEAD_STRIDE + away, keys - first_key, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM, True
     )
     index = first_key + tl.arange(0, BLOCK_KEYS)
     column_bits = tl.zeros([BLOCK_KEYS], tl.uint32)
     if DROPOUT:
         column_bits = tl.load(columns + index).to(tl.uint32, bitcast=True)
-    out_grad += first_query.to(tl.int64) * HEAD_STRIDE + head * HEAD_DIM
-    place = _row_place(head, queried, sequences, first_query, sequence)
+    out_grad += start.to(tl.int64) * HEAD_STRIDE + head * HEAD_DIM
+    place = _row_place(head, rows, sequences, start, sequence)
     key_sums = vectors.zeros(BLOCK_KEYS, WIDTH, REST)
     value_sums = vectors.zeros(BLOCK_KEYS, WIDTH, REST)
-    last = (count - 1) // BLOCK_QUERIES * BLOCK_QUERIES
+    last = (frames - 1) // BLOCK_QUERIES * BLOCK_QUERIES
     key_sums, value_sums = _add_key_gradients(
-        key_sums, value_sums, key, value, column_bits, queries, out_grad, row_lse, delta, row_bits, place, last, count,
-        scale, threshold, QUERY_STRIDE, HEAD_STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_QUERIES, True,
+        key_sums, value_sums, key, value, column_bits, qkv, out_grad, row_lse, delta, row_bits, place, last, frames, scale,
+        threshold, HEAD_STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_QUERIES, True,
     )  # fmt: skip
     # Nothing is to be added up where no key is attended to.
     if (last > 0) & (first_key < keys):  # as in `_forward`
         for first in range(0, last, BLOCK_QUERIES):
             key_sums, value_sums = _add_key_gradients(
-                key_sums, value_sums, key, value, column_bits, queries, out_grad, row_lse, delta, row_bits, place, first,
-                count, scale, threshold, QUERY_STRIDE, HEAD_STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_QUERIES,
-                False,
+                key_sums, value_sums, key, value, column_bits, qkv, out_grad, row_lse, delta, row_bits, place, first, frames,
+                scale, threshold, HEAD_STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_QUERIES, False,
             )  # fmt: skip
     attended = (index < keys)[:, None]
     key_sums = vectors.where(attended, vectors.scaled(key_sums, grad_scale))
@@ -478,32 +411,26 @@ def draw_columns(seeds: Tensor, max_frames: int) -> Tensor:
 
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
     dropout_p, seed = arguments.dropout_p, arguments.seed
-    given, alone = _given(arguments), arguments.queries is not None
-    qkv = given["qkv"]
-    queried, heads, head_dim = _shape(arguments)
-    out = qkv.new_empty(queried, heads, head_dim)
-    lse, columns = qkv.new_empty(heads, queried, dtype=torch.float32), arguments.columns
+    qkv, offsets, key_lengths = contiguous(*arguments[:3])
+    rows, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty(rows, heads, head_dim)
+    lse, columns = qkv.new_empty(heads, rows, dtype=torch.float32), arguments.columns
     saved = [lse]
     if dropout_p > 0.0 and columns is None:
         columns = draw_columns(seed, arguments.max_frames)
         saved.append(columns)
-    given |= {
-        "query_rows": _query_rows(arguments), "out": out, "lse": lse if save else None, "columns": columns, "seed": seed,
-        "keep_scale": dropout.scale(dropout_p),
+    given = {
+        "qkv": qkv, "offsets": offsets, "key_lengths": key_lengths, "out": out, "lse": lse if save else None,
+        "columns": columns, "seed": seed, "keep_scale": dropout.scale(dropout_p), **_constants(qkv, offsets, dropout_p),
     }  # fmt: skip
-    launch(
-        _forward,
-        _grid("BLOCK_QUERIES", queried, arguments),
-        given,
-        _forward_blocks(*_kind(qkv), dropout_p > 0.0, alone),
-    )
+    launch(_forward, _grid("BLOCK_QUERIES", arguments), given, _forward_blocks(*_kind(qkv), dropout_p > 0.0))
     return (out,), saved if save else []
 
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Log-sum-exp of each query, and with dropout random bits of each key position, where they are not given."""
-    queried, heads, _ = _shape(arguments)
-    lse, columns = ((heads, queried), torch.float32), ((cdiv(arguments.max_frames, ROOM) * ROOM,), torch.int32)
+    """Log-sum-exp of each row, and with dropout random bits of each key position, where they are not given."""
+    rows, _, heads, _ = arguments.qkv.shape
+    lse, columns = ((heads, rows), torch.float32), ((cdiv(arguments.max_frames, ROOM) * ROOM,), torch.int32)
     return [lse, columns] if arguments.dropout_p > 0.0 and arguments.columns is None else [lse]
 
 
@@ -511,69 +438,50 @@ def backward(
     arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
 ) -> tuple[Optional[Tensor], ...]:
     dropout_p, seed = arguments.dropout_p, arguments.seed
-    (grad,), given = contiguous(*gradients), _given(arguments)
-    qkv, queries = given["qkv"], given["queries"]
-    rows, queried = len(qkv), len(grad)
+    grad, qkv, offsets, key_lengths = contiguous(*gradients, *arguments[:3])
     out, lse, columns = saved if len(saved) == 3 else (*saved, arguments.columns)
-    keep_scale = dropout.scale(dropout_p)
-    qkv_grad, query_grad = torch.empty_like(qkv), None if queries is None else torch.empty_like(queries)
+    constants, keep_scale = _constants(qkv, offsets, dropout_p), dropout.scale(dropout_p)
+    qkv_grad = torch.empty_like(qkv)
     query_blocks = _query_backward_blocks(*_kind(qkv), dropout_p > 0.0)
-    key_blocks = _key_backward_blocks(*_kind(qkv), queries is not None)
+    key_blocks = _key_backward_blocks(*_kind(qkv))
     parts, part_count = None, 0
     if wanted[1]:
         shortest = min(
             *(each.sizes["BLOCK_QUERIES"] for each in query_blocks), *(each.sizes["BLOCK_KEYS"] for each in key_blocks)
         )
-        part_count = max(rows, queried) // shortest + len(arguments.offsets)
-        parts = qkv.new_empty(part_count, 1, 3, *qkv.shape[2:], dtype=torch.float32)
-    places = len(lse), (queried // ROOM + len(arguments.offsets) - 1) * ROOM
-    given |= {
-        "out_grad": grad,
+        part_count = len(qkv) // shortest + len(offsets)
+        parts = qkv.new_empty(part_count, 1, *qkv.shape[1:], dtype=torch.float32)
+    places = len(lse), (len(qkv) // ROOM + len(offsets) - 1) * ROOM
+    shared = {
+        "qkv": qkv, "qkv_grad": qkv_grad, "out_grad": grad, "offsets": offsets, "key_lengths": key_lengths,
         "row_lse": lse.new_empty(places), "delta": lse.new_empty(places), "columns": columns,
         "row_bits": None if columns is None else columns.new_empty(places),
-        "parts": parts, "part_count": part_count, "grad_scale": keep_scale * qkv.shape[3] ** -0.5,
+        "parts": parts, "part_count": part_count, "grad_scale": keep_scale * qkv.shape[3] ** -0.5, **constants,
     }  # fmt: skip
-    of_queries = {
-        "query_rows": _query_rows(arguments), "query_grad": qkv_grad if queries is None else query_grad, "out": out, "lse": lse,
-        "seed": seed, "inverse_keep_scale": 1 / keep_scale,
-    }  # fmt: skip
-    launch(_query_backward, _grid("BLOCK_QUERIES", queried, arguments), given | of_queries, query_blocks)
-    of_keys = {"qkv_grad": qkv_grad, "rows": rows, "keep_scale": keep_scale}
-    launch(_key_backward, _grid("BLOCK_KEYS", rows, arguments), given | of_keys, key_blocks)
-    bias_grad = None if parts is None else sum_parts(parts.flatten(2), [arguments.qkv_bias])[0]
-    return [qkv_grad, bias_grad, query_grad]
+    of_queries = {"out": out, "lse": lse, "seed": seed, "inverse_keep_scale": 1 / keep_scale}
+    launch(_query_backward, _grid("BLOCK_QUERIES", arguments), shared | of_queries, query_blocks)
+    of_keys = {"keep_scale": keep_scale}
+    launch(_key_backward, _grid("BLOCK_KEYS", arguments), shared | of_keys, key_blocks)
+    if parts is None:
+        return [qkv_grad, None]
+    return [qkv_grad, *sum_parts(parts.flatten(2), [arguments.qkv_bias])]
 
 
-def _given(arguments: Arguments) -> dict[str, object]:
-    """What all kernels are given."""
-    dropout_p, (queried, heads, head_dim) = arguments.dropout_p, _shape(arguments)
-    qkv, offsets, key_lengths, queries, query_offsets = contiguous(
-        *arguments[:3], arguments.queries, arguments.query_offsets
-    )
+def _constants(qkv: Tensor, offsets: Tensor, dropout_p: float) -> dict[str, object]:
+    rows, _, heads, head_dim = qkv.shape
     width, rest = vectors.tiles(head_dim)
     return {
-        "qkv": qkv, "queries": queries, "query_offsets": query_offsets, "offsets": offsets, "key_lengths": key_lengths,
-        "queried": queried, "sequences": len(offsets) - 1, "PARTS": qkv.shape[1], "scale": _LOG2_E * head_dim**-0.5,
+        "rows": rows, "sequences": len(offsets) - 1, "scale": _LOG2_E * head_dim**-0.5,
         "threshold": dropout.threshold(dropout_p), "HEADS": heads, "HEAD_DIM": head_dim, "WIDTH": width, "REST": rest,
         "DROPOUT": dropout_p > 0.0,
         "PRECISION": "tf32" if qkv.dtype == torch.float32 and tf32.in_products() else "ieee",
     }  # fmt: skip
 
 
-def _query_rows(arguments: Arguments) -> Optional[Tensor]:
-    """They say what dropout keeps; without it nobody reads them."""
-    return contiguous(arguments.query_rows)[0] if arguments.dropout_p > 0.0 else None
-
-
-def _shape(arguments: Arguments) -> tuple[int, int, int]:
-    """Queries, heads, head_dim."""
-    qkv, queries = arguments.qkv, arguments.queries
-    return (qkv.shape[0], *qkv.shape[2:]) if queries is None else tuple(queries.shape)
-
-
-def _grid(block: str, rows: int, arguments: Arguments) -> Callable[[Mapping[str, int]], tuple[int, ...]]:
-    """Blocks of ``rows`` x heads; the last block of each sequence, dead rows too, may be a part of one."""
-    return lambda sizes: (rows // sizes[block] + len(arguments.offsets), arguments.qkv.shape[2])
+def _grid(block: str, arguments: Arguments) -> Callable[[Mapping[str, int]], tuple[int, ...]]:
+    """Blocks of rows x heads; the last block of each sequence, dead rows too, may be a part of one."""
+    rows, _, heads, _ = arguments.qkv.shape
+    return lambda sizes: (rows // sizes[block] + len(arguments.offsets), heads)
 
 
 def _kind(qkv: Tensor) -> tuple[int, torch.dtype, int]:
@@ -582,8 +490,7 @@ def _kind(qkv: Tensor) -> tuple[int, torch.dtype, int]:
 
 
 @functools.cache
-def _forward_blocks(arch: int, dtype: torch.dtype, head_dim: int, dropout: bool, alone: bool = False) -> list[Blocks]:
-    """``alone``: for queries that stand by themselves, whose programs hold some pointers and numbers more."""
+def _forward_blocks(arch: int, dtype: torch.dtype, head_dim: int, dropout: bool) -> list[Blocks]:
     wide = head_dim > 64
     if arch == INTERPRETER:
         return [_blocks(32, 32, 4, 1)]
@@ -592,15 +499,12 @@ def _forward_blocks(arch: int, dtype: torch.dtype, head_dim: int, dropout: bool,
     if arch == 90:  # two or three programs a multiprocessor: while one is at its exponentials, another multiplies
         if wide:
             return [_blocks(64, 64, 4, 2), _blocks(128, 64, 8, 2)]
-        four, eight = _blocks(128, 64, 4, 3), _blocks(128, 32 if alone else 64, 8, 3, registers=128)
+        four, eight = _blocks(128, 64, 4, 3), _blocks(128, 64, 8, 3, registers=128)
         return [eight, four] if dropout else [four, eight]  # with random bits four warps run out of registers
     if arch == 100:
-        # Without dropout ptxas spills some bytes of eight warps, or of four where wide queries stand by themselves.
-        if not dropout:
-            return [_blocks(128, 64, 8 if alone and wide else 4, 2)]
-        return [_blocks(128, 64, 8, 2), _blocks(128, 64, 8, 3)]
-    most = 128 if alone and dropout else None  # as it comes where queries are in qkv
-    return [_blocks(128, 64, 8, 2)] if wide else [_blocks(128, 64, 8, 3, registers=most), _blocks(64, 64, 4, 3)]
+        # Without dropout ptxas spills some bytes of eight warps.
+        return [_blocks(128, 64, 8, 2), _blocks(128, 64, 8, 3)] if dropout else [_blocks(128, 64, 4, 2)]
+    return [_blocks(128, 64, 8, 2)] if wide else [_blocks(128, 64, 8, 3), _blocks(64, 64, 4, 3)]
 
 
 @functools.cache
@@ -621,7 +525,7 @@ def _query_backward_blocks(arch: int, dtype: torch.dtype, head_dim: int, dropout
 
 
 @functools.cache
-def _key_backward_blocks(arch: int, dtype: torch.dtype, head_dim: int, alone: bool = False) -> list[Blocks]:
+def _key_backward_blocks(arch: int, dtype: torch.dtype, head_dim: int) -> list[Blocks]:
     wide = head_dim > 64
     if arch == INTERPRETER:
         return [_blocks(32, 32, 4, 1)]
@@ -633,9 +537,7 @@ def _key_backward_blocks(arch: int, dtype: torch.dtype, head_dim: int, alone: bo
         return [_blocks(32, 128, 8, 2)] if wider else [_blocks(64, 64, 4, 2), _blocks(32, 64, 4, 2)]
     if arch == 100:
         return [_blocks(64, 128, 8, 2), _blocks(64, 64, 4, 2)]
-    if wide:
-        return [_blocks(16, 128, 8, 2) if alone else _blocks(32, 64, 8, 2)]
-    return [_blocks(32, 128, 8, 2), _blocks(32, 64, 4, 2)]
+    return [_blocks(32, 64, 8, 2)] if wide else [_blocks(32, 128, 8, 2), _blocks(32, 64, 4, 2)]
 
 
 def _blocks(queries: int, keys: int, warps: int, stages: int, registers: Optional[int] = None) -> Blocks:

@@ -148,35 +148,28 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, x: Tensor, layout: Rows, keep: Optional[Tensor] = None) -> Tensor:
-        """``keep`` ([kept] int64, ascending) names the rows whose output is wanted; None wants all."""
+        """``keep`` ([kept] int64) names the rows whose output is wanted; None wants all."""
         return self.out_proj(self.heads(x, layout, keep))
 
     def heads(
         self,
         x: Tensor,  # [rows, embed_dim]
         layout: Rows,
-        keep: Optional[Tensor] = None,  # [kept] int64, ascending
+        keep: Optional[Tensor] = None,  # [kept] int64
         seeds: LayerSeeds = LayerSeeds(),
     ) -> Tensor:  # [rows, embed_dim]
         """The output projection's input: the heads side by side."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        queries = query_rows = qkv_bias = None
         if all(is_plain(each, nn.Linear) and each.bias is not None for each in projections):
             weights, biases = ([getattr(each, name) for each in projections] for name in ("weight", "bias"))
-            plain_call = is_plain_call((x, *biases))
             # Attention knows the gradient of every row in its registers; a product would read it again for the biases.
-            elsewhere = switches.attention_bias_gradient and plain_call
-            qkv_bias = bias_of_heads(biases, self.num_heads) if elsewhere else None
-            if keep is not None and switches.last_queries and plain_call:
-                query_rows, keep = keep, None
-                queries = linear(x.index_select(0, query_rows), weights[:1], biases[:1], learn_biases=not elsewhere)
-                queries = queries.unflatten(1, (self.num_heads, self.head_dim))
-                weights, biases = weights[1:], biases[1:]
+            elsewhere = switches.attention_bias_gradient and is_plain_call((x, *biases))
             qkv = linear(x, weights, biases, learn_biases=not elsewhere)
+            qkv_bias = bias_of_heads(biases, self.num_heads) if elsewhere else None
         else:
-            qkv = torch.cat([each(x) for each in projections], dim=1)
+            qkv, qkv_bias = torch.cat([each(x) for each in projections], dim=1), None
         out = masked_attention(
-            qkv.unflatten(1, (-1, self.num_heads, self.head_dim)),
+            qkv.unflatten(1, (3, self.num_heads, self.head_dim)),
             layout.offsets,
             layout.key_lengths,
             max_frames=layout.frames,
@@ -184,8 +177,6 @@ class SelfAttention(nn.Module):
             seed=seeds.attention,
             qkv_bias=qkv_bias,
             columns=seeds.columns,
-            queries=queries,
-            query_rows=query_rows,
         ).flatten(1)
         return out if keep is None else out.index_select(0, keep)
 
@@ -245,7 +236,7 @@ class EncoderLayer(nn.Module):
         self,
         x: Union[Tensor, Stream],  # [rows, dim]
         layout: Rows,
-        keep: Optional[Tensor] = None,  # [kept] int64, ascending
+        keep: Optional[Tensor] = None,  # [kept] int64
         seeds: Optional[LayerSeeds] = None,
     ) -> Union[Tensor, Stream]:
         """``[rows, dim] -> [rows, dim]``, or ``[kept, dim]`` where ``keep`` says which rows are wanted.
@@ -303,7 +294,7 @@ class Transformer(nn.Module):
         self,
         x: Tensor,  # [rows, dim], or [batch, frames, dim] without a layout
         layout: Optional[Rows] = None,
-        keep: Optional[Tensor] = None,  # [kept] int64, rows of the layout, ascending
+        keep: Optional[Tensor] = None,  # [kept] int64, rows of the layout
         seeds: Optional[Seeds] = None,
     ) -> Tensor:
         """The rows after the last layer: ``[rows, dim]``, or ``[kept, dim]``.

@@ -169,7 +169,7 @@ class HuBERTPretrainModel(nn.Module):
             samples: of a row of the waveforms.
             device: of the waveforms.
             rows: make this many rows of the valid frames, with dead ones at the end. None: as many as are valid.
-            kept: with ``masked_only``, keep this many rows, with unmasked ones among them. None: as many as are masked.
+            kept: with ``masked_only``, keep this many rows, with unmasked ones at the end. None: as many as are masked.
 
         Raises:
             ValueError: as `forward`, and for a capacity that is too small or too large, or has no ``audio_lengths`` or mask

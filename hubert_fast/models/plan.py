@@ -22,7 +22,7 @@ class StepPlan(NamedTuple):
     layout: Rows
     mask: Tensor  # [rows] bool: rows whose input is the mask embedding
     channel_mask: Optional[Tensor]  # [batch, dim] bool: channels of a sequence that are zeroed
-    keep: Optional[Tensor]  # [kept] int64, ascending: the rows that are wanted after the last layer; None: all
+    keep: Optional[Tensor]  # [kept] int64: the rows that are wanted after the last layer; None: all
     labels: Tensor  # [kept] int64: of the rows that are wanted; -1 where there is none
     masked: Tensor  # [kept] bool: valid and masked
     unmasked: Tensor  # [kept] bool: valid and not masked
@@ -90,7 +90,7 @@ def make_plan(
     labels, valid = _checked_labels(layout, labels, lengths, device, num_classes)
     keep = None
     if masked_only and not fixed and _on_host(mask) and _on_host(lengths):
-        keep = to_device(rows_to_keep(_masked_rows(layout, mask, lengths), kept), device)
+        keep = to_device(first_true(_masked_rows(layout, mask, lengths), kept, "kept"), device)
     elif kept is not None:
         raise ValueError("kept, a capacity, needs masked_only, and mask and audio_lengths on the CPU")
     mask = layout.pack(to_device(mask, device)) & valid
@@ -102,15 +102,6 @@ def make_plan(
     # Wrappers such as FSDP bring whatever lies on the host to the device, and the host would wait for it.
     layout = layout._replace(host_index=None)
     return StepPlan(layout, mask, channel_mask, keep, labels, masked, unmasked, None)
-
-
-def rows_to_keep(masked: Tensor, kept: Optional[int]) -> Tensor:
-    """The rows where ``masked`` ([rows] bool, on the CPU) is True, ``kept`` of them with others among them: ascending.
-
-    Raises:
-        ValueError: for a capacity that is too small or too large.
-    """
-    return first_true(masked, kept, "kept").sort().values
 
 
 def _on_host(x: Optional[Tensor]) -> bool:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hubert_fast.models.capacities import Capacity
-from hubert_fast.models.plan import StepPlan, rows_to_keep
-from hubert_fast.models.rows import Rows
+from hubert_fast.models.plan import StepPlan
+from hubert_fast.models.rows import Rows, first_true
 
 _ALIGNMENT = 16  # bytes, which kernels like of what they load
 
@@ -21,7 +21,7 @@ class PlanTensors(NamedTuple):
     gather: Tensor  # [rows] int64: position of each valid row in the flattened [batch, frames] of the batch, then 0
     index: Tensor  # [rows] int64: position of each row in the flattened [sequences, max_frames] of the capacity
     offsets: Tensor  # [sequences + 1] int64: the batch's sequences, then empty ones
-    keep: Optional[Tensor]  # [kept] int64, ascending
+    keep: Optional[Tensor]  # [kept] int64
     labels: Tensor  # [kept] int64, -1 where there is none
     mask: Tensor  # [rows] bool
     masked: Tensor  # [kept] bool
@@ -72,12 +72,13 @@ def packed(plan: StepPlan, capacity: Capacity) -> Tensor:
     if channel_mask is not None:
         tensors.channel_mask[: layout.batch] = channel_mask
     tensors.labels.fill_(-1)
-    own, count = slice(valid), valid
-    if tensors.keep is not None:
-        tensors.keep.copy_(rows_to_keep(tensors.mask, capacity.kept))
-        own, count = tensors.mask[tensors.keep], len(plan.keep)
+    if tensors.keep is None:
+        count = valid
+    else:
+        tensors.keep.copy_(first_true(tensors.mask, capacity.kept, "kept"))
+        count = len(plan.keep)
     for name in ("labels", "masked", "unmasked"):
-        getattr(tensors, name)[own] = getattr(plan, name)[:count]
+        getattr(tensors, name)[:count] = getattr(plan, name)[:count]
     return memory
 
 

@@ -30,13 +30,10 @@ class Arguments(NamedTuple):
     seed: Optional[Tensor]  # [] int64
     qkv_bias: Optional[Tensor] = None  # [3, heads, head_dim]
     columns: Optional[Tensor] = None  # [at least max_frames] int32
-    queries: Optional[Tensor] = None  # [queried, heads, head_dim]; qkv is [rows, 2, heads, head_dim] then
-    query_rows: Optional[Tensor] = None  # [queried] int64, ascending; and these two with it, on its device
-    query_offsets: Optional[Tensor] = None  # [sequences + 1] int64: how many of them lie before each of offsets
 
 
 def masked_attention(
-    qkv: Tensor,  # [rows, 3, heads, head_dim], or [rows, 2, heads, head_dim] beside queries
+    qkv: Tensor,  # [rows, 3, heads, head_dim]
     offsets: Tensor,  # [sequences + 1] int64
     key_lengths: Optional[Tensor] = None,  # [sequences] int64
     *,
@@ -45,8 +42,6 @@ def masked_attention(
     seed: Optional[Tensor] = None,  # [] int64
     qkv_bias: Optional[Tensor] = None,  # [3, heads, head_dim]
     columns: Optional[Tensor] = None,  # [at least max_frames] int32
-    queries: Optional[Tensor] = None,  # [queried, heads, head_dim]
-    query_rows: Optional[Tensor] = None,  # [queried] int64
 ) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v within each sequence (Vaswani et al. 2017, eq. 1), with dropout on the softmax.
 
@@ -65,36 +60,25 @@ def masked_attention(
             gets its gradient, the sum of that of ``qkv`` over the rows, with which the caller needs no pass of its own.
         columns: what `dropout_columns` made of ``seed`` for as many frames or more. Only backend "triton" reads it. None: made
             in the call; the result is the same.
-        queries: ``[queried, heads, head_dim]`` in the dtype of ``qkv``: queries of some rows alone. Then ``qkv`` holds keys and
-            values, ``[rows, 2, heads, head_dim]``, and the gradient of ``qkv_bias`` for queries is the sum over these.
-        query_rows: ``[queried]`` int64 on the device of ``qkv``: the row of each of ``queries``, ascending, none twice. Any
-            sequence may have none, and rows of no sequence may be among them.
 
     Returns:
-        ``[rows, heads, head_dim]`` or ``[queried, heads, head_dim]``, in the dtype of ``qkv``. There is no second derivative,
-        but through "reference".
+        ``[rows, heads, head_dim]``, in the dtype of ``qkv``. There is no second derivative, but through "reference".
 
     Raises:
         ValueError: for a wrong rank, shape, dtype, probability or seed.
     """
-    _check(qkv, offsets, key_lengths, qkv_bias, queries)
-    _check_queries(qkv, queries, query_rows)
+    _check(qkv, offsets, key_lengths, qkv_bias)
     _check_columns(columns, max_frames, seed, qkv.device)
     seed = dropout_seed(seed, qkv.device, dropout_p=dropout_p)
     columns = None if seed is None else columns
-    arguments = Arguments(
-        qkv, offsets, key_lengths, max_frames, dropout_p, seed, qkv_bias, columns, queries, query_rows
-    )
+    arguments = Arguments(qkv, offsets, key_lengths, max_frames, dropout_p, seed, qkv_bias, columns)
     chosen = _operator.choose(arguments)
     if chosen == "torch" and qkv.device.type not in ("cpu", "meta"):
-        out = torch_backend.padded_attention(_whole(arguments), offsets, key_lengths, max_frames, dropout_p)
-        return out if query_rows is None else out.index_select(0, query_rows)
+        given = _containing(qkv, qkv_bias)
+        return torch_backend.padded_attention(given, offsets, key_lengths, max_frames, dropout_p)
     if chosen == "triton":
         key_lengths = None if key_lengths is None else to_device(key_lengths, qkv.device)
         arguments = arguments._replace(offsets=to_device(offsets, qkv.device), key_lengths=key_lengths)
-    if query_rows is not None:
-        before = torch.searchsorted(query_rows, to_device(offsets, query_rows.device))
-        arguments = arguments._replace(query_offsets=before)
     return _operator.run(chosen, arguments)[0]
 
 
@@ -152,42 +136,14 @@ def _check_columns(columns: Optional[Tensor], max_frames: int, seed: Optional[Te
         )
 
 
-def _whole(arguments: Arguments) -> Tensor:
-    """``[rows, 3, heads, head_dim]``, 0 where no query is given; autograd sees it as a sum with the bias: 0 is added."""
-    qkv, qkv_bias, queries = arguments.qkv, arguments.qkv_bias, arguments.queries
-    if queries is not None:
-        of_rows = queries.new_zeros(qkv.shape[0], *queries.shape[1:]).index_copy(0, arguments.query_rows, queries)
-        qkv = torch.cat([of_rows[:, None], qkv], 1)
+def _containing(qkv: Tensor, qkv_bias: Optional[Tensor]) -> Tensor:
+    """``qkv``, which autograd sees as a sum with the bias: 0 is added."""
     return qkv if qkv_bias is None else qkv + (qkv_bias - qkv_bias.detach()).to(qkv.dtype)
 
 
-def _check_queries(qkv: Tensor, queries: Optional[Tensor], query_rows: Optional[Tensor]) -> None:
-    if (queries is None) != (query_rows is None):
-        raise ValueError("queries and query_rows must be given together")
-    if queries is None:
-        return
-    if queries.dtype != qkv.dtype or queries.ndim != 3 or queries.shape[1:] != qkv.shape[2:]:
-        raise ValueError(
-            f"queries must be {qkv.dtype} of shape [queried, {qkv.shape[2]}, {qkv.shape[3]}]; got {queries.dtype} "
-            f"{tuple(queries.shape)}"
-        )
-    if query_rows.dtype != torch.int64 or query_rows.shape != queries.shape[:1]:
-        raise ValueError(
-            f"query_rows must be int64 of shape [{queries.shape[0]}], the row of each query; got {query_rows.dtype} "
-            f"{tuple(query_rows.shape)}"
-        )
-
-
-def _check(
-    qkv: Tensor,
-    offsets: Tensor,
-    key_lengths: Optional[Tensor],
-    qkv_bias: Optional[Tensor],
-    queries: Optional[Tensor],
-) -> None:
-    parts = 3 if queries is None else 2
-    if qkv.ndim != 4 or qkv.shape[1] != parts:
-        raise ValueError(f"qkv must have shape [rows, {parts}, heads, head_dim]; got {tuple(qkv.shape)}")
+def _check(qkv: Tensor, offsets: Tensor, key_lengths: Optional[Tensor], qkv_bias: Optional[Tensor]) -> None:
+    if qkv.ndim != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv must have shape [rows, 3, heads, head_dim]; got {tuple(qkv.shape)}")
     if not qkv.is_floating_point():
         raise ValueError(f"qkv must be floating point; got {qkv.dtype}")
     if offsets.ndim != 1 or offsets.dtype != torch.int64 or len(offsets) == 0:
@@ -198,9 +154,9 @@ def _check(
             f"key_lengths must be int64 of shape [{sequences}], a length a sequence; got {key_lengths.dtype} "
             f"{tuple(key_lengths.shape)}"
         )
-    if qkv_bias is not None and (qkv_bias.shape != (3, *qkv.shape[2:]) or not qkv_bias.is_floating_point()):
+    if qkv_bias is not None and (qkv_bias.shape != qkv.shape[1:] or not qkv_bias.is_floating_point()):
         raise ValueError(
-            f"qkv_bias must be floating point of shape {[3, *qkv.shape[2:]]}; got {qkv_bias.dtype} {tuple(qkv_bias.shape)}"
+            f"qkv_bias must be floating point of shape {list(qkv.shape[1:])}; got {qkv_bias.dtype} {tuple(qkv_bias.shape)}"
         )
 
 
@@ -212,14 +168,9 @@ def _objection(name: str, arguments: Arguments) -> backend.Objection:
 
 
 def _reference(arguments: Arguments) -> tuple[Tensor]:
-    qkv, (offsets, key_lengths, _, dropout_p, seed) = _whole(arguments), arguments[1:6]
-    out = reference.masked_attention(qkv, offsets, key_lengths, dropout_p=dropout_p, seed=seed)
-    return (out if arguments.queries is None else out.index_select(0, arguments.query_rows),)
-
-
-def _fake(arguments: Arguments, save: bool) -> tuple[Tensor]:
-    queries = arguments.qkv[:, 0] if arguments.queries is None else arguments.queries
-    return (queries.new_empty(queries.shape),)
+    qkv, offsets, key_lengths, _, dropout_p, seed, qkv_bias, _ = arguments
+    qkv = _containing(qkv, qkv_bias)
+    return (reference.masked_attention(qkv, offsets, key_lengths, dropout_p=dropout_p, seed=seed),)
 
 
 def _flops(arguments: Arguments, backward: bool) -> int:
@@ -228,12 +179,9 @@ def _flops(arguments: Arguments, backward: bool) -> int:
     Where the offsets lie on a GPU, which nobody should wait for, all sequences count as if they were the longest.
     """
     _, _, heads, head_dim = arguments.qkv.shape
-    offsets, query_offsets = arguments.offsets, arguments.query_offsets
+    offsets = arguments.offsets
     if type(offsets) is Tensor and offsets.device.type == "cpu":
-        queries = offsets if query_offsets is None else query_offsets
-        pairs = int((offsets.diff() * queries.diff()).sum())
-    elif query_offsets is not None:
-        pairs = arguments.queries.shape[0] * arguments.max_frames
+        pairs = int(offsets.diff().square().sum())
     else:
         pairs = (len(offsets) - 1) * arguments.max_frames**2
     return (5 if backward else 2) * 2 * heads * head_dim * pairs
@@ -249,9 +197,9 @@ _operator = Operator(
     },
     reference=_reference,
     results=["out"],
-    fake=_fake,
-    gradients=["qkv", "qkv_bias", "queries"],
-    kept=["qkv", "offsets", "key_lengths", "seed", "columns", "queries", "query_rows", "query_offsets"],
+    fake=lambda arguments, save: (arguments.qkv[:, 0].new_empty(arguments.qkv[:, 0].shape),),
+    gradients=["qkv", "qkv_bias"],
+    kept=["qkv", "offsets", "key_lengths", "seed", "columns"],
     kept_results=["out"],
     objection=_objection,
     flops=_flops,

@@ -23,95 +23,71 @@ _SCORES_BYTES = 1 << 22
 
 
 class _Sequence(NamedTuple):
-    """One sequence's rows, its queries among all, and the heads' views of both, each [heads, frames, head_dim]."""
+    """One sequence's rows and the heads' views of them, each [heads, frames, head_dim]."""
 
     rows: slice
-    queries: slice
     query: Tensor
     key: Tensor
     value: Tensor
-    wanted: Optional[Tensor]  # frames that have a query; None: all
 
 
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
     """Without dropout the log-sum-exp of the scores is saved."""
-    dropout_p = arguments.dropout_p
-    qkv, queries = _contiguous(arguments)
-    queried, heads, _ = queries.shape
-    out = torch.empty_like(queries, memory_format=torch.contiguous_format)
-    lse = qkv.new_empty(queried if dropout_p == 0.0 else 0, heads, dtype=torch.promote_types(qkv.dtype, torch.float32))
-    dead = int(_query_offsets(arguments)[-1])  # from here on, rows of no sequence
-    out[dead:] = 0
-    lse[dead:] = 0
-    generator = _generator(dropout_p, arguments.seed)
-    for sequence in _sequences(arguments, qkv, queries):
+    qkv, offsets, key_lengths, _, dropout_p, seed = arguments[:6]
+    rows, _, heads, head_dim = qkv.shape
+    qkv = qkv.contiguous()  # the flash kernel takes a last stride of 1 for granted
+    out = qkv.new_empty(rows, heads, head_dim)
+    lse = qkv.new_empty(rows if dropout_p == 0.0 else 0, heads, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    out[int(offsets[-1]) :] = 0  # rows of no sequence
+    lse[int(offsets[-1]) :] = 0
+    generator = _generator(dropout_p, seed)
+    for sequence in _sequences(qkv, offsets, key_lengths):
         if generator is None:
             _flash_forward(sequence, out, lse)
         else:
             for group in _head_groups(sequence):
                 weights = _weights(sequence, group)
-                _drop_(weights, sequence, generator, dropout_p)
-                out[sequence.queries, group] = (weights @ sequence.value[group]).transpose(0, 1)
+                _drop_(weights, generator, dropout_p)
+                out[sequence.rows, group] = (weights @ sequence.value[group]).transpose(0, 1)
     return (out,), [lse] if save and dropout_p == 0.0 else []
 
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    queries = arguments.qkv[:, 0] if arguments.queries is None else arguments.queries
-    lse = (tuple(queries.shape[:2]), torch.promote_types(arguments.qkv.dtype, torch.float32))
+    rows, _, heads, _ = arguments.qkv.shape
+    lse = ((rows, heads), torch.promote_types(arguments.qkv.dtype, torch.float32))
     return [lse] if arguments.dropout_p == 0.0 else []
 
 
 def backward(
     arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
 ) -> tuple[Optional[Tensor], ...]:
-    dropout_p, qkv_bias = arguments.dropout_p, arguments.qkv_bias
-    (qkv, queries), grad = _contiguous(arguments), gradients[0].contiguous()
-    separate = arguments.queries is not None
-    qkv_grad = torch.zeros_like(qkv) if separate or arguments.key_lengths is not None else torch.empty_like(qkv)
-    qkv_grad[int(arguments.offsets[-1]) :] = 0
-    query_grad = torch.zeros_like(queries) if separate else qkv_grad[:, 0]
-    generator = _generator(dropout_p, arguments.seed)
-    for sequence in _sequences(arguments, qkv, queries):
-        # Each [heads, frames, head_dim].
-        grads = [query_grad[sequence.queries].transpose(0, 1), *qkv_grad[sequence.rows, -2:].permute(1, 2, 0, 3)]
-        out_grad = grad[sequence.queries].transpose(0, 1)
+    qkv, offsets, key_lengths, _, dropout_p, seed, qkv_bias, _ = arguments
+    qkv, grad = qkv.contiguous(), gradients[0].contiguous()
+    qkv_grad = torch.zeros_like(qkv) if key_lengths is not None else torch.empty_like(qkv)
+    qkv_grad[int(offsets[-1]) :] = 0
+    generator = _generator(dropout_p, seed)
+    for sequence in _sequences(qkv, offsets, key_lengths):
+        grads = qkv_grad[sequence.rows].permute(1, 2, 0, 3)  # [3, heads, frames, head_dim]
+        out_grad = grad[sequence.rows].transpose(0, 1)
         if generator is None:
             _flash_backward(sequence, grads, out_grad, *saved)
         else:
             for group in _head_groups(sequence):
                 _group_backward(sequence, group, grads, out_grad, generator, dropout_p)
-    bias_grad = None
-    if wanted[1]:
-        sums = [
-            each.sum(0, dtype=torch.promote_types(qkv.dtype, torch.float32)) for each in (query_grad, qkv_grad[:, -2:])
-        ]
-        bias_grad = torch.cat([sums[0][None], sums[1]]).to(qkv_bias.dtype)
-    return [qkv_grad, bias_grad, query_grad if separate else None]
+    if not wanted[1]:
+        return [qkv_grad, None]
+    return [qkv_grad, qkv_grad.sum(0, dtype=torch.promote_types(qkv.dtype, torch.float32)).to(qkv_bias.dtype)]
 
 
-def _contiguous(arguments: Arguments) -> tuple[Tensor, Tensor]:
-    """``qkv`` and the queries: the flash kernel takes a last stride of 1 for granted."""
-    qkv = arguments.qkv.contiguous()
-    return qkv, qkv[:, 0] if arguments.queries is None else arguments.queries.contiguous()
-
-
-def _query_offsets(arguments: Arguments) -> Tensor:
-    return arguments.offsets if arguments.query_offsets is None else arguments.query_offsets
-
-
-def _sequences(arguments: Arguments, qkv: Tensor, queries: Tensor) -> list[_Sequence]:
-    """All that have a row; one without a query draws its dropout mask too."""
-    query_rows, key_lengths = arguments.query_rows, arguments.key_lengths
-    rows, places = ([slice(*each) for each in zip(bounds, bounds[1:])]
-                    for bounds in (arguments.offsets.tolist(), _query_offsets(arguments).tolist()))  # fmt: skip
-    keys = [0] * len(rows) if key_lengths is None else key_lengths.tolist()
+def _sequences(qkv: Tensor, offsets: Tensor, key_lengths: Optional[Tensor]) -> list[_Sequence]:
+    bounds = offsets.tolist()
+    keys = [0] * (len(bounds) - 1) if key_lengths is None else key_lengths.tolist()
     sequences = []
-    for own, its, length in zip(rows, places, keys):
-        if own.start < own.stop:
-            query, (key, value) = queries[its].transpose(0, 1), qkv[own, -2:].permute(1, 2, 0, 3)
-            length = length or own.stop - own.start
-            wanted = None if query_rows is None else query_rows[its] - own.start
-            sequences.append(_Sequence(own, its, query, key[:, :length], value[:, :length], wanted))
+    for start, stop, length in zip(bounds, bounds[1:], keys):
+        if start < stop:
+            query, key, value = qkv[start:stop].permute(1, 2, 0, 3)
+            length = length or stop - start
+            sequences.append(_Sequence(slice(start, stop), query, key[:, :length], value[:, :length]))
     return sequences
 
 
@@ -120,25 +96,21 @@ def _generator(dropout_p: float, seed: Optional[Tensor]) -> Optional[torch.Gener
 
 
 def _flash_forward(sequence: _Sequence, out: Tensor, lse: Tensor) -> None:
-    if not sequence.query.shape[1]:
-        return
     result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         sequence.query[None], sequence.key[None], sequence.value[None]
     )
-    out[sequence.queries] = result[0].transpose(0, 1)
-    lse[sequence.queries] = sums[0].T
+    out[sequence.rows] = result[0].transpose(0, 1)
+    lse[sequence.rows] = sums[0].T
 
 
-def _flash_backward(sequence: _Sequence, grads: list[Tensor], out_grad: Tensor, out: Tensor, lse: Tensor) -> None:
-    if not sequence.query.shape[1]:
-        return
+def _flash_backward(sequence: _Sequence, grads: Tensor, out_grad: Tensor, out: Tensor, lse: Tensor) -> None:
     results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         out_grad[None],
         sequence.query[None],
         sequence.key[None],
         sequence.value[None],
-        out[sequence.queries].transpose(0, 1)[None],
-        lse[sequence.queries].T[None],
+        out[sequence.rows].transpose(0, 1)[None],
+        lse[sequence.rows].T[None],
         0.0,
         False,
     )
@@ -147,7 +119,7 @@ def _flash_backward(sequence: _Sequence, grads: list[Tensor], out_grad: Tensor, 
 
 
 def _head_groups(sequence: _Sequence) -> list[slice]:
-    heads, frames = len(sequence.query), sequence.rows.stop - sequence.rows.start
+    heads, frames, _ = sequence.query.shape
     size = max(1, _SCORES_BYTES // (frames * sequence.key.shape[1] * sequence.query.element_size()))
     return [slice(start, min(start + size, heads)) for start in range(0, heads, size)]
 
@@ -159,35 +131,28 @@ def _weights(sequence: _Sequence, group: slice) -> Tensor:
     return torch.softmax(scores, -1, out=scores)
 
 
-def _drop_(x: Tensor, sequence: _Sequence, generator: torch.Generator, p: float) -> Tensor:
-    """Zero ``x`` where a fresh mask says so and scale the rest, in place; returns the mask as multipliers.
-
-    The mask is drawn for all rows of the sequence, whichever have a query.
-    """
-    heads, _, keys = x.shape
-    frames = sequence.rows.stop - sequence.rows.start
-    kept = keep_mask(generator, heads, frames * keys, p).view(heads, frames, keys)
-    if sequence.wanted is not None:
-        kept = kept.index_select(1, sequence.wanted)
+def _drop_(x: Tensor, generator: torch.Generator, p: float) -> Tensor:
+    """Zero ``x`` where a fresh mask says so and scale the rest, in place; returns the mask as multipliers."""
+    kept = keep_mask(generator, x.shape[0], x[0].numel(), p).view(x.shape)
     multipliers = kept.to(x.dtype).mul_(keep_scale(p))
     x.mul_(multipliers)
     return multipliers
 
 
 def _group_backward(
-    sequence: _Sequence, group: slice, grads: list[Tensor], out_grad: Tensor, generator: torch.Generator, p: float
+    sequence: _Sequence, group: slice, grads: Tensor, out_grad: Tensor, generator: torch.Generator, p: float
 ) -> None:
     weights = _weights(sequence, group)
     dropped = weights.clone()
-    multipliers = _drop_(dropped, sequence, generator, p)
+    multipliers = _drop_(dropped, generator, p)
     keys = sequence.key.shape[1]
     upstream = out_grad[group].contiguous()
-    grads[2][group, :keys] = dropped.transpose(1, 2) @ upstream
+    grads[2, group, :keys] = dropped.transpose(1, 2) @ upstream
     scores_grad = (upstream @ sequence.value[group].transpose(1, 2)).mul_(multipliers)
     scores_grad = torch._softmax_backward_data(scores_grad, weights, -1, weights.dtype)
     scores_grad.mul_(sequence.query.shape[-1] ** -0.5)
-    grads[0][group] = scores_grad @ sequence.key[group]
-    grads[1][group, :keys] = scores_grad.transpose(1, 2) @ sequence.query[group]
+    grads[0, group] = scores_grad @ sequence.key[group]
+    grads[1, group, :keys] = scores_grad.transpose(1, 2) @ sequence.query[group]
 
 
 def padded_attention(

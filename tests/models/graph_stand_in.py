@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hubert_fast.models import encoder
 from hubert_fast.models.optimizer_step import _can_be_captured
 from hubert_fast.ops import linear
 
@@ -56,11 +55,8 @@ class StandInCapture:
         self._pool.clear()
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
-        with ExitStack() as stack:
-            # The recorder is a dispatch mode, under which these would not go the way that they go in a capture.
-            for module in (linear, encoder):
-                stack.enter_context(mock.patch.object(module, "is_plain_call", lambda _: True))
-            recorder = stack.enter_context(_Recorder(self._pool))
+        # The recorder is a dispatch mode, under which `linear` would not go the way that it goes in a capture.
+        with mock.patch.object(linear, "is_plain_call", lambda _: True), _Recorder(self._pool) as recorder:
             work()
         # A capture runs nothing: what lies elsewhere than in the pool is as before.
         for storage, before in recorder.before.values():

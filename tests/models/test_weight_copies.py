@@ -92,9 +92,7 @@ def test_layer_drop_of_a_stream_whose_copy_not_all_layers_read_equals_that_of_a_
 
     monkeypatch.setattr(plain, "stream_dtype", lambda x: torch.float32)
     settings = {"capture": True, "autocast": True, "prepare": hook, "encoder_layer_drop": 0.5}
-    # Queries apart give their input a second gradient, added in 16 bits to that of a copy and in float32 to that of a tensor.
-    with switched(last_queries=False):
-        theirs, ours, _ = train_both(12, accumulate, **settings)
+    theirs, ours, _ = train_both(12, accumulate, **settings)
     assert_equal(theirs, ours)
 
 

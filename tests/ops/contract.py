@@ -137,10 +137,6 @@ def cases() -> Iterator[Case]:
         yield Case(
             "masked_attention", f"{name}, keys", make(randn(19, 3, 2, 8), offsets, keys, 12, *given, randn(3, 2, 8))
         )
-        rows = torch.tensor([1, 2, 9, 16, 18])
-        queries = None, randn(5, 2, 8), rows, torch.searchsorted(rows, offsets)
-        its = make(randn(19, 2, 2, 8), offsets, keys, 12, *given, randn(3, 2, 8), *queries)
-        yield Case("masked_attention", f"{name}, queries", its)
     labels = torch.tensor([3, 0, 1, 1, 2, 0])
     embeddings = randn(4, 8)[[0, 1, 2, 1]]  # two are equal
     yield Case("cosine_logits", "plain", cosine_logits.Arguments(randn(6, 8), embeddings, labels))
