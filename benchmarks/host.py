@@ -213,9 +213,8 @@ def measure(layers: int, rounds: int, driver: Path, *, work: str = "step", layer
     with _as_on_a_gpu(driver) as (library, calls):
         capture = _Capture(library)
         objective = _objective(layers, layer_drop, full_width=work == "launches")
-        step = {"step": _step, "update": _update, "extraction": _extraction, "launches": _whole_update}[work](
-            objective, capture
-        )
+        make = {"step": _step, "update": _update, "extraction": _extraction, "launches": _update}[work]
+        step = make(objective, None if work == "launches" else capture)  # uncaptured, every launch is the host's
         for _ in range(_WARM_UP):
             step()
         before, launched = library.nothing_launches(), capture.launches
@@ -286,11 +285,6 @@ def _step(objective: hubert_fast.PretrainingObjective, _: _Capture) -> Callable[
         return 1e3 * (between - started), 1e3 * (time.perf_counter() - between)
 
     return step
-
-
-def _whole_update(objective: hubert_fast.PretrainingObjective, _: _Capture) -> Callable[[], tuple[float, ...]]:
-    """A function that does one update of the sizes of a capacity, all of it as the host goes along."""
-    return _update(objective, None)
 
 
 def _update(

@@ -70,7 +70,7 @@ def _rows_of_program(offsets, rows, sequences, BLOCK: tl.constexpr):
 
 @triton.jit
 def _row_place(head, rows, sequences, start, sequence):
-    """Where the vectors of the rows of ``sequence``, whose first row is ``start``, lie in [HEADS, row_places]."""
+    """The place in [HEADS, row_places] of the first row of ``sequence``, which is row ``start`` of all."""
     of_head = head.to(tl.int64) * ((rows // _ROOM + sequences) * _ROOM)
     return of_head + _first_place(start, sequence, _ROOM) * _ROOM
 

@@ -45,7 +45,7 @@ class GradientBuffers:
             (torch._foreach_copy_ if overwrite else torch._foreach_add_)(mine, theirs)
 
     def lent(self, stage: int) -> list[Optional[Tensor]]:
-        """Where a product may write the gradient of each parameter of a stage, in place of `collect`."""
+        """Memory that a product may write the gradient of each parameter of a stage to; None: `collect` alone writes it."""
         return list(self._views[stage]) if switches.wide_weight_gradients else [None] * len(self._views[stage])
 
     def zero(self, stages: Collection[int]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hubert_fast.models.checks import check_audio, check_labels, check_mask
-from hubert_fast.models.encoder import Seeds, Transformer
+from hubert_fast.models.encoder import Seeds, Transformer, has_hook_of_all_modules
 from hubert_fast.models.logits import LogitGenerator
 from hubert_fast.models.masking import MaskGenerator
 from hubert_fast.models.plain import Stream, is_plain
@@ -133,7 +133,7 @@ class HuBERTPretrainModel(nn.Module):
         seeds = Seeds.of(drawn)
         x = encoder.masked_rows(features, plan, self.mask_generator, seeds.projection)
         arguments = (x, plan.layout, plan.keep) if drawn is None else (x, plan.layout, plan.keep, seeds)
-        if is_plain(encoder.transformer, Transformer):
+        if is_plain(encoder.transformer, Transformer) and not has_hook_of_all_modules():
             hidden = self.head_rows(encoder.transformer.stream(*arguments))
         else:
             hidden = encoder.transformer(*arguments)

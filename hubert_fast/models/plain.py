@@ -48,6 +48,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         and not module._backward_hooks
         and not module._backward_pre_hooks
         and "forward" not in vars(module)
+        and module._compiled_call_impl is None
     )
 
 

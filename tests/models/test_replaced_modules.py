@@ -1,5 +1,7 @@
 """What users hook, wrap or put in a module's place is called, and the numbers are those of torchaudio's way of running it."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -184,3 +186,32 @@ def test_a_hook_of_all_modules_sees_tensors(monkeypatch):
         hook.remove()
     layers = [result for module, result in seen if isinstance(module, encoder_module.EncoderLayer)]
     assert layers and all(isinstance(each, torch.Tensor) for each in layers)
+
+
+def _hook_of_all_modules(called):
+    def note(module, given):
+        if isinstance(module, encoder_module.Transformer):
+            called.append(module)
+
+    return torch.nn.modules.module.register_module_forward_pre_hook(note).remove
+
+
+def _compiled_in_place(called):
+    compiled = mock.patch.object(
+        encoder_module.Transformer,
+        "_compiled_call_impl",
+        lambda self, *arguments: called.append(self) or self._call_impl(*arguments),
+    )
+    compiled.start()
+    return compiled.stop
+
+
+@pytest.mark.parametrize("watch", [_hook_of_all_modules, _compiled_in_place], ids=["hook of all modules", "compile()"])
+def test_the_objective_calls_a_transformer_that_somebody_looks_at(watch):
+    model, called = _model(), []
+    stop = watch(called)
+    try:
+        _loss(model)
+    finally:
+        stop()
+    assert called == [model.wav2vec2.encoder.transformer]

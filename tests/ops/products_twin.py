@@ -13,7 +13,7 @@ Product = SimpleNamespace
 
 
 def set_device(index: int) -> None:
-    """As the extension's."""
+    """Take no notice of the device: there is one."""
 
 
 def tensor_core_products_available(dtype: int) -> bool:
