@@ -196,6 +196,11 @@ def test_activation_checkpointing_changes_nothing(autocast):
     assert_equal(theirs, ours)
 
 
+def _share_between_products(objective: nn.Module) -> None:
+    attention = objective.model.wav2vec2.encoder.transformer.layers[0].attention
+    attention.out_proj.weight = attention.q_proj.weight
+
+
 PREPARED = {
     "front end frozen": lambda objective: objective.model.wav2vec2.feature_extractor.requires_grad_(False),
     "head alone trained": lambda objective: (
@@ -210,6 +215,7 @@ PREPARED = {
     "mask generator replaced": _replace_mask_generator,
     "feed-forward replaced": _replace_feed_forward,
     "parameter shared within a layer": _share_within_a_layer,
+    "parameter of two products": _share_between_products,
     "eval": lambda objective: objective.eval(),
 }
 
