@@ -85,7 +85,7 @@ UPDATES = {"time": Update(1.6, 2, 75), "time, LayerDrop": Update(2.2, 28, 75)}
 # Milliseconds of a step that each flag of `hubert_fast.switches` saves.
 SWITCHES = {
     "narrow_copies": 1.15, "gelu_epilogues": 0.75, "attention_bias_gradient": 0.25, "weight_copies": 0.45,
-    "folded_filters": 0.1, "wide_weight_gradients": 0.5,
+    "folded_filters": 0.1, "last_queries": 0.1, "wide_weight_gradients": 0.5,
 }  # fmt: skip
 
 AIM_MS = 22.4  # 7,800 seconds of audio a second

@@ -19,6 +19,7 @@ class Switches:
     attention_bias_gradient: bool = True  # attention sums its gradient over the rows for QKV's bias
     weight_copies: bool = True  # `GraphedStep` keeps 16-bit copies of the weights of products
     folded_filters: bool = True  # the positional convolution's gradient of filters: frames of a run in one product
+    last_queries: bool = True  # in the last layer attention computes the queries of wanted rows alone
     wide_weight_gradients: bool = True  # products give weight gradients in float32, into their buffers
 
 

@@ -21,6 +21,16 @@ def tiles(head_dim: int) -> tuple[int, int]:
 
 
 @triton.jit
+def _away(row, places, STRIDE: tl.constexpr):
+    """Where rows of STRIDE values begin: ``row``, or where the vector ``places`` says that they lie."""
+    if places is None:
+        away = row * STRIDE
+    else:
+        away = places[:, None].to(tl.int64) * STRIDE
+    return away
+
+
+@triton.jit
 def _load_tile(
     first,
     rows,
@@ -30,10 +40,11 @@ def _load_tile(
     WIDTH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     MASKED: tl.constexpr,
+    places,
 ):
     """[BLOCK, WIDTH]: columns from FIRST of the rows from pointer ``first``; 0 past ``rows`` (where MASKED) and HEAD_DIM."""
     row, column = tl.arange(0, BLOCK)[:, None], FIRST + tl.arange(0, WIDTH)[None]
-    pointers = first + row * STRIDE + column
+    pointers = first + _away(row, places, STRIDE) + column
     if FIRST + WIDTH > HEAD_DIM:
         tile = tl.load(pointers, mask=(row < rows) & (column < HEAD_DIM), other=0.0)
     elif MASKED:
@@ -53,11 +64,15 @@ def load(
     REST: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     MASKED: tl.constexpr,
+    places=None,
 ):
-    """The vectors of BLOCK rows as the pair of their tiles; without REST the second is not used."""
-    main = _load_tile(first, rows, STRIDE, BLOCK, 0, WIDTH, HEAD_DIM, MASKED)
+    """The vectors of BLOCK rows as the pair of their tiles; without REST the second is not used.
+
+    The rows follow one another from ``first`` on, or lie at ``places`` ([BLOCK]) from there; ``rows`` of them are there.
+    """
+    main = _load_tile(first, rows, STRIDE, BLOCK, 0, WIDTH, HEAD_DIM, MASKED, places)
     if REST > 0:
-        rest = _load_tile(first, rows, STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, MASKED)
+        rest = _load_tile(first, rows, STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, MASKED, places)
     else:
         rest = main
     return main, rest
@@ -73,10 +88,11 @@ def _store_tile(
     FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    places,
 ):
     row, column = tl.arange(0, BLOCK)[:, None], FIRST + tl.arange(0, WIDTH)[None]
     mask = (row < rows) & (column < HEAD_DIM)
-    tl.store(first + row * STRIDE + column, tile.to(first.dtype.element_ty), mask=mask)
+    tl.store(first + _away(row, places, STRIDE) + column, tile.to(first.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -89,10 +105,12 @@ def store(
     WIDTH: tl.constexpr,
     REST: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    places=None,
 ):
-    _store_tile(first, vectors[0], rows, STRIDE, BLOCK, 0, WIDTH, HEAD_DIM)
+    """Store what `load` gives, there where it loads."""
+    _store_tile(first, vectors[0], rows, STRIDE, BLOCK, 0, WIDTH, HEAD_DIM, places)
     if REST > 0:
-        _store_tile(first, vectors[1], rows, STRIDE, BLOCK, WIDTH, REST, HEAD_DIM)
+        _store_tile(first, vectors[1], rows, STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, places)
 
 
 @triton.jit

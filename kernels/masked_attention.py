@@ -1,5 +1,8 @@
 """Attention within each sequence of packed rows, read straight from ``[rows, 3, heads, head_dim]``; no scores in memory.
 
+Where the output of some rows alone is wanted, blocks of queries are of those, and all that is kept of a query goes by its place
+among them; its dropout bits are those of its row.
+
 Forward: online softmax over blocks of keys (Milakov and Gimelshein 2018; FlashAttention-2, Dao 2023, algorithm 1). Backward: one
 kernel over blocks of queries for dQ, one over blocks of keys for dK and dV. Each computes the scores again, so that no program
 adds to what another one writes and results repeat to the bit.
@@ -39,7 +42,7 @@ _LOG2_E = math.log2(math.e)
 ROOM = 128
 _ROOM = tl.constexpr(ROOM)  # in kernels
 # From batch to batch, and the alignment of a seed, which may be a view of several: nothing is compiled anew for them.
-_VARYING = ["rows", "sequences", "part_count", "threshold", "seed"]
+_VARYING = ["rows", "queried", "sequences", "part_count", "threshold", "seed"]
 
 
 @triton.jit
@@ -69,6 +72,23 @@ def _rows_of_program(offsets, rows, sequences, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _rows_of(offsets, sequence):
+    """Where ``sequence`` starts, and its frames."""
+    start = tl.load(offsets + sequence).to(tl.int32)
+    return start, tl.load(offsets + sequence + 1).to(tl.int32) - start
+
+
+@triton.jit
+def _queried_rows(query_rows, query, left, BLOCK: tl.constexpr):
+    """The rows of the BLOCK queries from ``query`` on, of which ``left`` are there."""
+    index = tl.arange(0, BLOCK)
+    rows = query + index
+    if query_rows is not None:
+        rows = tl.load(query_rows + rows, mask=index < left, other=0).to(tl.int32)
+    return rows
+
+
+@triton.jit
 def _row_place(head, rows, sequences, start, sequence):
     """The place in [HEADS, row_places] of the first row of ``sequence``, which is row ``start`` of all."""
     of_head = head.to(tl.int64) * ((rows // _ROOM + sequences) * _ROOM)
@@ -82,6 +102,26 @@ def _keys_of(sequence, key_lengths, frames):
         length = tl.load(key_lengths + sequence)
         keys = tl.where(length > 0, tl.minimum(length, frames), frames).to(tl.int32)
     return keys
+
+
+@triton.jit
+def _block_of_queries(qkv, query_rows, offsets, key_lengths, sequence, start, frames, first, head, STRIDE: tl.constexpr,
+                      HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Of the BLOCK queries from ``first``: the vectors, the rows; of their sequence: its first row's vectors, its keys.
+
+    ``start`` and ``frames`` are those of the sequence's queries among all.
+    """
+    row, left = start + first, frames - first
+    rows = _queried_rows(query_rows, row, left, BLOCK)
+    if query_rows is not None:
+        start, frames = _rows_of(offsets, sequence)
+    keys = _keys_of(sequence, key_lengths, frames)
+    qkv_start = qkv + start.to(tl.int64) * STRIDE + head * HEAD_DIM
+    if query_rows is None:
+        query = vectors.load(qkv_start + first.to(tl.int64) * STRIDE, left, STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, True)
+    else:
+        query = vectors.load(qkv_start, left, STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, True, rows - start)
+    return query, rows, qkv_start, keys
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -131,11 +171,13 @@ def _forward(
     qkv,  # [rows, 3, HEADS, HEAD_DIM]
     offsets,  # [sequences + 1] int64
     key_lengths,  # [sequences] int64, or None
-    out,  # [rows, HEADS, HEAD_DIM]
-    lse,  # [HEADS, rows] float32: log2 of the sum of 2^score, or None
+    query_rows,  # [queried] int64, or None: all rows
+    query_offsets,  # [sequences + 1] int64: where each sequence's queries begin among all
+    out,  # [queried, HEADS, HEAD_DIM]
+    lse,  # [HEADS, queried] float32: log2 of the sum of 2^score, or None
     columns,  # [column_places] int32, or None
     seed,  # [] int64, or None
-    rows,
+    queried,
     sequences,
     scale,
     threshold,
@@ -152,7 +194,7 @@ def _forward(
     """A program: BLOCK_QUERIES queries of a head of a sequence, or zeros for as many dead rows."""
     HEAD_STRIDE: tl.constexpr = HEADS * HEAD_DIM
     STRIDE: tl.constexpr = 3 * HEAD_STRIDE
-    sequence, start, frames, first = _rows_of_program(offsets, rows, sequences, BLOCK_QUERIES)
+    sequence, start, frames, first = _rows_of_program(query_offsets, queried, sequences, BLOCK_QUERIES)
     if first >= frames:
         return
     head, row, left = tl.program_id(1), start + first, frames - first
@@ -164,15 +206,16 @@ def _forward(
         vectors.store(out + away, nothing, left, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
         if lse is not None:
             tl.store(
-                lse + head.to(tl.int64) * rows + row + index, tl.zeros([BLOCK_QUERIES], tl.float32), mask=index < left
+                lse + head.to(tl.int64) * queried + row + index,
+                tl.zeros([BLOCK_QUERIES], tl.float32),
+                mask=index < left,
             )
         return
-    keys = _keys_of(sequence, key_lengths, frames)
-    qkv += start.to(tl.int64) * STRIDE + head * HEAD_DIM
-    query = vectors.load(qkv + first.to(tl.int64) * STRIDE, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, True)
+    query, rows, qkv, keys = _block_of_queries(qkv, query_rows, offsets, key_lengths, sequence, start, frames, first, head,
+                                               STRIDE, HEAD_DIM, WIDTH, REST, BLOCK_QUERIES)  # fmt: skip
     row_bits = tl.zeros([BLOCK_QUERIES], tl.uint32)
     if DROPOUT:
-        row_bits = dropout.row_bits(tl.load(seed), (row + index) * HEADS + head)
+        row_bits = dropout.row_bits(tl.load(seed), rows * HEADS + head)
     largest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
     state = vectors.zeros(BLOCK_QUERIES, WIDTH, REST), tl.zeros([BLOCK_QUERIES], tl.float32), largest
     key, value = qkv + HEAD_STRIDE, qkv + 2 * HEAD_STRIDE
@@ -190,7 +233,7 @@ def _forward(
     away = row.to(tl.int64) * HEAD_STRIDE
     vectors.store(out + away, sums, left, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
     if lse is not None:
-        tl.store(lse + head.to(tl.int64) * rows + row + index, largest + tl.log2(total), mask=index < left)
+        tl.store(lse + head.to(tl.int64) * queried + row + index, largest + tl.log2(total), mask=index < left)
 
 
 @triton.jit
@@ -231,18 +274,21 @@ def _add_query_gradient(sums, query, grad, lse, delta, row_bits, key, value, col
 def _query_backward(
     qkv,  # [rows, 3, HEADS, HEAD_DIM]
     qkv_grad,  # [rows, 3, HEADS, HEAD_DIM]: the queries' part is written
-    out,  # [rows, HEADS, HEAD_DIM]
-    out_grad,  # [rows, HEADS, HEAD_DIM]
+    queries,  # [queried, HEADS, HEAD_DIM], or None, written: the queries, for `_key_backward`
+    out,  # [queried, HEADS, HEAD_DIM]
+    out_grad,  # [queried, HEADS, HEAD_DIM]
     offsets,  # [sequences + 1] int64
     key_lengths,  # [sequences] int64, or None
-    lse,  # [HEADS, rows] float32
+    query_rows,  # as in `_forward`; with them, rows without a query keep what is in qkv_grad
+    query_offsets,  # as in `_forward`
+    lse,  # [HEADS, queried] float32
     row_lse,  # [HEADS, row_places] float32, written: ``lse``
     delta,  # [HEADS, row_places] float32, written: (1 - p_drop) sum of out out_grad
     row_bits,  # [HEADS, row_places] int32, written: dropout bits of each query; or None
     columns,  # [column_places] int32, or None
     seed,  # [] int64, or None
     parts,  # [part_count, 3, HEADS, HEAD_DIM] float32, or None: the queries' part is written, the sum of each program's rows
-    rows,
+    queried,
     sequences,
     part_count,
     scale,
@@ -261,29 +307,34 @@ def _query_backward(
     """dQ of BLOCK_QUERIES queries of a head of a sequence, and what `_key_backward` needs to know of each query."""
     HEAD_STRIDE: tl.constexpr = HEADS * HEAD_DIM
     STRIDE: tl.constexpr = 3 * HEAD_STRIDE
-    sequence, start, frames, first = _rows_of_program(offsets, rows, sequences, BLOCK_QUERIES)
+    sequence, start, frames, first = _rows_of_program(query_offsets, queried, sequences, BLOCK_QUERIES)
     head, row, left = tl.program_id(1), start + first, frames - first
-    qkv_grad += row.to(tl.int64) * STRIDE + head * HEAD_DIM
+    if query_rows is None:
+        qkv_grad += row.to(tl.int64) * STRIDE + head * HEAD_DIM
+    else:
+        qkv_grad += head * HEAD_DIM
     if (first >= frames) | (sequence == sequences):
         nothing = vectors.zeros(BLOCK_QUERIES, WIDTH, REST)
-        vectors.store(qkv_grad, nothing, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
+        if query_rows is None:
+            vectors.store(qkv_grad, nothing, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
         _store_part(parts, part_count, 0, vectors.column_sums(nothing), HEADS, HEAD_DIM, WIDTH, REST)
         return
-    keys = _keys_of(sequence, key_lengths, frames)
-    qkv += start.to(tl.int64) * STRIDE + head * HEAD_DIM
-    query = vectors.load(qkv + first.to(tl.int64) * STRIDE, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, True)
+    query, rows, qkv, keys = _block_of_queries(qkv, query_rows, offsets, key_lengths, sequence, start, frames, first, head,
+                                               STRIDE, HEAD_DIM, WIDTH, REST, BLOCK_QUERIES)  # fmt: skip
     block = row.to(tl.int64) * HEAD_STRIDE + head * HEAD_DIM
     grad = vectors.load(out_grad + block, left, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, True)
     result = vectors.load(out + block, left, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, True)
     block_delta = vectors.row_sums(grad, result, REST) * inverse_keep_scale
+    if queries is not None:
+        vectors.store(queries + block, query, left, HEAD_STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
     index = tl.arange(0, BLOCK_QUERIES)
-    place = _row_place(head, rows, sequences, start, sequence) + first + index
-    block_lse = tl.load(lse + head.to(tl.int64) * rows + row + index, mask=index < left, other=0.0)
+    place = _row_place(head, queried, sequences, start, sequence) + first + index
+    block_lse = tl.load(lse + head.to(tl.int64) * queried + row + index, mask=index < left, other=0.0)
     tl.store(row_lse + place, block_lse)
     tl.store(delta + place, block_delta)
     block_bits = tl.zeros([BLOCK_QUERIES], tl.uint32)
     if DROPOUT:
-        block_bits = dropout.row_bits(tl.load(seed), (row + index) * HEADS + head)
+        block_bits = dropout.row_bits(tl.load(seed), rows * HEADS + head)
         tl.store(row_bits + place, block_bits.to(tl.int32, bitcast=True))
     key, value = qkv + HEAD_STRIDE, qkv + 2 * HEAD_STRIDE
     sums = vectors.zeros(BLOCK_QUERIES, WIDTH, REST)
@@ -296,18 +347,22 @@ def _query_backward(
                                        keys, scale, threshold, STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_KEYS,
                                        False)  # fmt: skip
     sums = vectors.scaled(sums, grad_scale)
-    vectors.store(qkv_grad, sums, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
+    if query_rows is None:
+        vectors.store(qkv_grad, sums, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM)
+    else:  # read again: the loop leaves no registers that could keep them
+        rows = tl.load(query_rows + row + index, mask=index < left)
+        vectors.store(qkv_grad, sums, left, STRIDE, BLOCK_QUERIES, WIDTH, REST, HEAD_DIM, rows)
     _store_part(parts, part_count, 0, vectors.column_sums(sums), HEADS, HEAD_DIM, WIDTH, REST)
 
 
 @triton.jit
-def _add_key_gradients(key_sums, value_sums, key, value, column_bits, qkv, out_grad, row_lse, delta, row_bits, place, first,
-                       frames, scale, threshold, HEAD_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-                       REST: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
-                       MASKED: tl.constexpr):  # fmt: skip
-    """Both sums after the BLOCK queries from ``first``: + ds^T q, + (keep p)^T dout; MASKED: ``frames`` may end in them."""
-    away, left = tl.cast(first, tl.int64), frames - first
-    query = vectors.load(qkv + away * 3 * HEAD_STRIDE, left, 3 * HEAD_STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, MASKED)
+def _add_key_gradients(key_sums, value_sums, key, value, column_bits, queries, out_grad, row_lse, delta, row_bits, place, first,
+                       count, scale, threshold, QUERY_STRIDE: tl.constexpr, HEAD_STRIDE: tl.constexpr,
+                       HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, DROPOUT: tl.constexpr,
+                       PRECISION: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Both sums after the BLOCK queries from ``first``: + ds^T q, + (keep p)^T dout; MASKED: all ``count`` may end in them."""
+    away, left = tl.cast(first, tl.int64), count - first
+    query = vectors.load(queries + away * QUERY_STRIDE, left, QUERY_STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, MASKED)
     grad = vectors.load(out_grad + away * HEAD_STRIDE, left, HEAD_STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, MASKED)
     row = place + first + tl.arange(0, BLOCK)
     weights = tl.exp2(vectors.products(key, query, REST, PRECISION) * scale - tl.load(row_lse + row)[None])
@@ -327,15 +382,18 @@ def _add_key_gradients(key_sums, value_sums, key, value, column_bits, qkv, out_g
 def _key_backward(
     qkv,  # [rows, 3, HEADS, HEAD_DIM]
     qkv_grad,  # [rows, 3, HEADS, HEAD_DIM]: the keys' and the values' parts are written
-    out_grad,  # [rows, HEADS, HEAD_DIM]
+    queries,  # [queried, HEADS, HEAD_DIM], of `_query_backward`; or None: those of all rows, in qkv
+    out_grad,  # [queried, HEADS, HEAD_DIM]
     offsets,  # [sequences + 1] int64
     key_lengths,  # [sequences] int64, or None
+    query_offsets,  # as in `_forward`
     row_lse,  # [HEADS, row_places] float32, of `_query_backward`
     delta,  # [HEADS, row_places] float32, of `_query_backward`
     row_bits,  # [HEADS, row_places] int32, of `_query_backward`; or None
     columns,  # [column_places] int32, or None
     parts,  # as in `_query_backward`: the keys' and the values' parts are written
     rows,
+    queried,
     sequences,
     part_count,
     scale,
@@ -354,13 +412,20 @@ def _key_backward(
     """dK and dV of BLOCK_KEYS keys of a head of a sequence: 0 where they are not attended to. Scores are [keys, queries]."""
     HEAD_STRIDE: tl.constexpr = HEADS * HEAD_DIM
     STRIDE: tl.constexpr = 3 * HEAD_STRIDE
+    QUERY_STRIDE: tl.constexpr = STRIDE if queries is None else HEAD_STRIDE
     sequence, start, frames, first_key = _rows_of_program(offsets, rows, sequences, BLOCK_KEYS)
     head = tl.program_id(1)
     away, left = first_key.to(tl.int64) * STRIDE, frames - first_key
     qkv += start.to(tl.int64) * STRIDE + head * HEAD_DIM
     key_grad = qkv_grad + (start + first_key).to(tl.int64) * STRIDE + head * HEAD_DIM + HEAD_STRIDE
     value_grad = key_grad + HEAD_STRIDE
-    if (first_key >= frames) | (sequence == sequences):
+    is_idle = (first_key >= frames) | (sequence == sequences)
+    first_query, count = start, frames
+    if queries is not None:
+        if sequence < sequences:
+            first_query, count = _rows_of(query_offsets, sequence)
+        is_idle |= count == 0
+    if is_idle:
         nothing = vectors.zeros(BLOCK_KEYS, WIDTH, REST)
         vectors.store(key_grad, nothing, left, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
         vectors.store(value_grad, nothing, left, STRIDE, BLOCK_KEYS, WIDTH, REST, HEAD_DIM)
@@ -376,21 +441,26 @@ def _key_backward(
     column_bits = tl.zeros([BLOCK_KEYS], tl.uint32)
     if DROPOUT:
         column_bits = tl.load(columns + index).to(tl.uint32, bitcast=True)
-    out_grad += start.to(tl.int64) * HEAD_STRIDE + head * HEAD_DIM
-    place = _row_place(head, rows, sequences, start, sequence)
+    if queries is None:
+        queries = qkv
+    else:
+        queries += first_query.to(tl.int64) * HEAD_STRIDE + head * HEAD_DIM
+    out_grad += first_query.to(tl.int64) * HEAD_STRIDE + head * HEAD_DIM
+    place = _row_place(head, queried, sequences, first_query, sequence)
     key_sums = vectors.zeros(BLOCK_KEYS, WIDTH, REST)
     value_sums = vectors.zeros(BLOCK_KEYS, WIDTH, REST)
-    last = (frames - 1) // BLOCK_QUERIES * BLOCK_QUERIES
+    last = (count - 1) // BLOCK_QUERIES * BLOCK_QUERIES
     key_sums, value_sums = _add_key_gradients(
-        key_sums, value_sums, key, value, column_bits, qkv, out_grad, row_lse, delta, row_bits, place, last, frames, scale,
-        threshold, HEAD_STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_QUERIES, True,
+        key_sums, value_sums, key, value, column_bits, queries, out_grad, row_lse, delta, row_bits, place, last, count,
+        scale, threshold, QUERY_STRIDE, HEAD_STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_QUERIES, True,
     )  # fmt: skip
     # Nothing is to be added up where no key is attended to.
     if (last > 0) & (first_key < keys):  # as in `_forward`
         for first in range(0, last, BLOCK_QUERIES):
             key_sums, value_sums = _add_key_gradients(
-                key_sums, value_sums, key, value, column_bits, qkv, out_grad, row_lse, delta, row_bits, place, first, frames,
-                scale, threshold, HEAD_STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_QUERIES, False,
+                key_sums, value_sums, key, value, column_bits, queries, out_grad, row_lse, delta, row_bits, place, first,
+                count, scale, threshold, QUERY_STRIDE, HEAD_STRIDE, HEAD_DIM, WIDTH, REST, DROPOUT, PRECISION, BLOCK_QUERIES,
+                False,
             )  # fmt: skip
     attended = (index < keys)[:, None]
     key_sums = vectors.where(attended, vectors.scaled(key_sums, grad_scale))
@@ -411,26 +481,26 @@ def draw_columns(seeds: Tensor, max_frames: int) -> Tensor:
 
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
     dropout_p, seed = arguments.dropout_p, arguments.seed
-    qkv, offsets, key_lengths = contiguous(*arguments[:3])
-    rows, _, heads, head_dim = qkv.shape
-    out = qkv.new_empty(rows, heads, head_dim)
-    lse, columns = qkv.new_empty(heads, rows, dtype=torch.float32), arguments.columns
+    given, (queried, heads, head_dim) = _given(arguments), _out_shape(arguments)
+    qkv = given["qkv"]
+    out = qkv.new_empty(queried, heads, head_dim)
+    lse, columns = qkv.new_empty(heads, queried, dtype=torch.float32), arguments.columns
     saved = [lse]
     if dropout_p > 0.0 and columns is None:
         columns = draw_columns(seed, arguments.max_frames)
         saved.append(columns)
-    given = {
-        "qkv": qkv, "offsets": offsets, "key_lengths": key_lengths, "out": out, "lse": lse if save else None,
-        "columns": columns, "seed": seed, "keep_scale": dropout.scale(dropout_p), **_constants(qkv, offsets, dropout_p),
+    given |= {
+        "query_rows": contiguous(arguments.query_rows)[0], "out": out, "lse": lse if save else None, "columns": columns,
+        "seed": seed, "keep_scale": dropout.scale(dropout_p),
     }  # fmt: skip
-    launch(_forward, _grid("BLOCK_QUERIES", arguments), given, _forward_blocks(*_kind(qkv), dropout_p > 0.0))
+    launch(_forward, _grid("BLOCK_QUERIES", queried, arguments), given, _forward_blocks(*_kind(qkv), dropout_p > 0.0))
     return (out,), saved if save else []
 
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Log-sum-exp of each row, and with dropout random bits of each key position, where they are not given."""
-    rows, _, heads, _ = arguments.qkv.shape
-    lse, columns = ((heads, rows), torch.float32), ((cdiv(arguments.max_frames, ROOM) * ROOM,), torch.int32)
+    """Log-sum-exp of each query, and with dropout random bits of each key position, where they are not given."""
+    queried, heads, _ = _out_shape(arguments)
+    lse, columns = ((heads, queried), torch.float32), ((cdiv(arguments.max_frames, ROOM) * ROOM,), torch.int32)
     return [lse, columns] if arguments.dropout_p > 0.0 and arguments.columns is None else [lse]
 
 
@@ -438,10 +508,14 @@ def backward(
     arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
 ) -> tuple[Optional[Tensor], ...]:
     dropout_p, seed = arguments.dropout_p, arguments.seed
-    grad, qkv, offsets, key_lengths = contiguous(*gradients, *arguments[:3])
+    given, (grad, query_rows) = _given(arguments), contiguous(*gradients, arguments.query_rows)
+    qkv, sequences, rows, queried = given["qkv"], given["sequences"], len(arguments.qkv), len(grad)
     out, lse, columns = saved if len(saved) == 3 else (*saved, arguments.columns)
-    constants, keep_scale = _constants(qkv, offsets, dropout_p), dropout.scale(dropout_p)
-    qkv_grad = torch.empty_like(qkv)
+    keep_scale = dropout.scale(dropout_p)
+    qkv_grad, queries = torch.empty_like(qkv), None
+    if query_rows is not None:
+        queries = torch.empty_like(out)
+        qkv_grad[:, 0].zero_()  # of the rows that have no query
     query_blocks = _query_backward_blocks(*_kind(qkv), dropout_p > 0.0)
     key_blocks = _key_backward_blocks(*_kind(qkv))
     parts, part_count = None, 0
@@ -449,39 +523,47 @@ def backward(
         shortest = min(
             *(each.sizes["BLOCK_QUERIES"] for each in query_blocks), *(each.sizes["BLOCK_KEYS"] for each in key_blocks)
         )
-        part_count = len(qkv) // shortest + len(offsets)
+        part_count = max(rows, queried) // shortest + sequences + 1
         parts = qkv.new_empty(part_count, 1, *qkv.shape[1:], dtype=torch.float32)
-    places = len(lse), (len(qkv) // ROOM + len(offsets) - 1) * ROOM
-    shared = {
-        "qkv": qkv, "qkv_grad": qkv_grad, "out_grad": grad, "offsets": offsets, "key_lengths": key_lengths,
-        "row_lse": lse.new_empty(places), "delta": lse.new_empty(places), "columns": columns,
+    places = len(lse), (queried // ROOM + sequences) * ROOM
+    given |= {
+        "qkv_grad": qkv_grad, "queries": queries, "out_grad": grad, "columns": columns,
+        "row_lse": lse.new_empty(places), "delta": lse.new_empty(places),
         "row_bits": None if columns is None else columns.new_empty(places),
-        "parts": parts, "part_count": part_count, "grad_scale": keep_scale * qkv.shape[3] ** -0.5, **constants,
+        "parts": parts, "part_count": part_count, "grad_scale": keep_scale * qkv.shape[3] ** -0.5,
     }  # fmt: skip
-    of_queries = {"out": out, "lse": lse, "seed": seed, "inverse_keep_scale": 1 / keep_scale}
-    launch(_query_backward, _grid("BLOCK_QUERIES", arguments), shared | of_queries, query_blocks)
-    of_keys = {"keep_scale": keep_scale}
-    launch(_key_backward, _grid("BLOCK_KEYS", arguments), shared | of_keys, key_blocks)
+    of_queries = {"query_rows": query_rows, "out": out, "lse": lse, "seed": seed, "inverse_keep_scale": 1 / keep_scale}
+    launch(_query_backward, _grid("BLOCK_QUERIES", queried, arguments), given | of_queries, query_blocks)
+    of_keys = {"rows": rows, "keep_scale": keep_scale}
+    launch(_key_backward, _grid("BLOCK_KEYS", rows, arguments), given | of_keys, key_blocks)
     if parts is None:
         return [qkv_grad, None]
     return [qkv_grad, *sum_parts(parts.flatten(2), [arguments.qkv_bias])]
 
 
-def _constants(qkv: Tensor, offsets: Tensor, dropout_p: float) -> dict[str, object]:
-    rows, _, heads, head_dim = qkv.shape
+def _given(arguments: Arguments) -> dict[str, object]:
+    """What all kernels are given."""
+    dropout_p, (queried, heads, head_dim) = arguments.dropout_p, _out_shape(arguments)
+    qkv, offsets, key_lengths, query_offsets = contiguous(*arguments[:3], arguments.query_offsets)
     width, rest = vectors.tiles(head_dim)
     return {
-        "rows": rows, "sequences": len(offsets) - 1, "scale": _LOG2_E * head_dim**-0.5,
+        "qkv": qkv, "offsets": offsets, "key_lengths": key_lengths,
+        "query_offsets": offsets if query_offsets is None else query_offsets,
+        "queried": queried, "sequences": len(offsets) - 1, "scale": _LOG2_E * head_dim**-0.5,
         "threshold": dropout.threshold(dropout_p), "HEADS": heads, "HEAD_DIM": head_dim, "WIDTH": width, "REST": rest,
         "DROPOUT": dropout_p > 0.0,
         "PRECISION": "tf32" if qkv.dtype == torch.float32 and tf32.in_products() else "ieee",
     }  # fmt: skip
 
 
-def _grid(block: str, arguments: Arguments) -> Callable[[Mapping[str, int]], tuple[int, ...]]:
-    """Blocks of rows x heads; the last block of each sequence, dead rows too, may be a part of one."""
-    rows, _, heads, _ = arguments.qkv.shape
-    return lambda sizes: (rows // sizes[block] + len(arguments.offsets), heads)
+def _out_shape(arguments: Arguments) -> tuple[int, int, int]:
+    qkv, query_rows = arguments.qkv, arguments.query_rows
+    return (qkv if query_rows is None else query_rows).shape[0], *qkv.shape[2:]
+
+
+def _grid(block: str, rows: int, arguments: Arguments) -> Callable[[Mapping[str, int]], tuple[int, ...]]:
+    """Blocks of ``rows`` x heads; the last block of each sequence, dead rows too, may be a part of one."""
+    return lambda sizes: (rows // sizes[block] + len(arguments.offsets), arguments.qkv.shape[2])
 
 
 def _kind(qkv: Tensor) -> tuple[int, torch.dtype, int]:

@@ -148,7 +148,7 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, x: Tensor, layout: Rows, keep: Optional[Tensor] = None) -> Tensor:
-        """``keep`` ([kept] int64) names the rows whose output is wanted; None wants all."""
+        """``keep`` ([kept] int64) names the rows whose output is wanted, those that the plan of ``layout`` keeps; None: all."""
         return self.out_proj(self.heads(x, layout, keep))
 
     def heads(
@@ -157,7 +157,7 @@ class SelfAttention(nn.Module):
         layout: Rows,
         keep: Optional[Tensor] = None,  # [kept] int64
         seeds: LayerSeeds = LayerSeeds(),
-    ) -> Tensor:  # [rows, embed_dim]
+    ) -> Tensor:  # [rows, embed_dim], or [kept, embed_dim]
         """The output projection's input: the heads side by side."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         if all(is_plain(each, nn.Linear) and each.bias is not None for each in projections):
@@ -168,6 +168,7 @@ class SelfAttention(nn.Module):
             qkv_bias = bias_of_heads(biases, self.num_heads) if elsewhere else None
         else:
             qkv, qkv_bias = torch.cat([each(x) for each in projections], dim=1), None
+        alone = keep is not None and layout.kept_offsets is not None and switches.last_queries
         out = masked_attention(
             qkv.unflatten(1, (3, self.num_heads, self.head_dim)),
             layout.offsets,
@@ -177,8 +178,10 @@ class SelfAttention(nn.Module):
             seed=seeds.attention,
             qkv_bias=qkv_bias,
             columns=seeds.columns,
+            query_rows=keep if alone else None,
+            query_offsets=layout.kept_offsets if alone else None,
         ).flatten(1)
-        return out if keep is None else out.index_select(0, keep)
+        return out if keep is None or alone else out.index_select(0, keep)
 
 
 class FeedForward(nn.Module):

@@ -9,11 +9,14 @@ from __future__ import annotations
 from typing import NamedTuple, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hubert_fast.models.checks import check_values
 from hubert_fast.models.rows import Rows, first_true, valid_rows, whole_grid
 from hubert_fast.ops.host_tensors import to_device
+
+_LAYOUT = "index", "offsets", "key_lengths", "kept_offsets"  # a layout's tensors on the device
 
 
 class StepPlan(NamedTuple):
@@ -22,7 +25,7 @@ class StepPlan(NamedTuple):
     layout: Rows
     mask: Tensor  # [rows] bool: rows whose input is the mask embedding
     channel_mask: Optional[Tensor]  # [batch, dim] bool: channels of a sequence that are zeroed
-    keep: Optional[Tensor]  # [kept] int64: the rows that are wanted after the last layer; None: all
+    keep: Optional[Tensor]  # [kept] int64: the rows that are wanted after the last layer, then others; None: all
     labels: Tensor  # [kept] int64: of the rows that are wanted; -1 where there is none
     masked: Tensor  # [kept] bool: valid and masked
     unmasked: Tensor  # [kept] bool: valid and not masked
@@ -35,7 +38,7 @@ class StepPlan(NamedTuple):
             ValueError: if the two have different shapes.
         """
         pairs = list(zip(_tensors(self), _tensors(other)))
-        for name, (mine, theirs) in zip(("index", "offsets", "key_lengths", *self._fields[1:]), pairs):
+        for name, (mine, theirs) in zip((*_LAYOUT, *self._fields[1:]), pairs):
             shapes = [None if each is None else tuple(each.shape) for each in (mine, theirs)]
             if shapes[0] != shapes[1]:
                 raise ValueError(f"{name} of the plans must have one shape; got {shapes[0]} and {shapes[1]}")
@@ -48,7 +51,7 @@ class StepPlan(NamedTuple):
 
 
 def _tensors(plan: StepPlan) -> list[Optional[Tensor]]:
-    return [plan.layout.index, plan.layout.offsets, plan.layout.key_lengths, *plan[1:]]
+    return [*(getattr(plan.layout, name) for name in _LAYOUT), *plan[1:]]
 
 
 class PlanSettings(NamedTuple):
@@ -90,7 +93,10 @@ def make_plan(
     labels, valid = _checked_labels(layout, labels, lengths, device, num_classes)
     keep = None
     if masked_only and not fixed and _on_host(mask) and _on_host(lengths):
-        keep = to_device(first_true(_masked_rows(layout, mask, lengths), kept, "kept"), device)
+        wanted = mask if lengths is None else mask & (torch.arange(frames) < lengths[:, None])
+        wanted_rows = wanted.flatten() if layout.host_index is None else wanted.flatten()[layout.host_index]
+        keep = to_device(first_true(wanted_rows, kept, "kept"), device)
+        layout = layout._replace(kept_offsets=to_device(F.pad(wanted.sum(1).cumsum(0), (1, 0)), device))
     elif kept is not None:
         raise ValueError("kept, a capacity, needs masked_only, and mask and audio_lengths on the CPU")
     mask = layout.pack(to_device(mask, device)) & valid
@@ -106,14 +112,6 @@ def make_plan(
 
 def _on_host(x: Optional[Tensor]) -> bool:
     return x is None or x.device.type == "cpu"
-
-
-def _masked_rows(layout: Rows, mask: Tensor, lengths: Optional[Tensor]) -> Tensor:
-    """Which rows are masked and valid: ``[rows]`` bool on the CPU."""
-    if lengths is not None:
-        mask = mask & (torch.arange(layout.frames) < lengths[:, None])
-    mask = mask.flatten()
-    return mask if layout.host_index is None else mask[layout.host_index]
 
 
 def _checked_labels(

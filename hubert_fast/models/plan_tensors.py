@@ -21,7 +21,8 @@ class PlanTensors(NamedTuple):
     gather: Tensor  # [rows] int64: position of each valid row in the flattened [batch, frames] of the batch, then 0
     index: Tensor  # [rows] int64: position of each row in the flattened [sequences, max_frames] of the capacity
     offsets: Tensor  # [sequences + 1] int64: the batch's sequences, then empty ones
-    keep: Optional[Tensor]  # [kept] int64
+    keep: Optional[Tensor]  # [kept] int64: the masked rows, then others
+    kept_offsets: Optional[Tensor]  # [sequences + 1] int64: like offsets, counting the masked rows alone
     labels: Tensor  # [kept] int64, -1 where there is none
     mask: Tensor  # [rows] bool
     masked: Tensor  # [kept] bool
@@ -44,7 +45,9 @@ class PlanTensors(NamedTuple):
 
     def step_plan(self, capacity: Capacity) -> StepPlan:
         """The same as an encoder takes it, on the grid of the capacity."""
-        layout = Rows(capacity.sequences, capacity.max_frames, self.index, self.offsets, None)
+        layout = Rows(
+            capacity.sequences, capacity.max_frames, self.index, self.offsets, None, kept_offsets=self.kept_offsets
+        )
         return StepPlan(layout, self.mask, self.channel_mask, self.keep, self.labels, self.masked, self.unmasked, None)
 
 
@@ -76,6 +79,7 @@ def packed(plan: StepPlan, capacity: Capacity) -> Tensor:
         count = valid
     else:
         tensors.keep.copy_(first_true(tensors.mask, capacity.kept, "kept"))
+        tensors.kept_offsets.copy_(with_empty_sequences(layout.kept_offsets, capacity))
         count = len(plan.keep)
     for name in ("labels", "masked", "unmasked"):
         getattr(tensors, name)[:count] = getattr(plan, name)[:count]
@@ -103,7 +107,8 @@ def _layout(capacity: Capacity, channels: int) -> list[tuple[torch.dtype, Option
     """Dtype and shape of each of `PlanTensors`; None where there is no such tensor."""
     rows, kept, sequences, _ = capacity
     output = rows if kept is None else kept
-    numbers = [(rows,), (rows,), (sequences + 1,), None if kept is None else (kept,), (output,)]
+    of_kept = (None, None) if kept is None else ((kept,), (sequences + 1,))
+    numbers = [(rows,), (rows,), (sequences + 1,), *of_kept, (output,)]
     flags = [(rows,), (output,), (output,), (sequences, channels) if channels else None]
     return [*((torch.int64, shape) for shape in numbers), *((torch.bool, shape) for shape in flags)]
 

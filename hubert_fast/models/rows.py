@@ -23,6 +23,7 @@ class Rows(NamedTuple):
     offsets: Tensor  # [batch + 1] int64: rows offsets[i] : offsets[i + 1] are those of sequence i; rows beyond are dead
     key_lengths: Optional[Tensor]  # [batch] int64: valid rows at the head of each sequence; None: all
     host_index: Optional[Tensor] = None  # index, on the CPU
+    kept_offsets: Optional[Tensor] = None  # [batch + 1] int64: like offsets, counting the rows that a plan keeps alone
 
     def padding(self) -> Optional[Tensor]:
         """Which rows are padding, ``[rows]`` bool; None where none is."""

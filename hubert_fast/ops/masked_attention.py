@@ -30,6 +30,8 @@ class Arguments(NamedTuple):
     seed: Optional[Tensor]  # [] int64
     qkv_bias: Optional[Tensor] = None  # [3, heads, head_dim]
     columns: Optional[Tensor] = None  # [at least max_frames] int32
+    query_rows: Optional[Tensor] = None  # [queried] int64; on the device of qkv
+    query_offsets: Optional[Tensor] = None  # [sequences + 1] int64; as offsets
 
 
 def masked_attention(
@@ -42,6 +44,8 @@ def masked_attention(
     seed: Optional[Tensor] = None,  # [] int64
     qkv_bias: Optional[Tensor] = None,  # [3, heads, head_dim]
     columns: Optional[Tensor] = None,  # [at least max_frames] int32
+    query_rows: Optional[Tensor] = None,  # [queried] int64
+    query_offsets: Optional[Tensor] = None,  # [sequences + 1] int64
 ) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v within each sequence (Vaswani et al. 2017, eq. 1), with dropout on the softmax.
 
@@ -60,25 +64,33 @@ def masked_attention(
             gets its gradient, the sum of that of ``qkv`` over the rows, with which the caller needs no pass of its own.
         columns: what `dropout_columns` made of ``seed`` for as many frames or more. Only backend "triton" reads it. None: made
             in the call; the result is the same.
+        query_rows: ``[queried]`` int64 on the device of ``qkv``: the rows whose output is wanted, none twice. None: all.
+        query_offsets: ``[sequences + 1]`` int64, ascending from 0, given with ``query_rows``, on either device: those of
+            sequence i are ``query_rows[query_offsets[i] : query_offsets[i + 1]]``. For what follows ``query_offsets[-1]``,
+            whichever rows it names, output and gradient are 0.
 
     Returns:
-        ``[rows, heads, head_dim]``, in the dtype of ``qkv``. There is no second derivative, but through "reference".
+        ``[rows, heads, head_dim]`` or ``[queried, heads, head_dim]``, in the dtype of ``qkv``. There is no second derivative,
+        but through "reference".
 
     Raises:
         ValueError: for a wrong rank, shape, dtype, probability or seed.
     """
     _check(qkv, offsets, key_lengths, qkv_bias)
     _check_columns(columns, max_frames, seed, qkv.device)
+    _check_queries(query_rows, query_offsets, qkv.device, len(offsets))
     seed = dropout_seed(seed, qkv.device, dropout_p=dropout_p)
     columns = None if seed is None else columns
-    arguments = Arguments(qkv, offsets, key_lengths, max_frames, dropout_p, seed, qkv_bias, columns)
+    settings = max_frames, dropout_p, seed, qkv_bias, columns
+    arguments = Arguments(qkv, offsets, key_lengths, *settings, query_rows, query_offsets)
     chosen = _operator.choose(arguments)
     if chosen == "torch" and qkv.device.type not in ("cpu", "meta"):
         given = _containing(qkv, qkv_bias)
-        return torch_backend.padded_attention(given, offsets, key_lengths, max_frames, dropout_p)
+        out = torch_backend.padded_attention(given, offsets, key_lengths, max_frames, dropout_p)
+        return _wanted(out, arguments)
     if chosen == "triton":
-        key_lengths = None if key_lengths is None else to_device(key_lengths, qkv.device)
-        arguments = arguments._replace(offsets=to_device(offsets, qkv.device), key_lengths=key_lengths)
+        names = [name for name in ("offsets", "key_lengths", "query_offsets") if getattr(arguments, name) is not None]
+        arguments = arguments._replace(**{name: to_device(getattr(arguments, name), qkv.device) for name in names})
     return _operator.run(chosen, arguments)[0]
 
 
@@ -136,6 +148,34 @@ def _check_columns(columns: Optional[Tensor], max_frames: int, seed: Optional[Te
         )
 
 
+def _check_queries(
+    query_rows: Optional[Tensor], query_offsets: Optional[Tensor], device: torch.device, count: int
+) -> None:
+    if (query_rows is None) != (query_offsets is None):
+        raise ValueError("query_rows and query_offsets must be given together")
+    if query_rows is None:
+        return
+    if query_rows.dtype != torch.int64 or query_rows.ndim != 1 or query_rows.device != device:
+        raise ValueError(
+            f"query_rows must be int64 of shape [queried] on {device}; got {query_rows.dtype} {tuple(query_rows.shape)} "
+            f"on {query_rows.device}"
+        )
+    if query_offsets.dtype != torch.int64 or query_offsets.shape != (count,):
+        raise ValueError(
+            f"query_offsets must be int64 of shape [{count}], as offsets; got {query_offsets.dtype} "
+            f"{tuple(query_offsets.shape)}"
+        )
+
+
+def _wanted(out: Tensor, arguments: Arguments) -> Tensor:
+    """The rows of ``out`` ([rows, heads, head_dim]) that are wanted; 0 where one is of no sequence."""
+    rows, offsets = arguments.query_rows, arguments.query_offsets
+    if rows is None:
+        return out
+    live = torch.arange(rows.shape[0], device=rows.device) < to_device(offsets[-1], rows.device)
+    return out.index_select(0, rows).where(live[:, None, None], out.new_zeros(()))
+
+
 def _containing(qkv: Tensor, qkv_bias: Optional[Tensor]) -> Tensor:
     """``qkv``, which autograd sees as a sum with the bias: 0 is added."""
     return qkv if qkv_bias is None else qkv + (qkv_bias - qkv_bias.detach()).to(qkv.dtype)
@@ -168,9 +208,15 @@ def _objection(name: str, arguments: Arguments) -> backend.Objection:
 
 
 def _reference(arguments: Arguments) -> tuple[Tensor]:
-    qkv, offsets, key_lengths, _, dropout_p, seed, qkv_bias, _ = arguments
+    qkv, offsets, key_lengths, _, dropout_p, seed, qkv_bias = arguments[:7]
     qkv = _containing(qkv, qkv_bias)
-    return (reference.masked_attention(qkv, offsets, key_lengths, dropout_p=dropout_p, seed=seed),)
+    out = reference.masked_attention(qkv, offsets, key_lengths, dropout_p=dropout_p, seed=seed)
+    return (_wanted(out, arguments),)
+
+
+def _fake(arguments: Arguments, save: bool) -> tuple[Tensor]:
+    qkv, query_rows = arguments.qkv, arguments.query_rows
+    return (qkv.new_empty((qkv if query_rows is None else query_rows).shape[0], *qkv.shape[2:]),)
 
 
 def _flops(arguments: Arguments, backward: bool) -> int:
@@ -179,11 +225,14 @@ def _flops(arguments: Arguments, backward: bool) -> int:
     Where the offsets lie on a GPU, which nobody should wait for, all sequences count as if they were the longest.
     """
     _, _, heads, head_dim = arguments.qkv.shape
-    offsets = arguments.offsets
-    if type(offsets) is Tensor and offsets.device.type == "cpu":
-        pairs = int(offsets.diff().square().sum())
-    else:
+    offsets, queries = arguments.offsets, arguments.query_offsets
+    queries = offsets if queries is None else queries
+    if all(type(each) is Tensor and each.device.type == "cpu" for each in (offsets, queries)):
+        pairs = int((offsets.diff() * queries.diff()).sum())
+    elif arguments.query_rows is None:
         pairs = (len(offsets) - 1) * arguments.max_frames**2
+    else:
+        pairs = arguments.query_rows.shape[0] * arguments.max_frames
     return (5 if backward else 2) * 2 * heads * head_dim * pairs
 
 
@@ -197,9 +246,9 @@ _operator = Operator(
     },
     reference=_reference,
     results=["out"],
-    fake=lambda arguments, save: (arguments.qkv[:, 0].new_empty(arguments.qkv[:, 0].shape),),
+    fake=_fake,
     gradients=["qkv", "qkv_bias"],
-    kept=["qkv", "offsets", "key_lengths", "seed", "columns"],
+    kept=["qkv", "offsets", "key_lengths", "seed", "columns", "query_rows", "query_offsets"],
     kept_results=["out"],
     objection=_objection,
     flops=_flops,

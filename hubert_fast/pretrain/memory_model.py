@@ -104,13 +104,14 @@ class MemoryModel:
         return size.rows * (values * self._narrow + _INDEX + flags + statistics)
 
     def _layer(self, rows: int, kept: int) -> int:
-        """A layer whose attention sees ``rows`` and whose feed-forward ``kept`` rows."""
+        """A layer whose attention has keys of ``rows`` rows and queries of ``kept``, as its feed-forward has inputs."""
         model, narrow, stream = self.model, self._narrow, self._stream
         dim, fused = model.encoder_embed_dim, self.hidden_once and self.autocast and not model.encoder_ff_interm_dropout
         hidden = (1 if fused else 2) * model.encoder_ff_interm_features * narrow
-        attention = 5 * dim * narrow + model.encoder_num_heads * _WIDE  # its input; queries, keys, values; output
+        attended = dim * narrow + model.encoder_num_heads * _WIDE  # attention's output, each softmax's logarithm
         norm = dim * stream + 2 * _WIDE  # what it reads, and each row's statistics
-        of_rows, of_kept = attention, norm + dim * narrow + hidden
+        of_rows = 4 * dim * narrow  # attention's input; queries, keys, values
+        of_kept = attended + norm + dim * narrow + hidden
         if model.encoder_layer_norm_first:  # the other one comes before attention
             of_rows += norm
         else:
@@ -120,8 +121,7 @@ class MemoryModel:
     def _last_layer(self, size: Size) -> int:
         if size.kept is None:
             return self._layer(size.rows, size.rows)
-        selected = self.model.encoder_embed_dim * self._narrow + _INDEX  # the attention's output, and which rows
-        return self._layer(size.rows, size.kept) + size.kept * selected
+        return self._layer(size.rows, size.kept) + size.kept * _INDEX
 
     def _head(self, size: Size) -> int:
         """The last LayerNorm where it comes last, the projection and the loss; twice where unmasked frames count too."""

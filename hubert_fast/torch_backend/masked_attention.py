@@ -7,7 +7,7 @@ backward. On other devices the rows are padded for scaled_dot_product_attention.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,11 @@ _SCORES_BYTES = 1 << 22
 
 
 class _Sequence(NamedTuple):
-    """One sequence's rows and the heads' views of them, each [heads, frames, head_dim]."""
+    """One sequence: its rows, those with a query, their place in the output, and the heads' [heads, frames, head_dim]."""
 
     rows: slice
+    queried: Union[slice, Tensor]
+    place: slice
     query: Tensor
     key: Tensor
     value: Tensor
@@ -33,61 +35,80 @@ class _Sequence(NamedTuple):
 
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
     """Without dropout the log-sum-exp of the scores is saved."""
-    qkv, offsets, key_lengths, _, dropout_p, seed = arguments[:6]
-    rows, _, heads, head_dim = qkv.shape
-    qkv = qkv.contiguous()  # the flash kernel takes a last stride of 1 for granted
-    out = qkv.new_empty(rows, heads, head_dim)
-    lse = qkv.new_empty(rows if dropout_p == 0.0 else 0, heads, dtype=torch.promote_types(qkv.dtype, torch.float32))
-    out[int(offsets[-1]) :] = 0  # rows of no sequence
-    lse[int(offsets[-1]) :] = 0
-    generator = _generator(dropout_p, seed)
-    for sequence in _sequences(qkv, offsets, key_lengths):
+    dropout_p = arguments.dropout_p
+    qkv = arguments.qkv.contiguous()  # the flash kernel takes a last stride of 1 for granted
+    count, (heads, head_dim) = _query_count(arguments), qkv.shape[2:]
+    out = qkv.new_empty(count, heads, head_dim)
+    lse = qkv.new_empty(count if dropout_p == 0.0 else 0, heads, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    dead = int(_query_offsets(arguments)[-1])  # from here on, rows of no sequence
+    out[dead:] = 0
+    lse[dead:] = 0
+    generator = _generator(dropout_p, arguments.seed)
+    for sequence in _sequences(qkv, arguments):
         if generator is None:
             _flash_forward(sequence, out, lse)
         else:
             for group in _head_groups(sequence):
                 weights = _weights(sequence, group)
-                _drop_(weights, generator, dropout_p)
-                out[sequence.rows, group] = (weights @ sequence.value[group]).transpose(0, 1)
+                _drop_(weights, sequence, generator, dropout_p)
+                out[sequence.place, group] = (weights @ sequence.value[group]).transpose(0, 1)
     return (out,), [lse] if save and dropout_p == 0.0 else []
 
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    rows, _, heads, _ = arguments.qkv.shape
-    lse = ((rows, heads), torch.promote_types(arguments.qkv.dtype, torch.float32))
+    qkv = arguments.qkv
+    lse = ((_query_count(arguments), qkv.shape[2]), torch.promote_types(qkv.dtype, torch.float32))
     return [lse] if arguments.dropout_p == 0.0 else []
 
 
 def backward(
     arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
 ) -> tuple[Optional[Tensor], ...]:
-    qkv, offsets, key_lengths, _, dropout_p, seed, qkv_bias, _ = arguments
-    qkv, grad = qkv.contiguous(), gradients[0].contiguous()
-    qkv_grad = torch.zeros_like(qkv) if key_lengths is not None else torch.empty_like(qkv)
-    qkv_grad[int(offsets[-1]) :] = 0
-    generator = _generator(dropout_p, seed)
-    for sequence in _sequences(qkv, offsets, key_lengths):
-        grads = qkv_grad[sequence.rows].permute(1, 2, 0, 3)  # [3, heads, frames, head_dim]
-        out_grad = grad[sequence.rows].transpose(0, 1)
+    dropout_p, qkv_bias = arguments.dropout_p, arguments.qkv_bias
+    qkv, grad = arguments.qkv.contiguous(), gradients[0].contiguous()
+    unfilled = arguments.key_lengths is not None or arguments.query_rows is not None  # rows that are no key or no query
+    qkv_grad = torch.zeros_like(qkv) if unfilled else torch.empty_like(qkv)
+    qkv_grad[int(arguments.offsets[-1]) :] = 0
+    generator = _generator(dropout_p, arguments.seed)
+    for sequence in _sequences(qkv, arguments):
+        query_grad = qkv_grad[sequence.queried, 0].transpose(0, 1)  # of some rows alone, a copy
+        grads = [query_grad, *qkv_grad[sequence.rows, 1:].permute(1, 2, 0, 3)]  # each [heads, frames, head_dim]
+        out_grad = grad[sequence.place].transpose(0, 1)
         if generator is None:
             _flash_backward(sequence, grads, out_grad, *saved)
         else:
             for group in _head_groups(sequence):
                 _group_backward(sequence, group, grads, out_grad, generator, dropout_p)
+        if isinstance(sequence.queried, Tensor):
+            qkv_grad[sequence.queried, 0] = query_grad.transpose(0, 1)
     if not wanted[1]:
         return [qkv_grad, None]
     return [qkv_grad, qkv_grad.sum(0, dtype=torch.promote_types(qkv.dtype, torch.float32)).to(qkv_bias.dtype)]
 
 
-def _sequences(qkv: Tensor, offsets: Tensor, key_lengths: Optional[Tensor]) -> list[_Sequence]:
-    bounds = offsets.tolist()
-    keys = [0] * (len(bounds) - 1) if key_lengths is None else key_lengths.tolist()
+def _query_offsets(arguments: Arguments) -> Tensor:
+    return arguments.offsets if arguments.query_offsets is None else arguments.query_offsets
+
+
+def _query_count(arguments: Arguments) -> int:
+    return (arguments.qkv if arguments.query_rows is None else arguments.query_rows).shape[0]
+
+
+def _sequences(qkv: Tensor, arguments: Arguments) -> list[_Sequence]:
+    """All that have a row: one that has no query draws its dropout mask too."""
+    query_rows, key_lengths = arguments.query_rows, arguments.key_lengths
+    rows, places = (
+        [slice(*each) for each in zip(bounds, bounds[1:])]
+        for bounds in (arguments.offsets.tolist(), _query_offsets(arguments).tolist())
+    )
+    keys = [0] * len(rows) if key_lengths is None else key_lengths.tolist()
     sequences = []
-    for start, stop, length in zip(bounds, bounds[1:], keys):
-        if start < stop:
-            query, key, value = qkv[start:stop].permute(1, 2, 0, 3)
-            length = length or stop - start
-            sequences.append(_Sequence(slice(start, stop), query, key[:, :length], value[:, :length]))
+    for own, place, length in zip(rows, places, keys):
+        if own.start < own.stop:
+            queried = own if query_rows is None else query_rows[place]
+            query, (key, value) = qkv[queried, 0].transpose(0, 1), qkv[own, 1:].permute(1, 2, 0, 3)
+            length = length or own.stop - own.start
+            sequences.append(_Sequence(own, queried, place, query, key[:, :length], value[:, :length]))
     return sequences
 
 
@@ -96,21 +117,25 @@ def _generator(dropout_p: float, seed: Optional[Tensor]) -> Optional[torch.Gener
 
 
 def _flash_forward(sequence: _Sequence, out: Tensor, lse: Tensor) -> None:
+    if not sequence.query.shape[1]:
+        return
     result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         sequence.query[None], sequence.key[None], sequence.value[None]
     )
-    out[sequence.rows] = result[0].transpose(0, 1)
-    lse[sequence.rows] = sums[0].T
+    out[sequence.place] = result[0].transpose(0, 1)
+    lse[sequence.place] = sums[0].T
 
 
-def _flash_backward(sequence: _Sequence, grads: Tensor, out_grad: Tensor, out: Tensor, lse: Tensor) -> None:
+def _flash_backward(sequence: _Sequence, grads: list[Tensor], out_grad: Tensor, out: Tensor, lse: Tensor) -> None:
+    if not sequence.query.shape[1]:
+        return
     results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         out_grad[None],
         sequence.query[None],
         sequence.key[None],
         sequence.value[None],
-        out[sequence.rows].transpose(0, 1)[None],
-        lse[sequence.rows].T[None],
+        out[sequence.place].transpose(0, 1)[None],
+        lse[sequence.place].T[None],
         0.0,
         False,
     )
@@ -119,7 +144,7 @@ def _flash_backward(sequence: _Sequence, grads: Tensor, out_grad: Tensor, out: T
 
 
 def _head_groups(sequence: _Sequence) -> list[slice]:
-    heads, frames, _ = sequence.query.shape
+    heads, frames = len(sequence.query), sequence.rows.stop - sequence.rows.start
     size = max(1, _SCORES_BYTES // (frames * sequence.key.shape[1] * sequence.query.element_size()))
     return [slice(start, min(start + size, heads)) for start in range(0, heads, size)]
 
@@ -131,28 +156,34 @@ def _weights(sequence: _Sequence, group: slice) -> Tensor:
     return torch.softmax(scores, -1, out=scores)
 
 
-def _drop_(x: Tensor, generator: torch.Generator, p: float) -> Tensor:
-    """Zero ``x`` where a fresh mask says so and scale the rest, in place; returns the mask as multipliers."""
-    kept = keep_mask(generator, x.shape[0], x[0].numel(), p).view(x.shape)
+def _drop_(x: Tensor, sequence: _Sequence, generator: torch.Generator, p: float) -> Tensor:
+    """Zero ``x`` where a fresh mask says so and scale the rest, in place; returns the mask as multipliers.
+
+    The mask is that of all rows of the sequence, whichever have a query.
+    """
+    heads, rows, keys = len(x), sequence.rows, x.shape[-1]
+    kept = keep_mask(generator, heads, (rows.stop - rows.start) * keys, p).view(heads, -1, keys)
+    if isinstance(sequence.queried, Tensor):
+        kept = kept.index_select(1, sequence.queried - rows.start)
     multipliers = kept.to(x.dtype).mul_(keep_scale(p))
     x.mul_(multipliers)
     return multipliers
 
 
 def _group_backward(
-    sequence: _Sequence, group: slice, grads: Tensor, out_grad: Tensor, generator: torch.Generator, p: float
+    sequence: _Sequence, group: slice, grads: list[Tensor], out_grad: Tensor, generator: torch.Generator, p: float
 ) -> None:
     weights = _weights(sequence, group)
     dropped = weights.clone()
-    multipliers = _drop_(dropped, generator, p)
+    multipliers = _drop_(dropped, sequence, generator, p)
     keys = sequence.key.shape[1]
     upstream = out_grad[group].contiguous()
-    grads[2, group, :keys] = dropped.transpose(1, 2) @ upstream
+    grads[2][group, :keys] = dropped.transpose(1, 2) @ upstream
     scores_grad = (upstream @ sequence.value[group].transpose(1, 2)).mul_(multipliers)
     scores_grad = torch._softmax_backward_data(scores_grad, weights, -1, weights.dtype)
     scores_grad.mul_(sequence.query.shape[-1] ** -0.5)
-    grads[0, group] = scores_grad @ sequence.key[group]
-    grads[1, group, :keys] = scores_grad.transpose(1, 2) @ sequence.query[group]
+    grads[0][group] = scores_grad @ sequence.key[group]
+    grads[1][group, :keys] = scores_grad.transpose(1, 2) @ sequence.query[group]
 
 
 def padded_attention(

@@ -15,7 +15,7 @@ from hubert_fast.ops.masked_attention import dropout_columns, masked_attention  
 from tests.kernels import dropout_twin  # noqa: E402
 from tests.kernels.device import DEVICE  # noqa: E402
 from tests.ops import comparison  # noqa: E402
-from tests.ops.test_masked_attention import EMPTY, OPERATOR, attend, keys_of, offsets_of, qkv_of  # noqa: E402
+from tests.ops.test_masked_attention import EMPTY, OPERATOR, attend, keys_of, offsets_of, qkv_of, some  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEED = -1234567890123456789
@@ -44,16 +44,17 @@ def _assert_as_precise(dtype, shape, function, seeds=3):
     lengths=st.lists(st.integers(0, 50), min_size=1, max_size=3), empty=EMPTY, dead=st.integers(0, 20),
     heads=st.integers(1, 2), head_dim=st.integers(8, 100),
     keys=st.none() | st.lists(st.floats(0, 1), min_size=3, max_size=3), p=st.sampled_from([0.0, 0.1, 0.7]),
-    dtype=st.sampled_from(DTYPES), more_frames=st.integers(0, 90),
+    dtype=st.sampled_from(DTYPES), more_frames=st.integers(0, 90), share=st.none() | st.sampled_from([0.1, 0.5, 1.0]),
 )  # fmt: skip
 @example(
     lengths=[0, 45, 0, 3], empty=60, dead=13, heads=2, head_dim=16, keys=[0.0, 0.5], p=0.1, dtype=torch.bfloat16,
-    more_frames=90,
+    more_frames=90, share=None,
 )  # fmt: skip
-def test_as_precise_as_pytorch_for_any_shape(lengths, empty, dead, heads, head_dim, keys, p, dtype, more_frames):
+def test_as_precise_as_pytorch_for_any_shape(lengths, empty, dead, heads, head_dim, keys, p, dtype, more_frames, share):
     lengths = [*lengths, *empty * [0]]
     keys = keys_of(lengths, keys)
-    function = attend(lengths, keys, p=p, seed=SEED, more_frames=more_frames)
+    wanted = None if share is None else some(sum(lengths) + dead, share)
+    function = attend(lengths, keys, p=p, seed=SEED, more_frames=more_frames, wanted=wanted)
     _assert_as_precise(dtype, (sum(lengths) + dead, heads, head_dim), function, seeds=2)
 
 
@@ -87,16 +88,21 @@ def test_the_blocks_of_every_gpu_are_as_precise_as_pytorch(head_dim, dtype, arch
     _assert_as_precise(dtype, (150, 1, head_dim), function, seeds=1)
 
 
+# Of the sequences below: none of the first, 63, 64 that are all, one, 63 and 128 queries, and two rows of no sequence.
+WANTED = [*range(1, 64), *range(64, 128), 190, *range(193, 319, 2), *range(322, 450), 451, 454]
+
+
 @pytest.mark.parametrize("architecture", [INTERPRETER, 80, 90])
 @pytest.mark.parametrize("keys", [None, [1, 60, 0, 64, 65, 64, 0, 70]], ids=["all-keys", "key-lengths"])
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_sequences_that_fill_their_blocks_or_just_do_not(p, keys, architecture, monkeypatch, memory_of_nan):
+@pytest.mark.parametrize("wanted", [None, WANTED], ids=["all-queries", "some"])
+def test_sequences_that_fill_their_blocks_or_just_do_not(wanted, p, keys, architecture, monkeypatch, memory_of_nan):
     monkeypatch.setattr(kernels, "architecture", lambda tensor: architecture)
     lengths = [1, 63, 0, 64, 65, 128, 0, 129]
     shape = sum(lengths) + 5, 1, 16
 
     def function(qkv, bias):
-        return attend(lengths, keys, p=p, seed=SEED, more_frames=60, qkv_bias=bias)(qkv)
+        return attend(lengths, keys, p=p, seed=SEED, more_frames=60, qkv_bias=bias, wanted=wanted)(qkv)
 
     def draw(seed):
         return [_qkv(*shape, seed, torch.float64), _qkv(*shape, seed, torch.float64)[0]]
@@ -153,6 +159,18 @@ def test_columns_that_were_made_ahead_change_no_bit(max_frames, memory_of_nan):
             assert all(map(torch.equal, ours, plain))
         others = _run(attend(lengths, p=0.3, seed=3, columns=columns[1]), qkv)
     assert max_frames == 1 or not torch.equal(others[0], _run(attend(lengths, p=0.3, seed=3), qkv)[0])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_queries_alone_give_the_bits_of_their_rows(p, memory_of_nan):
+    lengths, qkv, direction = [40, 17, 0, 33], _qkv(94, 2, 64), _qkv(94, 2, 64, seed=1)[:, 0]
+    wanted = some(94, 0.5)
+    whole, grad = _run(
+        attend(lengths, p=p), qkv, direction * torch.zeros(94, 1, 1).index_fill(0, torch.tensor(wanted), 1.0).to(DEVICE)
+    )
+    ours, own = _run(attend(lengths, p=p, wanted=wanted), qkv, direction[wanted])
+    assert torch.equal(ours, whole[wanted]) and torch.equal(own[wanted, 0], grad[wanted, 0])
+    torch.testing.assert_close(own, grad, rtol=1e-5, atol=1e-6)
 
 
 def test_equal_keys_of_any_size_share_the_weight():

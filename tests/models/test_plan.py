@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from hubert_fast.models import encoder
+from hubert_fast.ops.masked_attention import masked_attention
+from hubert_fast.switches import switched
 from tests.models import configurations
 from tests.models.test_dropout import DROPOUTS
 from tests.models.twins import LENGTHS, assert_steps_match, batch, gradients, num_frames, objective_of, step
@@ -42,6 +45,29 @@ def test_a_planned_step_is_the_step_with_and_without_dead_rows(name, capacities,
     assert_steps_match(_planned_step(objective, data, plan), wanted, 1e-10)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("kept", [None, 3 * FRAMES])
+@pytest.mark.parametrize("name", ["base", "large"])
+def test_attention_of_the_last_layer_alone_has_queries_of_masked_rows_alone(name, kept, p, monkeypatch):
+    objective, data = _objective(name, **{each: p for each in DROPOUTS}), batch(torch.float64, LENGTHS)
+    plan = _plan(objective, data) if kept is None else _plan(objective, data, rows=kept, kept=kept)
+    sequences = plan.layout.sequence(torch.device("cpu"))[plan.keep[plan.masked]]
+    assert plan.layout.kept_offsets.tolist() == [int((sequences < each).sum()) for each in range(4)]
+    seen = []
+
+    def watched(*arguments, **named):
+        seen.append(named["query_rows"])
+        return masked_attention(*arguments, **named)
+
+    monkeypatch.setattr(encoder, "masked_attention", watched)
+    ours = _planned_step(objective, data, plan)
+    layers = len(objective.model.wav2vec2.encoder.transformer.layers)
+    assert len(seen) == layers > 1 and seen[-1] is plan.keep and set(seen[:-1]) == {None}
+    with switched(last_queries=False):
+        assert_steps_match(ours, _planned_step(objective, data, plan), 1e-10)
+    assert seen[-1] is None
+
+
 def test_a_compiled_step_that_is_given_its_plan_leaves_out_padding_and_unmasked_rows():
     torch._dynamo.reset()
     objective, data = _objective(), batch(torch.float64, LENGTHS)
@@ -65,7 +91,9 @@ def test_one_plan_takes_the_tensors_of_another_of_its_capacity():
     held = _plan(objective, first, **capacities)
 
     def addresses():
-        return [each.data_ptr() for each in (held.mask, held.labels, held.keep, held.layout.index, held.layout.offsets)]
+        layout = held.layout
+        tensors = held.mask, held.labels, held.keep, layout.index, layout.offsets, layout.kept_offsets
+        return [each.data_ptr() for each in tensors]
 
     before = addresses()
     plan = _plan(objective, second, **capacities)

@@ -137,6 +137,9 @@ def cases() -> Iterator[Case]:
         yield Case(
             "masked_attention", f"{name}, keys", make(randn(19, 3, 2, 8), offsets, keys, 12, *given, randn(3, 2, 8))
         )
+        queries = None, torch.tensor([1, 2, 9, 16, 18]), torch.tensor([0, 3, 3, 4])
+        its = make(randn(19, 3, 2, 8), offsets, keys, 12, *given, randn(3, 2, 8), *queries)
+        yield Case("masked_attention", f"{name}, queries", its)
     labels = torch.tensor([3, 0, 1, 1, 2, 0])
     embeddings = randn(4, 8)[[0, 1, 2, 1]]  # two are equal
     yield Case("cosine_logits", "plain", cosine_logits.Arguments(randn(6, 8), embeddings, labels))

@@ -30,8 +30,11 @@ def keys_of(lengths, shares):
     return keys + [0] * (len(lengths) - len(keys))
 
 
-def attend(lengths, keys=None, *, p=0.0, seed=0, more_frames=0, qkv_bias=None, columns=None):
-    """The operator as a function of qkv, with the same dropout on every call."""
+def attend(lengths, keys=None, *, p=0.0, seed=0, more_frames=0, qkv_bias=None, columns=None, wanted=None, fillers=()):
+    """The operator as a function of qkv, with the same dropout on every call.
+
+    ``wanted``: rows whose output is wanted, ascending; ``fillers`` are then named behind them as rows of no sequence.
+    """
 
     def function(qkv):
         device, longest = qkv.device, max(lengths, default=0) + more_frames
@@ -39,9 +42,18 @@ def attend(lengths, keys=None, *, p=0.0, seed=0, more_frames=0, qkv_bias=None, c
         given_seed = torch.tensor(seed, device=device) if p else None
         offsets = offsets_of(lengths).to(device)
         settings = {"max_frames": longest, "dropout_p": p, "seed": given_seed}
+        if wanted is not None:
+            rows = torch.tensor(wanted, dtype=torch.int64)
+            settings["query_offsets"] = torch.searchsorted(rows, offsets_of(lengths)).to(device)
+            settings["query_rows"] = torch.tensor([*wanted, *fillers], dtype=torch.int64, device=device)
         return masked_attention(qkv, offsets, key_lengths, qkv_bias=qkv_bias, columns=columns, **settings)
 
     return function
+
+
+def some(rows, share, seed=0):
+    """A share of the rows, ascending."""
+    return torch.rand(rows, generator=torch.Generator().manual_seed(seed)).lt(share).nonzero().squeeze(1).tolist()
 
 
 # What a plan with a capacity ends in: sequences without a row.
@@ -52,14 +64,15 @@ EMPTY = st.sampled_from([0, 1, 60])
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4), empty=EMPTY, dead=st.integers(0, 9),
     heads=st.integers(1, 4), head_dim=st.integers(1, 24),
     keys=st.none() | st.lists(st.floats(0, 1), min_size=4, max_size=4), p=st.sampled_from([0.0, 0.1, 0.5, 0.99]),
-    more_frames=st.integers(0, 100), seed=st.integers(0, 1000),
+    more_frames=st.integers(0, 100), seed=st.integers(0, 1000), share=st.none() | st.sampled_from([0.0, 0.1, 0.5, 1.0]),
 )  # fmt: skip
 def test_backends_agree_for_any_shape_with_and_without_dropout(
-    lengths, empty, dead, heads, head_dim, keys, p, more_frames, seed
+    lengths, empty, dead, heads, head_dim, keys, p, more_frames, seed, share
 ):
     lengths = [*lengths, *empty * [0]]
     keys = keys_of(lengths, keys)
-    function = attend(lengths, keys, p=p, seed=seed, more_frames=more_frames)
+    wanted = None if share is None else some(sum(lengths) + dead, share, seed)
+    function = attend(lengths, keys, p=p, seed=seed, more_frames=more_frames, wanted=wanted)
     assert_twins(OPERATOR, function, [qkv_of(sum(lengths) + dead, heads, head_dim, seed)])
 
 
@@ -170,6 +183,36 @@ def test_the_gradient_of_a_bias_is_the_sum_of_that_of_the_rows(p, dtype, name):
     assert error(bias_grad, qkv_grad.double().sum(0)) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
+# Sequence 1 has no query, sequence 3 all; 8 of the 10 rows of no sequence are wanted too.
+SOME = 40, [10, 4, 0, 6, 10], [0, 3, 9, *range(14, 20), 25, 31, 33, *range(34, 40)]
+
+
+@on_every_backend
+@pytest.mark.parametrize("fillers", [[], [5, 1, 22]], ids=["none", "fillers"])
+@pytest.mark.parametrize("keys", [None, [4, 0, 0, 5, 10]], ids=["all-keys", "key-lengths"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_queries_of_some_rows_give_what_these_rows_have_of_all(p, keys, fillers, name):
+    rows, lengths, wanted = SOME
+    device, count = device_of(name), len(wanted) + len(fillers)
+    qkv = qkv_of(rows, 2, 20, dtype=torch.float32, device=device).requires_grad_()
+    bias = torch.randn(3, 2, 20, device=device).requires_grad_()
+    direction = torch.randn(count, 2, 20, generator=torch.Generator().manual_seed(1)).to(device)
+    with backend.using(name, OPERATOR):
+        whole = attend(lengths, keys, p=p, qkv_bias=bias)(qkv)
+        whole = torch.cat([whole[wanted], whole.new_zeros(len(fillers), 2, 20)])
+        ours = attend(lengths, keys, p=p, qkv_bias=bias, wanted=wanted, fillers=fillers)(qkv)
+    torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-6)
+    for own, its in zip(*(torch.autograd.grad(out, (qkv, bias), direction) for out in (ours, whole))):
+        torch.testing.assert_close(own, its, rtol=1e-4, atol=1e-5)
+
+
+@on_every_backend
+def test_nobody_asks_for_a_query(name):
+    qkv = qkv_of(14, 2, 8, dtype=torch.float32, device=device_of(name))
+    out, grad = run(OPERATOR, name, attend([10, 4], p=0.1, wanted=[]), [qkv])
+    assert out.shape == (0, 2, 8) and (grad == 0).all()
+
+
 def test_dropout_drops_as_often_as_asked_and_keeps_the_expectation():
     """With values of one unit vector per key, the output shows every attention weight after dropout."""
     frames, heads, p = 64, 4, 0.3
@@ -211,6 +254,11 @@ def test_random_numbers_are_drawn_only_for_dropout():
     assert torch.equal(*following[1:])  # one number whatever the size: what is drawn next does not depend on the batch
 
 
+def _queries(rows=None, offsets=None):
+    rows, offsets = torch.arange(4) if rows is None else rows, torch.tensor([0, 4]) if offsets is None else offsets
+    return {"query_rows": rows, "query_offsets": offsets}
+
+
 @pytest.mark.parametrize(
     ("message", "change"),
     [
@@ -223,6 +271,9 @@ def test_random_numbers_are_drawn_only_for_dropout():
         (r"key_lengths must be int64 of shape \[1\].*; got torch.int64 \(2,\)", dict(key_lengths=torch.tensor([4, 4]))),
         (r"seed must be a scalar int64 tensor", dict(seed=torch.tensor([4]))),
         (r"qkv_bias must be .* \[3, 2, 8\]; got torch.float32 \(48,\)", dict(qkv_bias=torch.zeros(48))),
+        (r"query_rows and query_offsets must be given together", dict(query_rows=torch.arange(4))),
+        (r"query_rows must be int64 of shape \[queried\].*; got torch.int32 \(4,\)", _queries(torch.arange(4).int())),
+        (r"query_offsets must be int64 of shape \[2\].*; got torch.int64 \(1,\)", _queries(offsets=torch.tensor([4]))),
         (r"columns were given without the seed", dict(columns=torch.zeros(128, dtype=torch.int32))),
         (
             r"columns must be int32 .* \[10 or more\] on cpu; got torch.int32 \(9,\)",

@@ -116,6 +116,10 @@ def _masked_attention(size: Size, dtype: torch.dtype) -> Iterator[tuple]:
     for key_lengths, dropout_p, qkv_bias in itertools.product((None, _integers(size.batch)), _DROPOUT, (bias, None)):
         settings = size.frames, dropout_p, _seed(dropout_p)
         yield masked_attention.Arguments(qkv, offsets, key_lengths, *settings, qkv_bias)
+    of_queries = _integers(size.kept), _integers(size.batch + 1)
+    for dropout_p, qkv_bias in itertools.product(_DROPOUT, (bias, None)):
+        settings = size.frames, dropout_p, _seed(dropout_p), qkv_bias, None
+        yield masked_attention.Arguments(qkv, offsets, None, *settings, *of_queries)
 
 
 def _positional_conv(size: Size, dtype: torch.dtype) -> Iterator[tuple]:
