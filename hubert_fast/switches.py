@@ -1,6 +1,7 @@
 """Parts of a training step that can be turned off one by one, so that one run on a GPU measures each with and without.
 
-They are for `scripts/gpu-check` and for tests: each default is what is predicted to be fastest, and results differ by rounding.
+They are for `scripts/gpu-check` and for tests. All are on, as predicted to be fastest, but for `folded_filters` under Triton
+3.9: benchmarks/NOTES.md predicts less there without it. On and off differ by rounding.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Switches:
-    """One flag a change; read as an operator or its backward is called, and for a graph when it is captured."""
+    """One flag a change, read as a step runs or is captured; a graph that was captured stays as it is."""
 
     narrow_copies: bool = True  # LayerNorm writes its 16-bit copy too and sums the gradients of both
     gelu_epilogues: bool = True  # GELU and its slope in the epilogues of the feed-forward's products

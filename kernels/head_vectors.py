@@ -22,7 +22,7 @@ def tiles(head_dim: int) -> tuple[int, int]:
 
 @triton.jit
 def _away(row, places, STRIDE: tl.constexpr):
-    """Where rows of STRIDE values begin: ``row``, or where the vector ``places`` says that they lie."""
+    """How far away, in values, each row begins: rows of STRIDE values, numbered ``row`` or, if there are any, ``places``."""
     if places is None:
         away = row * STRIDE
     else:
@@ -107,7 +107,7 @@ def store(
     HEAD_DIM: tl.constexpr,
     places=None,
 ):
-    """Store what `load` gives, there where it loads."""
+    """Store the pair of tiles where `load` would read it."""
     _store_tile(first, vectors[0], rows, STRIDE, BLOCK, 0, WIDTH, HEAD_DIM, places)
     if REST > 0:
         _store_tile(first, vectors[1], rows, STRIDE, BLOCK, WIDTH, REST, HEAD_DIM, places)

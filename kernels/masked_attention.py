@@ -1,7 +1,7 @@
 """Attention within each sequence of packed rows, read straight from ``[rows, 3, heads, head_dim]``; no scores in memory.
 
-Where the output of some rows alone is wanted, blocks of queries are of those, and all that is kept of a query goes by its place
-among them; its dropout bits are those of its row.
+With ``query_rows``, blocks of queries hold the wanted rows alone. Output, log-sum-exp and delta of a query lie at its position
+in ``query_rows``; its dropout bits are those of its row.
 
 Forward: online softmax over blocks of keys (Milakov and Gimelshein 2018; FlashAttention-2, Dao 2023, algorithm 1). Backward: one
 kernel over blocks of queries for dQ, one over blocks of keys for dK and dV. Each computes the scores again, so that no program
@@ -89,9 +89,9 @@ def _queried_rows(query_rows, query, left, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _row_place(head, rows, sequences, start, sequence):
-    """The place in [HEADS, row_places] of the first row of ``sequence``, which is row ``start`` of all."""
-    of_head = head.to(tl.int64) * ((rows // _ROOM + sequences) * _ROOM)
+def _row_place(head, queried, sequences, start, sequence):
+    """The place in [HEADS, row_places] of the first query of ``sequence``, which is number ``start`` of all."""
+    of_head = head.to(tl.int64) * ((queried // _ROOM + sequences) * _ROOM)
     return of_head + _first_place(start, sequence, _ROOM) * _ROOM
 
 
@@ -107,9 +107,9 @@ def _keys_of(sequence, key_lengths, frames):
 @triton.jit
 def _block_of_queries(qkv, query_rows, offsets, key_lengths, sequence, start, frames, first, head, STRIDE: tl.constexpr,
                       HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Of the BLOCK queries from ``first``: the vectors, the rows; of their sequence: its first row's vectors, its keys.
+    """The vectors of BLOCK queries and their rows; a pointer to the first row of their sequence, and how many keys that has.
 
-    ``start`` and ``frames`` are those of the sequence's queries among all.
+    The sequence's queries begin at ``start`` among all and are ``frames``; the block is those from ``first`` on.
     """
     row, left = start + first, frames - first
     rows = _queried_rows(query_rows, row, left, BLOCK)
@@ -515,7 +515,7 @@ def backward(
     qkv_grad, queries = torch.empty_like(qkv), None
     if query_rows is not None:
         queries = torch.empty_like(out)
-        qkv_grad[:, 0].zero_()  # of the rows that have no query
+        qkv_grad[:, 0].zero_()  # `_query_backward` writes that of rows with a query
     query_blocks = _query_backward_blocks(*_kind(qkv), dropout_p > 0.0)
     key_blocks = _key_backward_blocks(*_kind(qkv))
     parts, part_count = None, 0

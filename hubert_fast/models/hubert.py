@@ -111,7 +111,7 @@ class HuBERTPretrainModel(nn.Module):
     ) -> Encoded:
         """The transformer's output, with arguments as in `forward`.
 
-        ``masked_only`` asks for the masked rows alone, and the last layer computes no others. Where the mask lies on a GPU,
+        ``masked_only`` asks for the masked rows alone; the last layer has no queries of others. Where the mask lies on a GPU,
         and in a compiled graph that is given no ``plan``, no shape may depend on it: all rows come all the same, and
         ``masked`` tells them apart. ``plan`` is one made ahead by `plan`; ``labels`` and ``mask`` are then not read.
         """

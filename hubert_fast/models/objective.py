@@ -45,7 +45,7 @@ class PretrainingObjective(nn.Module):
     Args:
         model: the model.
         masked_weight: weight of the masked frames.
-        unmasked_weight: weight of the unmasked frames; 0 leaves them out of the last layer and of all that follows.
+        unmasked_weight: weight of the unmasked frames; 0 leaves them out from the queries of the last layer on.
         feature_weight: weight of the mean square of the features.
 
     Raises:

@@ -25,8 +25,8 @@ class StepPlan(NamedTuple):
     layout: Rows
     mask: Tensor  # [rows] bool: rows whose input is the mask embedding
     channel_mask: Optional[Tensor]  # [batch, dim] bool: channels of a sequence that are zeroed
-    keep: Optional[Tensor]  # [kept] int64: the rows that are wanted after the last layer, then others; None: all
-    labels: Tensor  # [kept] int64: of the rows that are wanted; -1 where there is none
+    keep: Optional[Tensor]  # [kept] int64: rows that the last layer gives, fillers last; None: all, kept is rows
+    labels: Tensor  # [kept] int64: of these rows; -1 where there is none
     masked: Tensor  # [kept] bool: valid and masked
     unmasked: Tensor  # [kept] bool: valid and not masked
     valid_samples: Optional[Tensor]  # [batch] int64, where the feature extractor asks for them
@@ -35,7 +35,7 @@ class StepPlan(NamedTuple):
         """Overwrite the tensors of this plan, which a captured graph reads, with those of another of the same capacity.
 
         Raises:
-            ValueError: if the two have different shapes.
+            ValueError: if the two have different shapes, or are of another batch or number of frames.
         """
         pairs = list(zip(_tensors(self), _tensors(other)))
         for name, (mine, theirs) in zip((*_LAYOUT, *self._fields[1:]), pairs):
@@ -73,9 +73,9 @@ def make_plan(
 ) -> StepPlan:
     """The plan of a batch, for a model on ``device``, without ``valid_samples``.
 
-    Lengths on the CPU leave out the padding; with a mask there too, ``masked_only`` leaves out all but the masked rows after
-    the last layer. What lies on a GPU may not decide about shapes: then the whole grid, or all rows, are computed. So it is in
-    a compiled graph that makes its own plan.
+    Lengths on the CPU leave out the padding; with a mask there too, ``masked_only`` leaves out all but the masked rows from the
+    queries of the last layer on. What lies on a GPU may not decide about shapes: then the whole grid, or all rows, are
+    computed. So it is in a compiled graph that makes its own plan.
 
     Raises:
         ValueError: for labels out of range, a capacity (``rows``, ``kept``) that is too small or too large, or one without

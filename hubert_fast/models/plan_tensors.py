@@ -12,21 +12,21 @@ from hubert_fast.models.capacities import Capacity
 from hubert_fast.models.plan import StepPlan
 from hubert_fast.models.rows import Rows, first_true
 
-_ALIGNMENT = 16  # bytes, which kernels like of what they load
+_ALIGNMENT = 16  # bytes: each tensor begins at a multiple, so that kernels load 16 bytes at a time
 
 
 class PlanTensors(NamedTuple):
-    """A plan of the size of a capacity."""
+    """A step's plan, filled up to the sizes of a capacity."""
 
     gather: Tensor  # [rows] int64: position of each valid row in the flattened [batch, frames] of the batch, then 0
     index: Tensor  # [rows] int64: position of each row in the flattened [sequences, max_frames] of the capacity
     offsets: Tensor  # [sequences + 1] int64: the batch's sequences, then empty ones
-    keep: Optional[Tensor]  # [kept] int64: the masked rows, then others
-    kept_offsets: Optional[Tensor]  # [sequences + 1] int64: like offsets, counting the masked rows alone
+    keep: Optional[Tensor]  # [kept] int64: the masked rows, then fillers; None: all, and kept below is rows
+    kept_offsets: Optional[Tensor]  # [sequences + 1] int64: as of `Rows`
     labels: Tensor  # [kept] int64, -1 where there is none
-    mask: Tensor  # [rows] bool
-    masked: Tensor  # [kept] bool
-    unmasked: Tensor  # [kept] bool
+    mask: Tensor  # [rows] bool: valid and masked
+    masked: Tensor  # [kept] bool: valid and masked
+    unmasked: Tensor  # [kept] bool: valid and not masked
     channel_mask: Optional[Tensor]  # [sequences, dim] bool
 
     @classmethod
@@ -99,7 +99,7 @@ def grid_places(places: Tensor, frames: int, capacity: Capacity) -> Tensor:
 
 
 def with_empty_sequences(offsets: Tensor, capacity: Capacity) -> Tensor:
-    """``offsets`` ([batch + 1] int64) of a batch, as those of as many sequences as a capacity has."""
+    """``offsets`` ([batch + 1] int64) of a batch, with those of empty sequences up to the number of a capacity."""
     return torch.cat([offsets, offsets[-1:].expand(capacity.sequences + 1 - len(offsets))])
 
 

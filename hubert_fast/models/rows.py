@@ -23,7 +23,8 @@ class Rows(NamedTuple):
     offsets: Tensor  # [batch + 1] int64: rows offsets[i] : offsets[i + 1] are those of sequence i; rows beyond are dead
     key_lengths: Optional[Tensor]  # [batch] int64: valid rows at the head of each sequence; None: all
     host_index: Optional[Tensor] = None  # index, on the CPU
-    kept_offsets: Optional[Tensor] = None  # [batch + 1] int64: like offsets, counting the rows that a plan keeps alone
+    # [batch + 1] int64: keep[kept_offsets[i] : kept_offsets[i + 1]] of a plan are rows of sequence i, those beyond are fillers.
+    kept_offsets: Optional[Tensor] = None
 
     def padding(self) -> Optional[Tensor]:
         """Which rows are padding, ``[rows]`` bool; None where none is."""
@@ -83,7 +84,7 @@ def valid_rows(
 
 
 def first_true(chosen: Tensor, capacity: Optional[int], name: str) -> Tensor:
-    """Positions where ``chosen`` ([n] bool, on the CPU) is True; with a ``capacity``, then of others up to that many.
+    """Positions where ``chosen`` ([n] bool, on the CPU) is True; with a ``capacity``, filled up to that many with others.
 
     Raises:
         ValueError: if ``capacity``, which the message calls ``name``, is too small, or larger than n.

@@ -54,8 +54,8 @@ def masked_attention(
         offsets: ``[sequences + 1]`` int64, ascending from 0; sequence i is rows ``offsets[i]`` up to ``offsets[i + 1]``. May
             lie on the host whatever the device of ``qkv``. Rows from ``offsets[-1]`` on belong to no sequence: their output
             and their gradient are 0.
-        key_lengths: ``[sequences]`` int64: only its first ``key_lengths[i]`` rows are attended to; 0 means all of them,
-            so that no softmax is empty. None: all.
+        key_lengths: ``[sequences]`` int64: of sequence i only the first ``key_lengths[i]`` rows are attended to; 0 means all of
+            them, so that no softmax is empty. None: all.
         max_frames: rows of the longest sequence, or more.
         dropout_p: probability that an attention weight is dropped, in [0, 1).
         seed: scalar int64 on the device of ``qkv``, from which the dropout mask follows. None: drawn from torch's default
@@ -64,17 +64,19 @@ def masked_attention(
             gets its gradient, the sum of that of ``qkv`` over the rows, with which the caller needs no pass of its own.
         columns: what `dropout_columns` made of ``seed`` for as many frames or more. Only backend "triton" reads it. None: made
             in the call; the result is the same.
-        query_rows: ``[queried]`` int64 on the device of ``qkv``: the rows whose output is wanted, none twice. None: all.
-        query_offsets: ``[sequences + 1]`` int64, ascending from 0, given with ``query_rows``, on either device: those of
-            sequence i are ``query_rows[query_offsets[i] : query_offsets[i + 1]]``. For what follows ``query_offsets[-1]``,
-            whichever rows it names, output and gradient are 0.
+        query_rows: ``[queried]`` int64 on the device of ``qkv``: the rows whose output is wanted, those of a sequence together
+            and none twice, in any order within it. None: all. Values are not checked.
+        query_offsets: ``[sequences + 1]`` int64, ascending from 0, given with ``query_rows``; may lie on the host as ``offsets``.
+            ``query_rows[query_offsets[i] : query_offsets[i + 1]]`` are rows of sequence i. What follows ``query_offsets[-1]``
+            fills ``query_rows`` up: it may name any rows, and has output and gradient 0.
 
     Returns:
-        ``[rows, heads, head_dim]`` or ``[queried, heads, head_dim]``, in the dtype of ``qkv``. There is no second derivative,
-        but through "reference".
+        ``[rows, heads, head_dim]``, or ``[queried, heads, head_dim]`` where ``query_rows`` are given, in the dtype of ``qkv``.
+        There is no second derivative, but through "reference".
 
     Raises:
-        ValueError: for a wrong rank, shape, dtype, probability or seed.
+        ValueError: for a wrong rank, shape, dtype, device, probability or seed; for ``columns`` without ``seed``; for one of
+            ``query_rows`` and ``query_offsets`` without the other.
     """
     _check(qkv, offsets, key_lengths, qkv_bias)
     _check_columns(columns, max_frames, seed, qkv.device)
@@ -107,7 +109,7 @@ class _Bias(torch.autograd.Function):
 def bias_of_heads(biases: Sequence[Tensor], heads: int) -> Tensor:
     """The biases of queries, keys and values, ``[heads * head_dim]`` each, as `masked_attention` takes ``qkv_bias``.
 
-    ``[3, heads, head_dim]``, in their dtype. It carries their gradients; its values are read by nobody, and not theirs.
+    ``[3, heads, head_dim]``, in their dtype. Gradients pass through it; its values are never read, and not those of the biases.
     """
     return _Bias.apply(heads, *biases)
 

@@ -18,7 +18,7 @@ from hubert_fast.pretrain.frames import num_frames
 
 _WIDE = 4  # bytes of float32
 _INDEX = 8  # and of int64
-# Parts of a convolution's weight gradient at most, and frames at least that a part of layer 0's sums up.
+# The most parts of a convolution's weight gradient, and the fewest frames that a part of layer 0's sums up.
 _WEIGHT_PARTS, _FIRST_LAYER_FRAMES = 32, 256
 # An allowance for the buffers of NCCL, which takes them from the GPU itself.
 _COMMUNICATION = 2**30
@@ -104,7 +104,7 @@ class MemoryModel:
         return size.rows * (values * self._narrow + _INDEX + flags + statistics)
 
     def _layer(self, rows: int, kept: int) -> int:
-        """A layer whose attention has keys of ``rows`` rows and queries of ``kept``, as its feed-forward has inputs."""
+        """Bytes that a layer keeps of ``rows`` keys and values, and of ``kept`` rows that have queries and go on from there."""
         model, narrow, stream = self.model, self._narrow, self._stream
         dim, fused = model.encoder_embed_dim, self.hidden_once and self.autocast and not model.encoder_ff_interm_dropout
         hidden = (1 if fused else 2) * model.encoder_ff_interm_features * narrow

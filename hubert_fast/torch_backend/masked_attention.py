@@ -66,12 +66,12 @@ def backward(
 ) -> tuple[Optional[Tensor], ...]:
     dropout_p, qkv_bias = arguments.dropout_p, arguments.qkv_bias
     qkv, grad = arguments.qkv.contiguous(), gradients[0].contiguous()
-    unfilled = arguments.key_lengths is not None or arguments.query_rows is not None  # rows that are no key or no query
-    qkv_grad = torch.zeros_like(qkv) if unfilled else torch.empty_like(qkv)
+    unwritten = arguments.key_lengths is not None or arguments.query_rows is not None  # below, of rows of sequences
+    qkv_grad = torch.zeros_like(qkv) if unwritten else torch.empty_like(qkv)
     qkv_grad[int(arguments.offsets[-1]) :] = 0
     generator = _generator(dropout_p, arguments.seed)
     for sequence in _sequences(qkv, arguments):
-        query_grad = qkv_grad[sequence.queried, 0].transpose(0, 1)  # of some rows alone, a copy
+        query_grad = qkv_grad[sequence.queried, 0].transpose(0, 1)  # indexed by a tensor, a copy
         grads = [query_grad, *qkv_grad[sequence.rows, 1:].permute(1, 2, 0, 3)]  # each [heads, frames, head_dim]
         out_grad = grad[sequence.place].transpose(0, 1)
         if generator is None:
@@ -95,7 +95,7 @@ def _query_count(arguments: Arguments) -> int:
 
 
 def _sequences(qkv: Tensor, arguments: Arguments) -> list[_Sequence]:
-    """All that have a row: one that has no query draws its dropout mask too."""
+    """All sequences that have a row. One without a query is among them, for dropout draws a mask for it all the same."""
     query_rows, key_lengths = arguments.query_rows, arguments.key_lengths
     rows, places = (
         [slice(*each) for each in zip(bounds, bounds[1:])]
