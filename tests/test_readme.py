@@ -20,7 +20,7 @@ _MEASUREMENT = re.compile(
 # Settings and facts, which nobody measured. Each must stand in the README.
 _NOT_MEASURED = (
     "eleven minutes of synthesised speech",  # the embedded corpus
-    "The paper's are large (2,800 s)",
+    "The paper's are large (Base's 2,800 s)",
     "one every 20 ms",
     "in five minutes",  # the default of --minutes
 )

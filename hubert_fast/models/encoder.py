@@ -148,7 +148,7 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, x: Tensor, layout: Rows, keep: Optional[Tensor] = None) -> Tensor:
-        """The output of the rows ``keep`` ([kept] int64) alone, that of the plan which made ``layout``; None: of all rows."""
+        """The output of the rows ``keep`` ([kept] int64) alone, which ``layout`` may say the sequences of; None: of all."""
         return self.out_proj(self.heads(x, layout, keep))
 
     def heads(

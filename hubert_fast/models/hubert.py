@@ -132,7 +132,7 @@ class HuBERTPretrainModel(nn.Module):
         drawn = encoder.draw_seeds(features.device)
         seeds = Seeds.of(drawn)
         x = encoder.masked_rows(features, plan, self.mask_generator, seeds.projection)
-        arguments = (x, plan.layout, plan.keep) if drawn is None else (x, plan.layout, plan.keep, seeds)
+        arguments = (x, plan.kept_layout, plan.keep) if drawn is None else (x, plan.kept_layout, plan.keep, seeds)
         if is_plain(encoder.transformer, Transformer) and not has_hook_of_all_modules():
             hidden = self.head_rows(encoder.transformer.stream(*arguments))
         else:
@@ -169,7 +169,8 @@ class HuBERTPretrainModel(nn.Module):
             samples: of a row of the waveforms.
             device: of the waveforms.
             rows: make this many rows of the valid frames, with dead ones at the end. None: as many as are valid.
-            kept: with ``masked_only``, keep this many rows, with unmasked ones at the end. None: as many as are masked.
+            kept: with ``masked_only``, keep this many rows, filled up at the end with others, whose output and logits mean
+                nothing. None: as many as are masked.
 
         Raises:
             ValueError: as `forward`, and for a capacity that is too small or too large, or has no ``audio_lengths`` or mask

@@ -16,7 +16,7 @@ from hubert_fast.models.checks import check_values
 from hubert_fast.models.rows import Rows, first_true, valid_rows, whole_grid
 from hubert_fast.ops.host_tensors import to_device
 
-_LAYOUT = "index", "offsets", "key_lengths", "kept_offsets"  # a layout's tensors on the device
+_LAYOUT = "index", "offsets", "key_lengths"  # tensors of it
 
 
 class StepPlan(NamedTuple):
@@ -26,10 +26,16 @@ class StepPlan(NamedTuple):
     mask: Tensor  # [rows] bool: rows whose input is the mask embedding
     channel_mask: Optional[Tensor]  # [batch, dim] bool: channels of a sequence that are zeroed
     keep: Optional[Tensor]  # [kept] int64: rows that the last layer gives, fillers last; None: all, kept is rows
-    labels: Tensor  # [kept] int64: of these rows; -1 where there is none
+    kept_offsets: Optional[Tensor]  # [batch + 1] int64: as of `Rows`; None: no row is left out
+    labels: Tensor  # [kept] int64: of these rows; -1 where there is none, as of fillers
     masked: Tensor  # [kept] bool: valid and masked
-    unmasked: Tensor  # [kept] bool: valid and not masked
+    unmasked: Tensor  # [kept] bool: valid and not masked, and no filler
     valid_samples: Optional[Tensor]  # [batch] int64, where the feature extractor asks for them
+
+    @property
+    def kept_layout(self) -> Rows:
+        """The layout of layers of which the last gives the rows ``keep`` alone."""
+        return self.layout._replace(kept_offsets=self.kept_offsets)
 
     def copy_(self, other: StepPlan) -> StepPlan:
         """Overwrite the tensors of this plan, which a captured graph reads, with those of another of the same capacity.
@@ -91,23 +97,24 @@ def make_plan(
     else:
         layout = valid_rows(batch, frames, lengths, device, rows)
     labels, valid = _checked_labels(layout, labels, lengths, device, num_classes)
-    keep = None
+    keep = kept_offsets = None
     if masked_only and not fixed and _on_host(mask) and _on_host(lengths):
         wanted = mask if lengths is None else mask & (torch.arange(frames) < lengths[:, None])
         wanted_rows = wanted.flatten() if layout.host_index is None else wanted.flatten()[layout.host_index]
         keep = to_device(first_true(wanted_rows, kept, "kept"), device)
-        layout = layout._replace(kept_offsets=to_device(F.pad(wanted.sum(1).cumsum(0), (1, 0)), device))
+        kept_offsets = to_device(F.pad(wanted.sum(1).cumsum(0), (1, 0)), device)
     elif kept is not None:
         raise ValueError("kept, a capacity, needs masked_only, and mask and audio_lengths on the CPU")
     mask = layout.pack(to_device(mask, device)) & valid
     masked, unmasked = mask, ~mask & valid
     if keep is not None:
-        labels, masked, unmasked = (each.index_select(0, keep) for each in (labels, masked, unmasked))
+        masked = masked.index_select(0, keep)
+        labels, unmasked = labels.index_select(0, keep).where(masked, -1), torch.zeros_like(masked)
     if channel_mask is not None:
         channel_mask = to_device(channel_mask, device)
     # Wrappers such as FSDP bring whatever lies on the host to the device, and the host would wait for it.
     layout = layout._replace(host_index=None)
-    return StepPlan(layout, mask, channel_mask, keep, labels, masked, unmasked, None)
+    return StepPlan(layout, mask, channel_mask, keep, kept_offsets, labels, masked, unmasked, None)
 
 
 def _on_host(x: Optional[Tensor]) -> bool:

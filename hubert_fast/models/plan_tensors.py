@@ -45,10 +45,9 @@ class PlanTensors(NamedTuple):
 
     def step_plan(self, capacity: Capacity) -> StepPlan:
         """The same as an encoder takes it, on the grid of the capacity."""
-        layout = Rows(
-            capacity.sequences, capacity.max_frames, self.index, self.offsets, None, kept_offsets=self.kept_offsets
-        )
-        return StepPlan(layout, self.mask, self.channel_mask, self.keep, self.labels, self.masked, self.unmasked, None)
+        layout = Rows(capacity.sequences, capacity.max_frames, self.index, self.offsets, None)
+        kept = self.keep, self.kept_offsets, self.labels, self.masked, self.unmasked
+        return StepPlan(layout, self.mask, self.channel_mask, *kept, None)
 
 
 def nbytes(capacity: Capacity, channels: int) -> int:
@@ -79,7 +78,7 @@ def packed(plan: StepPlan, capacity: Capacity) -> Tensor:
         count = valid
     else:
         tensors.keep.copy_(first_true(tensors.mask, capacity.kept, "kept"))
-        tensors.kept_offsets.copy_(with_empty_sequences(layout.kept_offsets, capacity))
+        tensors.kept_offsets.copy_(with_empty_sequences(plan.kept_offsets, capacity))
         count = len(plan.keep)
     for name in ("labels", "masked", "unmasked"):
         getattr(tensors, name)[:count] = getattr(plan, name)[:count]

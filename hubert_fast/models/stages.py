@@ -54,8 +54,8 @@ def encoder_stages(objective: PretrainingObjective) -> list[Stage]:
 
     def layer(i: int, last: bool) -> Callable[[Stream, StepPlan, Seeds], Stream]:
         def run(stream: Stream, plan: StepPlan, seeds: Seeds) -> Stream:
-            keep = plan.keep if last else None
-            return run_layer(transformer.layers[i], stream, plan.layout, keep, seeds.of_layer(i))
+            layout, keep = (plan.kept_layout, plan.keep) if last else (plan.layout, None)
+            return run_layer(transformer.layers[i], stream, layout, keep, seeds.of_layer(i))
 
         return run
 

@@ -66,9 +66,9 @@ def masked_attention(
             in the call; the result is the same.
         query_rows: ``[queried]`` int64 on the device of ``qkv``: the rows whose output is wanted, those of a sequence together
             and none twice, in any order within it. None: all. Values are not checked.
-        query_offsets: ``[sequences + 1]`` int64, ascending from 0, given with ``query_rows``; may lie on the host as ``offsets``.
-            ``query_rows[query_offsets[i] : query_offsets[i + 1]]`` are rows of sequence i. What follows ``query_offsets[-1]``
-            fills ``query_rows`` up: it may name any rows, and has output and gradient 0.
+        query_offsets: ``[sequences + 1]`` int64, ascending from 0 to ``queried`` at most, given with ``query_rows``; may lie on
+            the host as ``offsets``. ``query_rows[query_offsets[i] : query_offsets[i + 1]]`` are rows of sequence i. What follows
+            ``query_offsets[-1]`` fills ``query_rows`` up: it may name any of the rows, and has output and gradient 0.
 
     Returns:
         ``[rows, heads, head_dim]``, or ``[queried, heads, head_dim]`` where ``query_rows`` are given, in the dtype of ``qkv``.
@@ -87,9 +87,7 @@ def masked_attention(
     arguments = Arguments(qkv, offsets, key_lengths, *settings, query_rows, query_offsets)
     chosen = _operator.choose(arguments)
     if chosen == "torch" and qkv.device.type not in ("cpu", "meta"):
-        given = _containing(qkv, qkv_bias)
-        out = torch_backend.padded_attention(given, offsets, key_lengths, max_frames, dropout_p)
-        return _wanted(out, arguments)
+        return _padded(arguments)
     if chosen == "triton":
         names = [name for name in ("offsets", "key_lengths", "query_offsets") if getattr(arguments, name) is not None]
         arguments = arguments._replace(**{name: to_device(getattr(arguments, name), qkv.device) for name in names})
@@ -167,6 +165,13 @@ def _check_queries(
             f"query_offsets must be int64 of shape [{count}], as offsets; got {query_offsets.dtype} "
             f"{tuple(query_offsets.shape)}"
         )
+
+
+def _padded(arguments: Arguments) -> Tensor:
+    """Backend "torch" where there is no CPU."""
+    qkv, offsets, key_lengths, max_frames, dropout_p = arguments[:5]
+    given = _containing(qkv, arguments.qkv_bias)
+    return _wanted(torch_backend.padded_attention(given, offsets, key_lengths, max_frames, dropout_p), arguments)
 
 
 def _wanted(out: Tensor, arguments: Arguments) -> Tensor:

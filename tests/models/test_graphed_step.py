@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import hubert_fast
 from hubert_fast import Capacities, GraphedStep
+from hubert_fast.models import encoder
+from hubert_fast.ops.masked_attention import masked_attention
 from tests.models import configurations
 from tests.models.graph_stand_in import replace_capture
 from tests.models.twins import num_frames
@@ -356,6 +358,20 @@ def test_a_planner_that_was_pickled_makes_the_same_micro_batch():
         torch.manual_seed(0)
         batches.append(each(*data(0)))
     assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(*batches))
+
+
+def test_the_last_layer_alone_has_queries_of_kept_rows_alone(monkeypatch):
+    seen = []
+
+    def watched(*arguments, **named):
+        seen.append(named["query_rows"])
+        return masked_attention(*arguments, **named)
+
+    monkeypatch.setattr(encoder, "masked_attention", watched)
+    objective = build(encoder_layer_drop=0.0)
+    step = GraphedStep(objective, adamw(objective), capacities=ROOM)
+    step([step.planner(*data(0))])
+    assert [each is None for each in seen] == [True, True, False]
 
 
 def test_making_a_step_draws_nothing():

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from hubert_fast.models import encoder
+from hubert_fast.models.capacities import Capacity
+from hubert_fast.models.plan_tensors import PlanTensors, packed
 from hubert_fast.ops.masked_attention import masked_attention
 from hubert_fast.switches import switched
 from tests.models import configurations
@@ -52,7 +54,7 @@ def test_attention_of_the_last_layer_alone_has_queries_of_masked_rows_alone(name
     objective, data = _objective(name, **{each: p for each in DROPOUTS}), batch(torch.float64, LENGTHS)
     plan = _plan(objective, data) if kept is None else _plan(objective, data, rows=kept, kept=kept)
     sequences = plan.layout.sequence(torch.device("cpu"))[plan.keep[plan.masked]]
-    assert plan.layout.kept_offsets.tolist() == [int((sequences < each).sum()) for each in range(4)]
+    assert plan.kept_offsets.tolist() == [int((sequences < each).sum()) for each in range(4)]
     seen = []
 
     def watched(*arguments, **named):
@@ -66,6 +68,36 @@ def test_attention_of_the_last_layer_alone_has_queries_of_masked_rows_alone(name
     with switched(last_queries=False):
         assert_steps_match(ours, _planned_step(objective, data, plan), 1e-10)
     assert seen[-1] is None
+
+
+def test_a_plan_keeps_no_masked_padding_and_gives_fillers_no_label():
+    objective, data = _objective(), batch(torch.float64, LENGTHS)
+    frames = objective.model.wav2vec2.feature_extractor.output_lengths(LENGTHS)
+    everywhere = torch.ones_like(data.labels, dtype=torch.bool)
+    assert _plan(objective, data, mask=everywhere).kept_offsets.tolist() == [0, *frames.cumsum(0).tolist()]
+    nowhere = everywhere.logical_not()
+    nowhere[1, 3:7] = True
+    plan = _plan(objective, data, mask=nowhere, kept=9)
+    assert plan.kept_offsets.tolist() == [0, 0, 4, 4] and len(plan.keep) == 9
+    assert plan.masked.tolist() == [True] * 4 + [False] * 5 and not plan.unmasked.any()
+    assert (plan.labels >= 0).tolist() == plan.masked.tolist()
+
+
+def test_the_plan_of_a_capacity_tells_attention_of_kept_rows_and_empty_sequences():
+    plan = _plan(_objective(), batch(torch.float64, LENGTHS))
+    capacity = Capacity(rows=3 * FRAMES, kept=2 * FRAMES, sequences=5, max_frames=FRAMES)
+    held = PlanTensors.in_memory(packed(plan, capacity), capacity, 0).step_plan(capacity)
+    offsets = plan.kept_offsets.tolist()
+    assert held.kept_layout.kept_offsets.tolist() == [*offsets, offsets[-1], offsets[-1]]
+    assert torch.equal(held.keep[: offsets[-1]], plan.keep) and held.layout.kept_offsets is None
+
+
+def test_any_rows_in_any_order_may_be_asked_of_a_transformer():
+    objective, data = _objective(), batch(torch.float64, LENGTHS)
+    plan, transformer = _plan(objective, data), objective.model.wav2vec2.encoder.transformer.eval()
+    x = torch.randn(len(plan.mask), transformer.pos_conv_embed.embed_dim, dtype=torch.float64)
+    rows = torch.tensor([40, 5, 5])
+    torch.testing.assert_close(transformer(x, plan.layout, rows), transformer(x, plan.layout)[rows])
 
 
 def test_a_compiled_step_that_is_given_its_plan_leaves_out_padding_and_unmasked_rows():
@@ -91,8 +123,7 @@ def test_one_plan_takes_the_tensors_of_another_of_its_capacity():
     held = _plan(objective, first, **capacities)
 
     def addresses():
-        layout = held.layout
-        tensors = held.mask, held.labels, held.keep, layout.index, layout.offsets, layout.kept_offsets
+        tensors = held.mask, held.labels, held.keep, held.kept_offsets, held.layout.index, held.layout.offsets
         return [each.data_ptr() for each in tensors]
 
     before = addresses()

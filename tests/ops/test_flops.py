@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hubert_fast
 from benchmarks.architecture import ARCHITECTURES
 from hubert_fast import backend
-from hubert_fast.ops.masked_attention import masked_attention
+from hubert_fast.ops.masked_attention import Arguments, _flops, masked_attention
 from tests import torchaudio_peer
 
 
@@ -42,6 +42,14 @@ def test_attention_counts_within_sequences_only(name):
     ):
         masked_attention(qkv, torch.tensor([0, 10, 30]), max_frames=20)
     assert counter.get_total_flops() == 2 * 2 * 16 * (10**2 + 20**2)
+
+
+def test_attention_counts_no_queries_but_those_asked_for():
+    given = torch.randn(30, 3, 2, 8), torch.tensor([0, 10, 30]), None, 20, 0.0, None, None, None, torch.arange(9)
+    arguments = Arguments(*given, torch.tensor([0, 2, 7]))
+    assert _flops(arguments, False) == 2 * 2 * 16 * (2 * 10 + 5 * 20)
+    elsewhere = arguments._replace(query_offsets=torch.empty(3, dtype=torch.int64, device="meta"))
+    assert _flops(elsewhere, True) == 5 * 2 * 16 * 9 * 20  # as if every sequence were the longest
 
 
 def test_asking_where_the_counter_is_does_not_keep_formulas_from_it():

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hubert_fast import backend
+from hubert_fast.ops import masked_attention as operator
 from hubert_fast.ops.masked_attention import dropout_columns, masked_attention
 from hubert_fast.torch_backend import masked_attention as kernels
 from tests.ops.comparison import assert_as_precise, assert_twins, device_of, error, on_every_backend, run
@@ -43,12 +44,16 @@ def attend(lengths, keys=None, *, p=0.0, seed=0, more_frames=0, qkv_bias=None, c
         offsets = offsets_of(lengths).to(device)
         settings = {"max_frames": longest, "dropout_p": p, "seed": given_seed}
         if wanted is not None:
-            rows = torch.tensor(wanted, dtype=torch.int64)
-            settings["query_offsets"] = torch.searchsorted(rows, offsets_of(lengths)).to(device)
-            settings["query_rows"] = torch.tensor([*wanted, *fillers], dtype=torch.int64, device=device)
+            query_offsets = torch.searchsorted(torch.tensor(wanted, dtype=torch.int64), offsets_of(lengths))
+            rows = torch.tensor([*wanted, *fillers], dtype=torch.int64, device=device)
+            settings |= {"query_rows": _strided(rows), "query_offsets": _strided(query_offsets)}  # these on the host
         return masked_attention(qkv, offsets, key_lengths, qkv_bias=qkv_bias, columns=columns, **settings)
 
     return function
+
+
+def _strided(vector):
+    return torch.stack([vector, torch.full_like(vector, -1)], 1)[:, 0]
 
 
 def some(rows, share, seed=0):
@@ -85,15 +90,19 @@ def test_backends_agree_for_any_shape_with_and_without_dropout(
 )  # fmt: skip
 @pytest.mark.parametrize("dead", [0, 3, 18])
 @pytest.mark.parametrize("more_frames", [0, 50])
-def test_padded_attention_of_other_devices_equals_the_reference(lengths, keys, dead, more_frames):
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_padded_attention_of_other_devices_equals_the_reference(lengths, keys, dead, more_frames, share, monkeypatch):
     """The formulation for GPUs, run on the CPU."""
-    key_lengths = None if keys is None else torch.tensor(keys)
+    wanted = None if share is None else some(sum(lengths), share)
+    function = attend(lengths, keys, more_frames=more_frames, wanted=wanted, fillers=[1, 0])
 
     def padded(qkv):
-        return kernels.padded_attention(qkv, offsets_of(lengths), key_lengths, max(lengths) + more_frames, 0.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(operator._operator, "run", lambda _, arguments: [operator._padded(arguments)])
+            return function(qkv)
 
     inputs = [qkv_of(sum(lengths) + dead)]
-    both = (run(OPERATOR, "reference", each, inputs) for each in (padded, attend(lengths, keys)))
+    both = (run(OPERATOR, "reference", each, inputs) for each in (padded, function))
     assert all(error(*pair) < 1e-12 for pair in zip(*both))
 
 
@@ -183,12 +192,13 @@ def test_the_gradient_of_a_bias_is_the_sum_of_that_of_the_rows(p, dtype, name):
     assert error(bias_grad, qkv_grad.double().sum(0)) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
-# Sequence 1 has no query, sequence 3 all; 8 of the 10 rows of no sequence are wanted too.
-SOME = 40, [10, 4, 0, 6, 10], [0, 3, 9, *range(14, 20), 25, 31, 33, *range(34, 40)]
+# Sequence 1 has no query, sequence 3 all. Behind them are dead rows, 8 of the 10; live ones; and more than there are rows.
+SOME = 40, [10, 4, 0, 6, 10], [0, 3, 9, *range(14, 20), 25]
+FILLERS = {"none": [], "dead": [31, 33, *range(34, 40)], "live": [5, 1, 22], "many": 60 * [5]}
 
 
 @on_every_backend
-@pytest.mark.parametrize("fillers", [[], [5, 1, 22]], ids=["none", "fillers"])
+@pytest.mark.parametrize("fillers", FILLERS.values(), ids=FILLERS)
 @pytest.mark.parametrize("keys", [None, [4, 0, 0, 5, 10]], ids=["all-keys", "key-lengths"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_queries_of_some_rows_give_what_these_rows_have_of_all(p, keys, fillers, name):

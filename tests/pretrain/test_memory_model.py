@@ -30,7 +30,7 @@ def fake(tensor):
 
 def fake_plan(plan: StepPlan) -> StepPlan:
     layout = plan.layout
-    placed = layout._make(fake(each) if isinstance(each, torch.Tensor) else each for each in layout)
+    placed = layout._replace(**{name: fake(getattr(layout, name)) for name in ("index", "offsets", "key_lengths")})
     return StepPlan(placed, *map(fake, plan[1:]))
 
 
