@@ -148,7 +148,7 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, x: Tensor, layout: Rows, keep: Optional[Tensor] = None) -> Tensor:
-        """The output of the rows ``keep`` ([kept] int64) alone, which ``layout`` may say the sequences of; None: of all."""
+        """``keep`` ([kept] int64) names the rows whose output is wanted, see ``kept_offsets`` of `Rows`; None wants all."""
         return self.out_proj(self.heads(x, layout, keep))
 
     def heads(

@@ -23,8 +23,8 @@ class Rows(NamedTuple):
     offsets: Tensor  # [batch + 1] int64: rows offsets[i] : offsets[i + 1] are those of sequence i; rows beyond are dead
     key_lengths: Optional[Tensor]  # [batch] int64: valid rows at the head of each sequence; None: all
     host_index: Optional[Tensor] = None  # index, on the CPU
-    # [batch + 1] int64, beside rows ``keep`` that the last layer gives: keep[kept_offsets[i] : kept_offsets[i + 1]] are those
-    # of sequence i, and beyond are fillers, of which attention gives 0. None: they may be any rows, in any order.
+    # [batch + 1] int64, where the last layer gives the rows ``keep`` alone: keep[kept_offsets[i] : kept_offsets[i + 1]] are those
+    # of sequence i, and fillers follow, of which attention gives 0. None: ``keep`` may name any rows, in any order.
     kept_offsets: Optional[Tensor] = None
 
     def padding(self) -> Optional[Tensor]:

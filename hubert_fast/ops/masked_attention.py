@@ -168,7 +168,7 @@ def _check_queries(
 
 
 def _padded(arguments: Arguments) -> Tensor:
-    """Backend "torch" where there is no CPU."""
+    """Backend "torch" on other devices than the CPU; autograd differentiates it."""
     qkv, offsets, key_lengths, max_frames, dropout_p = arguments[:5]
     given = _containing(qkv, arguments.qkv_bias)
     return _wanted(torch_backend.padded_attention(given, offsets, key_lengths, max_frames, dropout_p), arguments)
