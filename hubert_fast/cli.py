@@ -40,6 +40,12 @@ def main(arguments: Optional[list[str]] = None) -> int:
         print(__version__)
         return 0
     if command == "info":
+        if rest in (["-h"], ["--help"]):
+            print(_USAGE)
+            return 0
+        if rest:
+            print(f"hubert-fast info takes no arguments; got {' '.join(rest)}", file=sys.stderr)
+            return 2
         return _info()
     if command != "bench" and command not in _STAGES:
         print(f"hubert-fast: unknown command {command!r}\n\n{_USAGE}", file=sys.stderr)
