@@ -577,15 +577,16 @@ def _forward_blocks(arch: int, dtype: torch.dtype, head_dim: int, dropout: bool)
     if arch == INTERPRETER:
         return [_blocks(32, 32, 4, 1)]
     if dtype == torch.float32:
-        return [_blocks(32, 32, 8, 2) if wide else _blocks(32, 16, 4, 2)]
+        # For sm_100 ptxas settles for 80 registers and spills some bytes, unless it is told that there are 128.
+        return [_blocks(32, 32, 8, 2) if wide else _blocks(32, 16, 4, 2, registers=128 if arch == 100 else None)]
     if arch == 90:  # two or three programs a multiprocessor: while one is at its exponentials, another multiplies
         if wide:
             return [_blocks(64, 64, 4, 2), _blocks(128, 64, 8, 2)]
         four, eight = _blocks(128, 64, 4, 3), _blocks(128, 64, 8, 3, registers=128)
         return [eight, four] if dropout else [four, eight]  # with random bits four warps run out of registers
     if arch == 100:
-        # Without dropout ptxas spills some bytes of eight warps.
-        return [_blocks(128, 64, 8, 2), _blocks(128, 64, 8, 3)] if dropout else [_blocks(128, 64, 4, 2)]
+        # Without dropout ptxas spills some bytes of eight warps, but of four where vectors are wide.
+        return [_blocks(128, 64, 8, 2), _blocks(128, 64, 8, 3)] if dropout else [_blocks(128, 64, 8 if wide else 4, 2)]
     return [_blocks(128, 64, 8, 2)] if wide else [_blocks(128, 64, 8, 3), _blocks(64, 64, 4, 3)]
 
 
@@ -599,10 +600,8 @@ def _query_backward_blocks(arch: int, dtype: torch.dtype, head_dim: int, dropout
         # Triton 3.6 spills four warps' 32 keys.
         return [_blocks(32, 32, 8, 2) if wide else _blocks(32, 16, 4, 2)]
     small, large = _blocks(64, 64, 4, 2), _blocks(128, 64, 8, 2, registers=most if arch == 90 else None)
-    if arch == 90:
+    if arch in (90, 100):
         return [small, large] if wide else [large, small]
-    if arch == 100:
-        return [large, small]
     return [_blocks(128, 32, 8, 2)] if wide else [_blocks(128, 32, 8, 3, registers=most), _blocks(64, 32, 4, 3)]
 
 
@@ -619,7 +618,7 @@ def _key_backward_blocks(arch: int, dtype: torch.dtype, head_dim: int) -> list[B
         return [_blocks(32, 128, 8, 2)] if wider else [_blocks(64, 64, 4, 2), _blocks(32, 64, 4, 2)]
     if arch == 100:
         return [_blocks(64, 128, 8, 2), _blocks(64, 64, 4, 2)]
-    return [_blocks(32, 64, 8, 2)] if wide else [_blocks(32, 128, 8, 2), _blocks(32, 64, 4, 2)]
+    return [_blocks(16, 128, 8, 2)] if wide else [_blocks(32, 128, 8, 2), _blocks(32, 64, 4, 2)]
 
 
 def _blocks(queries: int, keys: int, warps: int, stages: int, registers: Optional[int] = None) -> Blocks:
