@@ -73,7 +73,7 @@ def _rows_of_program(offsets, rows, sequences, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rows_of(offsets, sequence):
-    """Where ``sequence`` starts, and its frames."""
+    """The first row of ``sequence``, and how many rows it has."""
     start = tl.load(offsets + sequence).to(tl.int32)
     return start, tl.load(offsets + sequence + 1).to(tl.int32) - start
 
@@ -481,9 +481,9 @@ def draw_columns(seeds: Tensor, max_frames: int) -> Tensor:
 
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
     dropout_p, seed = arguments.dropout_p, arguments.seed
-    given, (queried, heads, head_dim) = _given(arguments), _out_shape(arguments)
+    given, (queried, heads, _) = _given(arguments), arguments.out_shape
     qkv = given["qkv"]
-    out = qkv.new_empty(queried, heads, head_dim)
+    out = qkv.new_empty(arguments.out_shape)
     lse, columns = qkv.new_empty(heads, queried, dtype=torch.float32), arguments.columns
     saved = [lse]
     if dropout_p > 0.0 and columns is None:
@@ -499,7 +499,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Log-sum-exp of each query, and with dropout random bits of each key position, where they are not given."""
-    queried, heads, _ = _out_shape(arguments)
+    queried, heads, _ = arguments.out_shape
     lse, columns = ((heads, queried), torch.float32), ((cdiv(arguments.max_frames, ROOM) * ROOM,), torch.int32)
     return [lse, columns] if arguments.dropout_p > 0.0 and arguments.columns is None else [lse]
 
@@ -542,23 +542,17 @@ def backward(
 
 
 def _given(arguments: Arguments) -> dict[str, object]:
-    """What all kernels are given."""
-    dropout_p, (queried, heads, head_dim) = arguments.dropout_p, _out_shape(arguments)
-    qkv, offsets, key_lengths, query_offsets = contiguous(*arguments[:3], arguments.query_offsets)
+    """The arguments that all three kernels share, by name."""
+    dropout_p, (queried, heads, head_dim) = arguments.dropout_p, arguments.out_shape
+    qkv, offsets, key_lengths, query_offsets = contiguous(*arguments[:3], arguments.out_offsets)
     width, rest = vectors.tiles(head_dim)
     return {
-        "qkv": qkv, "offsets": offsets, "key_lengths": key_lengths,
-        "query_offsets": offsets if query_offsets is None else query_offsets,
+        "qkv": qkv, "offsets": offsets, "key_lengths": key_lengths, "query_offsets": query_offsets,
         "queried": queried, "sequences": len(offsets) - 1, "scale": _LOG2_E * head_dim**-0.5,
         "threshold": dropout.threshold(dropout_p), "HEADS": heads, "HEAD_DIM": head_dim, "WIDTH": width, "REST": rest,
         "DROPOUT": dropout_p > 0.0,
         "PRECISION": "tf32" if qkv.dtype == torch.float32 and tf32.in_products() else "ieee",
     }  # fmt: skip
-
-
-def _out_shape(arguments: Arguments) -> tuple[int, int, int]:
-    qkv, query_rows = arguments.qkv, arguments.query_rows
-    return (qkv if query_rows is None else query_rows).shape[0], *qkv.shape[2:]
 
 
 def _grid(block: str, rows: int, arguments: Arguments) -> Callable[[Mapping[str, int]], tuple[int, ...]]:

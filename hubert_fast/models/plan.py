@@ -16,7 +16,7 @@ from hubert_fast.models.checks import check_values
 from hubert_fast.models.rows import Rows, first_true, valid_rows, whole_grid
 from hubert_fast.ops.host_tensors import to_device
 
-_LAYOUT = "index", "offsets", "key_lengths"  # tensors of it
+_LAYOUT = "index", "offsets", "key_lengths"  # tensors of a layout
 
 
 class StepPlan(NamedTuple):
@@ -34,7 +34,7 @@ class StepPlan(NamedTuple):
 
     @property
     def kept_layout(self) -> Rows:
-        """The layout of layers of which the last gives the rows ``keep`` alone."""
+        """The layout as the last layer takes it, which gives the rows ``keep`` alone."""
         return self.layout._replace(kept_offsets=self.kept_offsets)
 
     def copy_(self, other: StepPlan) -> StepPlan:

@@ -33,6 +33,17 @@ class Arguments(NamedTuple):
     query_rows: Optional[Tensor] = None  # [queried] int64; on the device of qkv
     query_offsets: Optional[Tensor] = None  # [sequences + 1] int64; as offsets
 
+    @property
+    def out_shape(self) -> tuple[int, int, int]:
+        """Shape of the output: queries, heads, head_dim."""
+        rows = self.qkv if self.query_rows is None else self.query_rows
+        return rows.shape[0], *self.qkv.shape[2:]
+
+    @property
+    def out_offsets(self) -> Tensor:
+        """Offsets of the sequences in the output: ``[sequences + 1]`` int64."""
+        return self.offsets if self.query_offsets is None else self.query_offsets
+
 
 def masked_attention(
     qkv: Tensor,  # [rows, 3, heads, head_dim]
@@ -221,19 +232,13 @@ def _reference(arguments: Arguments) -> tuple[Tensor]:
     return (_wanted(out, arguments),)
 
 
-def _fake(arguments: Arguments, save: bool) -> tuple[Tensor]:
-    qkv, query_rows = arguments.qkv, arguments.query_rows
-    return (qkv.new_empty((qkv if query_rows is None else query_rows).shape[0], *qkv.shape[2:]),)
-
-
 def _flops(arguments: Arguments, backward: bool) -> int:
     """Two products forward; five backward, of which one is the scores again: as PyTorch counts flash attention.
 
     Where the offsets lie on a GPU, which nobody should wait for, all sequences count as if they were the longest.
     """
     _, _, heads, head_dim = arguments.qkv.shape
-    offsets, queries = arguments.offsets, arguments.query_offsets
-    queries = offsets if queries is None else queries
+    offsets, queries = arguments.offsets, arguments.out_offsets
     if all(type(each) is Tensor and each.device.type == "cpu" for each in (offsets, queries)):
         pairs = int((offsets.diff() * queries.diff()).sum())
     elif arguments.query_rows is None:
@@ -253,7 +258,7 @@ _operator = Operator(
     },
     reference=_reference,
     results=["out"],
-    fake=_fake,
+    fake=lambda arguments, save: (arguments.qkv.new_empty(arguments.out_shape),),
     gradients=["qkv", "qkv_bias"],
     kept=["qkv", "offsets", "key_lengths", "seed", "columns", "query_rows", "query_offsets"],
     kept_results=["out"],

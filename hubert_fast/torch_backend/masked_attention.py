@@ -37,10 +37,10 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
     """Without dropout the log-sum-exp of the scores is saved."""
     dropout_p = arguments.dropout_p
     qkv = arguments.qkv.contiguous()  # the flash kernel takes a last stride of 1 for granted
-    count, (heads, head_dim) = _query_count(arguments), qkv.shape[2:]
-    out = qkv.new_empty(count, heads, head_dim)
+    out = qkv.new_empty(arguments.out_shape)
+    count, heads, _ = out.shape
     lse = qkv.new_empty(count if dropout_p == 0.0 else 0, heads, dtype=torch.promote_types(qkv.dtype, torch.float32))
-    dead = int(_query_offsets(arguments)[-1])  # from here on, rows of no sequence
+    dead = int(arguments.out_offsets[-1])  # from here on, rows of no sequence
     out[dead:] = 0
     lse[dead:] = 0
     generator = _generator(dropout_p, arguments.seed)
@@ -56,8 +56,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
 
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    qkv = arguments.qkv
-    lse = ((_query_count(arguments), qkv.shape[2]), torch.promote_types(qkv.dtype, torch.float32))
+    lse = (arguments.out_shape[:2], torch.promote_types(arguments.qkv.dtype, torch.float32))
     return [lse] if arguments.dropout_p == 0.0 else []
 
 
@@ -86,20 +85,12 @@ def backward(
     return [qkv_grad, qkv_grad.sum(0, dtype=torch.promote_types(qkv.dtype, torch.float32)).to(qkv_bias.dtype)]
 
 
-def _query_offsets(arguments: Arguments) -> Tensor:
-    return arguments.offsets if arguments.query_offsets is None else arguments.query_offsets
-
-
-def _query_count(arguments: Arguments) -> int:
-    return (arguments.qkv if arguments.query_rows is None else arguments.query_rows).shape[0]
-
-
 def _sequences(qkv: Tensor, arguments: Arguments) -> list[_Sequence]:
     """All sequences that have a row. One without a query is among them, for dropout draws a mask for it all the same."""
     query_rows, key_lengths = arguments.query_rows, arguments.key_lengths
     rows, places = (
         [slice(*each) for each in zip(bounds, bounds[1:])]
-        for bounds in (arguments.offsets.tolist(), _query_offsets(arguments).tolist())
+        for bounds in (arguments.offsets.tolist(), arguments.out_offsets.tolist())
     )
     keys = [0] * len(rows) if key_lengths is None else key_lengths.tolist()
     sequences = []

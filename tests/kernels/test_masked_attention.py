@@ -88,7 +88,7 @@ def test_the_blocks_of_every_gpu_are_as_precise_as_pytorch(head_dim, dtype, arch
     _assert_as_precise(dtype, (150, 1, head_dim), function, seeds=1)
 
 
-# Of the sequences below: none of the first, 63, 64 that are all, one, 63 and 128 queries, and two rows of no sequence.
+# Rows that have a query: of the six sequences below that have rows none, 63, all 64, 1, 63 and 128; and two rows of no sequence.
 WANTED = [*range(1, 64), *range(64, 128), 190, *range(193, 319, 2), *range(322, 450), 451, 454]
 
 
