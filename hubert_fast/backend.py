@@ -130,6 +130,11 @@ def is_automatic(operator: str) -> bool:
     return _operators[operator].chosen == AUTO
 
 
+def all_automatic() -> bool:
+    """Whether nobody asked for a backend of any operator by name."""
+    return all(each.chosen == AUTO for each in _operators.values())
+
+
 def is_reference(operator: str) -> bool:
     """Whether somebody asked for the formula of ``operator`` by name."""
     return _operators[operator].chosen == "reference"

@@ -12,6 +12,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from hubert_fast import cpu
 from hubert_fast.switches import switches
 
 _NAME = "_hubert_fast_lent"
@@ -42,7 +43,11 @@ def in_dtype(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         return torch.cat(copies) if whole is None else whole
     if len(weights) == 1:
         return weights[0].detach().to(dtype)
-    return torch.cat([each.detach() for each in weights]).to(dtype)
+    if not cpu.is_cpu(weights[0].device):
+        return torch.cat([each.detach() for each in weights]).to(dtype)
+    whole = weights[0].new_empty(sum(map(len, weights)), *weights[0].shape[1:], dtype=dtype)
+    torch._foreach_copy_(whole.split([len(each) for each in weights]), [each.detach() for each in weights])
+    return whole
 
 
 def gradient_memory(weights: Sequence[Tensor]) -> Optional[Tensor]:

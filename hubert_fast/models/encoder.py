@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_hook_of_all_modules
 from torch.nn.utils import parametrizations, parametrize
 
+from hubert_fast import backend, cpu
 from hubert_fast.models.masking import MaskGenerator
 from hubert_fast.models.plain import (
     Stream,
@@ -19,17 +20,19 @@ from hubert_fast.models.plain import (
     add_and_normalize,
     add_then_normalize,
     before_dropout,
+    composes,
     drop,
     is_fusable,
     is_plain,
     normalize,
     normalized_stream,
     product,
+    projection,
     rate,
 )
 from hubert_fast.models.plan import StepPlan
 from hubert_fast.models.rows import Rows, valid_rows, whole_grid
-from hubert_fast.ops.arguments import SEED_RANGE
+from hubert_fast.ops.arguments import SEED_RANGE, autocast_dtype
 from hubert_fast.ops.bias_gelu_dropout import bias_gelu_dropout
 from hubert_fast.ops.feed_forward import feed_forward
 from hubert_fast.ops.host_tensors import may_decide_shapes
@@ -160,10 +163,13 @@ class SelfAttention(nn.Module):
     ) -> Tensor:  # [rows, embed_dim], or [kept, embed_dim]
         """The output projection's input: the heads side by side."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
+        if self._composes(x, layout):
+            out = self._attend_grid(*(projection(each, x) for each in projections), layout)
+            return out if keep is None else out.index_select(0, keep)
         if all(is_plain(each, nn.Linear) and each.bias is not None for each in projections):
             weights, biases = ([getattr(each, name) for each in projections] for name in ("weight", "bias"))
             # Attention knows the gradient of every row in its registers; a product would read it again for the biases.
-            elsewhere = switches.attention_bias_gradient and is_plain_call((x, *biases))
+            elsewhere = switches.attention_bias_gradient and torch.is_grad_enabled() and is_plain_call((x, *biases))
             qkv = linear(x, weights, biases, learn_biases=not elsewhere)
             qkv_bias = bias_of_heads(biases, self.num_heads) if elsewhere else None
         else:
@@ -182,6 +188,18 @@ class SelfAttention(nn.Module):
             query_offsets=layout.kept_offsets if alone else None,
         ).flatten(1)
         return out if keep is None or alone else out.index_select(0, keep)
+
+
+    def _composes(self, x: Tensor, layout: Rows) -> bool:
+        """Whether `_attend_grid` may do it: on a CPU, where nothing is padded and nothing dropped."""
+        whole = layout.index is None and layout.key_lengths is None and (self.dropout == 0.0 or not self.training)
+        return whole and composes(x) and cpu.product_dtype(x.device, autocast_dtype(x.device) or x.dtype) == x.dtype
+
+    def _attend_grid(self, query: Tensor, key: Tensor, value: Tensor, layout: Rows) -> Tensor:
+        """Attention of all frames of each sequence: ``[rows, embed_dim] -> [rows, embed_dim]``."""
+        shape = layout.batch, layout.frames, self.num_heads, self.head_dim
+        heads = (each.view(shape).transpose(1, 2) for each in (query, key, value))
+        return F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(-1, self.embed_dim)
 
 
 class FeedForward(nn.Module):
@@ -203,7 +221,9 @@ class FeedForward(nn.Module):
         """The second product less its bias, and the bias: ``[rows, io_features] -> [rows, io_features]``."""
         first, second, dropout = self.intermediate_dense, self.output_dense, self.intermediate_dropout
         plain = is_fusable(dropout) and all(is_plain(each, nn.Linear) for each in (first, second))
-        if plain and first.bias is not None:
+        # On a CPU products add their biases themselves, unless somebody asked for a backend that adds them elsewhere.
+        alone = cpu.is_cpu(x.device) and backend.is_automatic("feed_forward")
+        if plain and first.bias is not None and not alone:
             value = feed_forward(x, first.weight, first.bias, second.weight, dropout_p=rate(dropout), seed=seed)
             return value, second.bias
         return product(second, self._hidden(x, seed))
@@ -212,6 +232,8 @@ class FeedForward(nn.Module):
         """The second product's input: ``[rows, io_features] -> [rows, intermediate_features]``."""
         value, bias = product(self.intermediate_dense, x)
         dropout = self.intermediate_dropout
+        if is_fusable(dropout) and bias is None and rate(dropout) == 0.0 and composes(value):
+            return F.gelu(value)
         if is_fusable(dropout):
             return bias_gelu_dropout(value, bias, dropout_p=rate(dropout), seed=seed)
         return dropout(bias_gelu_dropout(value, bias))
@@ -485,7 +507,7 @@ class Encoder(nn.Module):
             return x
         return x.masked_fill(plan.channel_mask[layout.sequence(x.device)], 0.0)
 
-    def _project(self, features: Tensor, layout: Rows, seed: Optional[Tensor]) -> Update:
+    def _project(self, features: Tensor, layout: Rows, seed: Optional[Tensor] = None) -> Update:
         projection = self.feature_projection
         if not is_plain(projection, FeatureProjection):
             return Update(projection(_packed(features, layout)), None, 0.0, None)
@@ -540,7 +562,7 @@ class Encoder(nn.Module):
 
     def _rows(self, features: Tensor, layout: Rows) -> Tensor:
         """Projected features, with 0 in the padding: ``[rows, features] -> [rows, dim]``."""
-        x = self.feature_projection(features)
+        x = add(None, self._project(features, layout))
         padding = layout.padding()
         return x if padding is None else x.masked_fill(padding[:, None], 0.0)
 

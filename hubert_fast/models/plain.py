@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
+from hubert_fast import backend, cpu
 from hubert_fast.ops.arguments import autocast_dtype
 from hubert_fast.ops.bias_dropout_residual import bias_dropout_residual
 from hubert_fast.ops.linear import linear as linear_product
@@ -76,6 +77,14 @@ def rate(dropout: nn.Dropout) -> float:
     return dropout.p if dropout.training else 0.0
 
 
+def composes(x: Tensor) -> bool:
+    """Whether PyTorch's own functions, one after another, take the least time on ``x`` where nothing is dropped.
+
+    They do on a CPU, where launches cost nothing (benchmarks/NOTES.md, "Whole passes on a CPU"). What was asked for by name runs.
+    """
+    return cpu.is_cpu(x.device) and backend.all_automatic()
+
+
 def stream_dtype(x: Tensor) -> Optional[torch.dtype]:
     """What the residual stream is kept in: CUDA's autocast has LayerNorm give float32, and a post-norm stream is made of those.
 
@@ -91,10 +100,10 @@ def narrow_dtype(x: Tensor, dtype: torch.dtype) -> Optional[torch.dtype]:
 
 
 def product(linear: nn.Module, x: Tensor) -> tuple[Tensor, Optional[Tensor]]:
-    """``linear(x)`` less its bias, and the bias, for the pass that follows to add."""
-    if is_plain(linear, nn.Linear):
-        return linear_product(x, [linear.weight]), linear.bias
-    return linear(x), None
+    """``linear(x)`` less its bias, and the bias, for the pass that follows to add. On a CPU the product itself adds it."""
+    if not is_plain(linear, nn.Linear) or cpu.is_cpu(x.device):
+        return projection(linear, x), None
+    return linear_product(x, [linear.weight]), linear.bias
 
 
 def projection(linear: nn.Module, x: Tensor) -> Tensor:
@@ -104,8 +113,12 @@ def projection(linear: nn.Module, x: Tensor) -> Tensor:
     return linear_product(x, [linear.weight], [] if linear.bias is None else [linear.bias])
 
 
-def add(residual: Tensor, update: Update, index: Optional[Tensor] = None) -> Tensor:
-    """The stream after ``update``; ``index`` says which rows of ``residual`` go on."""
+def add(residual: Optional[Tensor], update: Update, index: Optional[Tensor] = None) -> Tensor:
+    """The stream after ``update``; ``index`` says which rows of ``residual`` go on. Without a residual, the update itself."""
+    if _is_sum(update) and composes(update.value):
+        if residual is None:
+            return update.value
+        return (residual if index is None else residual.index_select(0, index)) + update.value
     return bias_dropout_residual(
         update.value, update.bias, residual, index=index, dropout_p=update.dropout_p, seed=update.seed
     )
@@ -113,7 +126,7 @@ def add(residual: Tensor, update: Update, index: Optional[Tensor] = None) -> Ten
 
 def normalize(norm: nn.Module, residual: Tensor, index: Optional[Tensor] = None) -> Tensor:
     """``norm(residual[index])``."""
-    if not _is_layer_norm(norm):
+    if not _is_layer_norm(norm) or composes(residual):
         return norm(residual if index is None else residual.index_select(0, index))
     return residual_layer_norm(residual, norm.weight, norm.bias, index=index, eps=norm.eps)
 
@@ -137,7 +150,7 @@ def normalized_stream(
 
 def add_then_normalize(norm: nn.Module, residual: Tensor, update: Update, index: Optional[Tensor] = None) -> Stream:
     """``norm`` of the stream after ``update`` (post-norm)."""
-    if not _is_layer_norm(norm):
+    if not _is_layer_norm(norm) or _is_sum(update) and index is None and composes(residual):
         return Stream(norm(add(residual, update, index)))
     narrow = narrow_dtype(residual, torch.promote_types(residual.dtype, update.value.dtype))
     result = residual_layer_norm(residual, norm.weight, norm.bias, **_settings(norm, update, index), narrow=narrow)
@@ -148,10 +161,15 @@ def add_and_normalize(
     norm: nn.Module, residual: Tensor, update: Update, index: Optional[Tensor] = None
 ) -> tuple[Tensor, Tensor]:
     """(``norm`` of the stream after ``update``, that stream) (pre-norm)."""
-    if not _is_layer_norm(norm):
+    if not _is_layer_norm(norm) or _is_sum(update) and composes(residual):
         stream = add(residual, update, index)
         return norm(stream), stream
     return residual_layer_norm(residual, norm.weight, norm.bias, **_settings(norm, update, index), with_sum=True)
+
+
+def _is_sum(update: Update) -> bool:
+    """Whether ``update`` is there already, to be added as it is."""
+    return update.bias is None and update.dropout_p == 0.0
 
 
 def _settings(norm: nn.LayerNorm, update: Update, index: Optional[Tensor]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from contextlib import nullcontext
+from typing import Any, ContextManager, Optional
 
 import torch
 from torch import Tensor
@@ -71,6 +72,6 @@ def autocast_dtype(device: torch.device) -> Optional[torch.dtype]:
     return None
 
 
-def without_autocast(device: torch.device) -> torch.autocast:
+def without_autocast(device: torch.device) -> ContextManager[Any]:
     """A context in which an implementation's own choice of dtypes holds."""
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()

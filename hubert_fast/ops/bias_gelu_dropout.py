@@ -46,6 +46,16 @@ def bias_gelu_dropout(
     return _operator(Arguments(x, bias, dropout_p, seed))[0]
 
 
+# Values from which dropout over rows that stay in cache takes less time than whole passes do: benchmarks/NOTES.md, "Whole passes
+# on a CPU".
+_MANY = 1 << 20
+
+
+def _whole_passes_win(arguments: Arguments) -> bool:
+    one_pass = arguments.bias is None and arguments.dropout_p == 0.0
+    return one_pass or arguments.x.numel() < _MANY
+
+
 def _reference(arguments: Arguments) -> tuple[Tensor]:
     x, bias, dropout_p, seed = arguments
     kept = kept_values(seed, *x.shape, dropout_p)
@@ -66,4 +76,5 @@ _operator = Operator(
     fake=lambda arguments, save: (arguments.x.new_empty(arguments.x.shape),),
     gradients=["x", "bias"],
     kept=["x", "bias", "seed"],
+    whole_passes_win=_whole_passes_win,
 )

@@ -13,7 +13,7 @@ from typing import List, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from hubert_fast import backend, extension
+from hubert_fast import backend, cpu, extension
 from hubert_fast.cpu_backend import conv_frontend as cpu_backend
 from hubert_fast.cuda_backend import conv_frontend as cuda_backend
 from hubert_fast.ops.arguments import autocast_dtype
@@ -96,7 +96,9 @@ def conv_frontend(
         _say_why_not_faster(waveforms, weights, strides)
     if chosen != "reference":
         arguments = arguments._replace(waveforms=waveforms.detach())
-    return _operator.run(chosen, arguments)[0]
+    if chosen in ("cpu", "torch"):
+        arguments = arguments._replace(dtype=cpu.product_dtype(waveforms.device, dtype))
+    return _operator.run(chosen, arguments)[0].to(dtype)
 
 
 def _say_why_not_faster(waveforms: Tensor, weights: Sequence[Tensor], strides: Sequence[int]) -> None:

@@ -54,6 +54,10 @@ def _no_names(_: Any) -> Sequence[str]:
     return ()
 
 
+def _no(_: Any) -> bool:
+    return False
+
+
 @dataclass(eq=False)
 class Operator(Generic[Record]):
     """A fused operator, as its module in `hubert_fast.ops` declares it.
@@ -75,6 +79,8 @@ class Operator(Generic[Record]):
             kernel takes is known without it.
         unavailable: as in `backend.register`; the absence of Triton is known without it.
         flops: (arguments, backward) -> FLOPs of the matrix products, 2 a multiply-add. None: the operator has no product.
+        whole_passes_win: arguments on a CPU -> whether the reference takes less time than backend "torch", which then is not
+            what "auto" takes for a plain call. Each operator says how that was measured.
     """
 
     name: str
@@ -91,6 +97,7 @@ class Operator(Generic[Record]):
     objection: Callable[[str, Record], backend.Objection] = _nothing
     unavailable: Mapping[str, backend.Availability] = field(default_factory=dict)
     flops: Optional[Callable[[Record, bool], int]] = None
+    whole_passes_win: Callable[[Record], bool] = _no
 
     def __post_init__(self) -> None:
         self.title, self.backward_title = f"hubert_fast::{self.name}", f"hubert_fast::{self.name}_backward"
@@ -115,7 +122,10 @@ class Operator(Generic[Record]):
         Raises:
             backend.BackendError: if one was asked for by name that cannot.
         """
-        return backend.choose(self.name, lambda name: self._objection(name, arguments))
+        chosen = backend.choose(self.name, lambda name: self._objection(name, arguments))
+        if chosen != "torch" or arguments[0].device.type != "cpu" or not backend.is_automatic(self.name):
+            return chosen
+        return "reference" if self.whole_passes_win(arguments) and is_plain_call(arguments) else chosen
 
     def run(self, chosen: str, arguments: Record) -> Results:
         """The results on backend ``chosen``; one that these arguments do not produce is None or, of `torch.library`, empty."""

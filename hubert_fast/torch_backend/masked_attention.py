@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hubert_fast import cpu
 from hubert_fast.reference.dropout import keep_mask, keep_scale
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class _Sequence(NamedTuple):
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
     """Without dropout the log-sum-exp of the scores is saved."""
     dropout_p = arguments.dropout_p
-    qkv = arguments.qkv.contiguous()  # the flash kernel takes a last stride of 1 for granted
+    qkv = _operand(arguments.qkv)
     out = qkv.new_empty(arguments.out_shape)
     count, heads, _ = out.shape
     lse = qkv.new_empty(count if dropout_p == 0.0 else 0, heads, dtype=torch.promote_types(qkv.dtype, torch.float32))
@@ -52,7 +53,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
                 weights = _weights(sequence, group)
                 _drop_(weights, sequence, generator, dropout_p)
                 out[sequence.place, group] = (weights @ sequence.value[group]).transpose(0, 1)
-    return (out,), [lse] if save and dropout_p == 0.0 else []
+    return (out.to(arguments.qkv.dtype),), [lse] if save and dropout_p == 0.0 else []
 
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -64,7 +65,8 @@ def backward(
     arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
 ) -> tuple[Optional[Tensor], ...]:
     dropout_p, qkv_bias = arguments.dropout_p, arguments.qkv_bias
-    qkv, grad = arguments.qkv.contiguous(), gradients[0].contiguous()
+    qkv, grad = _operand(arguments.qkv), _operand(gradients[0])
+    saved = [_operand(each) for each in saved]  # the output among them
     unwritten = arguments.key_lengths is not None or arguments.query_rows is not None  # below, of rows of sequences
     qkv_grad = torch.zeros_like(qkv) if unwritten else torch.empty_like(qkv)
     qkv_grad[int(arguments.offsets[-1]) :] = 0
@@ -81,8 +83,13 @@ def backward(
         if isinstance(sequence.queried, Tensor):
             qkv_grad[sequence.queried, 0] = query_grad.transpose(0, 1)
     if not wanted[1]:
-        return [qkv_grad, None]
-    return [qkv_grad, qkv_grad.sum(0, dtype=torch.promote_types(qkv.dtype, torch.float32)).to(qkv_bias.dtype)]
+        return [qkv_grad.to(arguments.qkv.dtype), None]
+    return [qkv_grad.to(arguments.qkv.dtype), qkv_grad.sum(0, dtype=torch.promote_types(qkv.dtype, torch.float32)).to(qkv_bias.dtype)]
+
+
+def _operand(x: Tensor) -> Tensor:
+    """``x`` in the dtype of the products, contiguous: the flash kernel takes a last stride of 1 for granted."""
+    return x.to(cpu.product_dtype(x.device, x.dtype)).contiguous()
 
 
 def _sequences(qkv: Tensor, arguments: Arguments) -> list[_Sequence]:

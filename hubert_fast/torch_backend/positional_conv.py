@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hubert_fast import cpu
+
 if TYPE_CHECKING:
     from hubert_fast.ops.positional_conv import Arguments
 
@@ -22,7 +24,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
     grid = _Grid(x, offsets, max_frames)
     if grid.is_empty:
         return (x.new_zeros(x.shape),), [x.new_zeros(x.shape)] if save else []
-    dtype, filters = _conv_dtype(x), _filters(weight, gain)
+    dtype, (filters, _) = cpu.product_dtype(x.device, x.dtype), _filters(weight, gain)
     z = F.conv1d(grid.spread(x, weight.shape[2]).to(dtype), filters.to(dtype), bias.to(dtype), groups=groups)
     preactivation = grid.rows_of(z).to(x.dtype)
     return (grid.clear_dead(F.gelu(preactivation).add_(x)),), [preactivation] if save else []
@@ -41,7 +43,7 @@ def backward(
     if grid.is_empty:
         return tuple(None if each is None else each.new_zeros(each.shape) for each in arguments[:4])
     grad = grid.clear_dead(grad.contiguous())
-    dtype, taps, filters = _conv_dtype(x), weight.shape[2], _filters(weight, gain)
+    dtype, taps, (filters, norm) = cpu.product_dtype(x.device, x.dtype), weight.shape[2], _filters(weight, gain)
     filters = filters.to(dtype)
     z_grad = grid.spread(torch.ops.aten.gelu_backward(grad, preactivation), 1).to(dtype)
     # On a CPU a channels-last convolution takes a third of the time for the gradient of x, but not for that of the filters.
@@ -59,7 +61,9 @@ def backward(
     if any(wanted[1:]):
         bias_grad = z_grad.sum((0, 2), dtype=torch.promote_types(bias.dtype, torch.float32)).to(bias.dtype)
         if gain is not None:
-            weight_grad, gain_grad = _weight_norm_backward(weight_grad, weight, gain)
+            wide = [each.to(norm.dtype) for each in (weight_grad, weight, gain)]
+            weight_grad, gain_grad = torch.ops.aten._weight_norm_interface_backward(*wide, norm, 2)
+            gain_grad = gain_grad.to(gain.dtype)
         weight_grad = weight_grad.to(weight.dtype).contiguous()
     return x_grad, weight_grad, bias_grad, gain_grad
 
@@ -68,8 +72,12 @@ def _contiguous(arguments: Arguments) -> list[Any]:
     return [each.contiguous() if isinstance(each, Tensor) else each for each in arguments]
 
 
-def _filters(weight: Tensor, gain: Optional[Tensor]) -> Tensor:
-    return weight if gain is None else weight * (gain / _norm(weight))
+def _filters(weight: Tensor, gain: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
+    """``gain * weight / norm`` in float32 or wider, and the norm over all but the taps (Salimans and Kingma 2016, eq. 2)."""
+    if gain is None:
+        return weight, None
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return torch._weight_norm_interface(weight.to(wide), gain.to(wide), 2)
 
 
 def _spread_grad(z_grad: Tensor, filters: Tensor, groups: int) -> Tensor:
@@ -81,26 +89,6 @@ def _spread_grad(z_grad: Tensor, filters: Tensor, groups: int) -> Tensor:
         z_grad, like, filters, None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups, [True, False, False]
     )
     return spread_grad[:, :, 0]
-
-
-def _norm(weight: Tensor) -> Tensor:
-    """Over all but the taps, in float32 or wider: ``[1, 1, taps]``."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.linalg.vector_norm(weight, dim=(0, 1), keepdim=True, dtype=dtype)
-
-
-def _weight_norm_backward(filters_grad: Tensor, weight: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``weight`` and ``gain`` in ``gain * weight / norm`` (Salimans and Kingma 2016, eq. 3)."""
-    norm = _norm(weight)
-    filters_grad = filters_grad.to(norm.dtype)
-    gain_grad = (filters_grad * weight).sum((0, 1), keepdim=True).div_(norm)
-    weight_grad = torch.addcmul(filters_grad, weight.to(norm.dtype), gain_grad / norm, value=-1)
-    return weight_grad.mul_(gain / norm), gain_grad.to(gain.dtype)
-
-
-def _conv_dtype(x: Tensor) -> torch.dtype:
-    """PyTorch's float16 convolution on a CPU is naive: seen 20 times slower than float32."""
-    return torch.float32 if x.dtype == torch.float16 and x.device.type == "cpu" else x.dtype
 
 
 class _Grid:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hubert_fast import backend
+from hubert_fast import backend, cpu
 from hubert_fast.ops.linear import linear
 from hubert_fast.weights import Lent, lend
 from tests.ops.comparison import error
@@ -78,10 +78,13 @@ def test_a_gradient_goes_where_memory_is_lent_for_it() -> None:
         (copies, of_weights), (_, of_biases) = _lent(weights, dtype), _lent(biases, dtype)
         found = _run(linear, dtype, x, weights, biases, upstream)
         for mine, theirs in zip(found, expected):
-            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+            rounding = 2**-7 if mine.dtype == torch.bfloat16 else 1e-5  # where a CPU sums in another order
+            torch.testing.assert_close(mine, theirs, rtol=rounding, atol=1e-5)
         for part, memory in ((found[2:4], of_weights), (found[4:], of_biases)):
             assert part[0].data_ptr() == memory.data_ptr()
             torch.testing.assert_close(torch.cat([each.flatten() for each in part]), memory, rtol=0, atol=0)
+        if cpu.product_dtype(x.device, dtype) != dtype:
+            continue  # this CPU multiplies in float32, and takes the weight
         copies.zero_()  # the product reads the copy, not the weight
         zeroed = _run(linear, dtype, x, weights, biases, upstream)[0]
         torch.testing.assert_close(zeroed, torch.cat(biases).to(dtype).expand_as(zeroed), rtol=0, atol=0)

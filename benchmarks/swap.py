@@ -1,0 +1,232 @@
+"""The swap alone: our model in torchaudio's place, beside torchaudio and transformers, from one second of audio on.
+
+    python -m benchmarks.swap                                  every case, float32 and bfloat16, 1 and 2 threads: some hours
+    python -m benchmarks.swap --most-seconds 5 --threads 2     batches of at most 5 seconds
+    python -m benchmarks.swap --kinds inference --dtypes float32
+
+A case is timed with all sides in turn, in one process; none of the calls is the first. Inference is ``extract_features``, of
+transformers its like; training is forward, backward and AdamW, with torchaudio's recipe's loss, of transformers with the same
+head written as a good user would. Dropout is on where a side trains; LayerDrop is off. The table has the worst ratio last. The
+exit status is 1 where ours is slower than the fraction ``--at-least`` of a peer's speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import torch
+
+from . import batches
+from .architecture import ARCHITECTURES, Architecture
+from .machine import describe
+from .models import Models
+from .peers import PEERS
+from .peers.peer import Setting
+from .table import columns
+from .training import infer, seconds_of
+
+_OURS, *_PEERS = _SIDES = "hubert_fast swapped in", "torchaudio", "transformers sdpa"
+_KINDS = "inference", "training"
+_CPU = torch.device("cpu")
+
+# (utterances, seconds of the longest), and whether the others are shorter: the last three quarters as long.
+_SHAPES = (
+    *(((1, seconds), False) for seconds in (1, 5, 15)),
+    *(((4, seconds), padded) for seconds in (1, 5, 10) for padded in (False, True)),
+    *(((8, 15), padded) for padded in (False, True)),
+)
+_SHORTEST = 0.75
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison."""
+
+    kind: str  # "inference" or "training"
+    utterances: int
+    seconds: float  # of the longest
+    padded: bool
+    dtype: str
+    threads: int
+
+    @property
+    def name(self) -> str:
+        """One line."""
+        padding = ", padded" if self.padded else ""
+        threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
+        return f"{self.kind}, {self.utterances} x {self.seconds:g} s{padding}, {self.dtype}, {threads}"
+
+    def lengths(self) -> list[int]:
+        """Samples of each utterance."""
+        shortest = _SHORTEST if self.padded else 1.0
+        shares = torch.linspace(1.0, shortest, self.utterances).tolist()
+        return [round(share * self.seconds * batches.SAMPLE_RATE) for share in shares]
+
+
+class Result(NamedTuple):
+    """Seconds of a case's timed calls, by side."""
+
+    case: Case
+    seconds: Mapping[str, Sequence[float]]
+
+    def ratio(self, peer: str) -> float:
+        """The peer's median over ours."""
+        return statistics.median(self.seconds[peer]) / statistics.median(self.seconds[_OURS])
+
+    def spread(self, peer: str) -> tuple[float, float]:
+        """A fifth of the turns has a lower ratio than the first, a fifth a higher one than the second."""
+        ratios = sorted(theirs / ours for theirs, ours in zip(self.seconds[peer], self.seconds[_OURS]))
+        return ratios[len(ratios) // 5], ratios[-1 - len(ratios) // 5]
+
+    @property
+    def worst(self) -> float:
+        """The ratio beside the fastest peer."""
+        return min(map(self.ratio, self.peers))
+
+    @property
+    def peers(self) -> list[str]:
+        """Those that took part."""
+        return [each for each in self.seconds if each != _OURS]
+
+
+def cases(kinds: Sequence[str], dtypes: Sequence[str], threads: Sequence[int], most_seconds: float) -> Iterator[Case]:
+    """The shortest first."""
+    chosen = [each for each in _SHAPES if each[0][0] * each[0][1] <= most_seconds]
+    chosen.sort(key=lambda each: each[0][0] * each[0][1])
+    for ((utterances, seconds), padded), kind, dtype, count in product(chosen, kinds, dtypes, threads):
+        yield Case(kind, utterances, seconds, padded, dtype, count)
+
+
+class Swap:
+    """Measures cases of one architecture.
+
+    Args:
+        architecture: of all sides.
+        num_classes: of their heads.
+        seconds: of a case's timed turns, after which no more are begun.
+        fewest: turns of a case, however long they take.
+    """
+
+    def __init__(self, architecture: Architecture, num_classes: int, *, seconds: float, fewest: int) -> None:
+        self._architecture, self._num_classes = architecture, num_classes
+        self._seconds, self._fewest = seconds, fewest
+        self._models = Models(_CPU)
+
+    def peers(self) -> list[str]:
+        """Those that are installed."""
+        return [name for name in _PEERS if PEERS[name].why_not(self._setting(torch.float32)) is None]
+
+    def measure(self, case: Case) -> Result:
+        """Time all sides in turn.
+
+        Raises:
+            peers.agreement.DifferentWork: where a peer does other work than ours.
+        """
+        before = torch.get_num_threads()
+        torch.set_num_threads(case.threads)
+        try:
+            calls = {name: self._call(name, case) for name in (_OURS, *self.peers())}
+            return Result(case, self._in_turn(calls))
+        finally:
+            torch.set_num_threads(before)
+            gc.collect()
+
+    def _in_turn(self, calls: Mapping[str, Callable[[], None]]) -> dict[str, list[float]]:
+        taken: dict[str, list[float]] = {name: [] for name in calls}
+        for call in calls.values():
+            seconds_of(call, _CPU)
+        until = time.monotonic() + self._seconds
+        while len(taken[_OURS]) < self._fewest or time.monotonic() < until:
+            for name, call in calls.items():
+                taken[name].append(seconds_of(call, _CPU))
+        return taken
+
+    def _call(self, name: str, case: Case) -> Callable[[], None]:
+        dtype = getattr(torch, case.dtype)
+        setting = self._setting(dtype, case.padded)
+        self._models.check(PEERS[name], setting)
+        model, step = self._models.build(PEERS[name], setting)
+        batch = batches.make(case.lengths(), self._architecture, self._num_classes)
+
+        def call() -> None:
+            torch.manual_seed(0)  # the same masks on all sides
+            if case.kind == "inference":
+                infer(model, batch, _CPU, dtype)
+            else:
+                step(batch, dtype)
+
+        return call
+
+    def _setting(self, dtype: torch.dtype, padded: bool = False) -> Setting:
+        return Setting(self._architecture, self._num_classes, _CPU, dtype, padded)
+
+
+def table(results: Sequence[Result]) -> str:
+    """A line a case, the worst ratio last."""
+    peers = results[0].peers
+    head = ["case", "ours", *(f"x {peer}" for peer in peers), "turns"]
+    lines = [head]
+    for result in sorted(results, key=lambda each: each.worst, reverse=True):
+        ratios = [f"{result.ratio(peer):.2f} ({'-'.join(f'{each:.2f}' for each in result.spread(peer))})" for peer in peers]
+        ours = result.seconds[_OURS]
+        lines.append([result.case.name, f"{1e3 * statistics.median(ours):.0f} ms", *ratios, str(len(ours))])
+    return columns(lines)
+
+
+def main(arguments: Optional[list[str]] = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.swap", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", choices=list(ARCHITECTURES), default="base", help="(default: base)")
+    parser.add_argument("--classes", type=int, default=100, help="of the head (default: 100)")
+    parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=_KINDS, help="(default: both)")
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=("float32", "bfloat16"))
+    parser.add_argument("--threads", nargs="+", type=int, default=(1, 2), metavar="N", help="(default: 1 2)")
+    parser.add_argument("--most-seconds", type=float, default=120.0, help="of audio in a batch (default: 120)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of a case's turns (default: 20)")
+    parser.add_argument("--fewest", type=int, default=3, help="turns of a case (default: 3)")
+    parser.add_argument("--at-least", type=float, default=0.97, help="worst ratio for exit status 0 (default: 0.97)")
+    parser.add_argument("--out", type=Path, help="a JSON file for all times")
+    options = parser.parse_args(arguments)
+    if min(options.classes, options.fewest, *options.threads) < 1:
+        parser.error("--classes, --fewest and --threads must be at least 1")
+    chosen = list(cases(options.kinds, options.dtypes, options.threads, options.most_seconds))
+    if not chosen:
+        parser.error(f"--most-seconds must leave a case; got {options.most_seconds}")
+    swap = Swap(ARCHITECTURES[options.model], options.classes, seconds=options.seconds, fewest=options.fewest)
+    if not swap.peers():
+        print("benchmarks.swap: neither torchaudio nor transformers is installed", file=sys.stderr)
+        return 2
+    results: list[Result] = []
+    for case in chosen:
+        results.append(swap.measure(case))
+        print(f"{case.name}: {results[-1].worst:.2f}", file=sys.stderr, flush=True)
+        if options.out is not None:
+            _save(options.out, results)
+    print(table(results))
+    training = [each.ratio("torchaudio") for each in results if each.case.kind == "training" and "torchaudio" in each.seconds]
+    if training:
+        print(f"\ntraining: median x torchaudio {statistics.median(training):.2f}")
+    return 0 if results_hold(results, options.at_least) else 1
+
+
+def results_hold(results: Sequence[Result], at_least: float) -> bool:
+    """Whether ours is at least that fast in every case."""
+    return all(each.worst >= at_least for each in results)
+
+
+def _save(path: Path, results: Sequence[Result]) -> None:
+    lines = [{**asdict(each.case), "times": each.seconds} for each in results]
+    path.write_text(json.dumps({"machine": describe(_CPU), "cases": lines}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
