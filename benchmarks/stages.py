@@ -121,7 +121,7 @@ def by_stage(events: Iterable[FunctionEvent], *, on_gpu: bool) -> dict[str, floa
                 # Operators without a gradient have the number of the next one that has, so the last is the right one.
                 forward[event.sequence_nr] = stage
         stages[id(event)] = stage
-        spent[stage] += (_kernel_time(event) if on_gpu else event.self_cpu_time_total) / 1e6
+        spent[stage] += (_kernel_time(event) if on_gpu else _cpu_time(event)) / 1e6
     return spent
 
 
@@ -137,6 +137,11 @@ def _stage(event: FunctionEvent, stages: dict[int, str], *, alone: str) -> str:
     stage = stages[id(parent)]
     of_operator = parent.name.startswith(_PREFIX) and stage in (ATTENTION, FEED_FORWARD)
     return ELEMENTWISE if of_operator and event.name in _ELEMENTWISE_OPERATORS else stage
+
+
+def _cpu_time(event: FunctionEvent) -> float:
+    """Microseconds of an operator, less those of the operators that it calls."""
+    return event.self_cpu_time_total
 
 
 def _kernel_time(event: FunctionEvent) -> float:

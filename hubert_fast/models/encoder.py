@@ -22,6 +22,7 @@ from hubert_fast.models.plain import (
     before_dropout,
     composes,
     drop,
+    gelu_of_product,
     is_fusable,
     is_plain,
     normalize,
@@ -230,10 +231,10 @@ class FeedForward(nn.Module):
 
     def _hidden(self, x: Tensor, seed: Optional[Tensor] = None) -> Tensor:
         """The second product's input: ``[rows, io_features] -> [rows, intermediate_features]``."""
-        value, bias = product(self.intermediate_dense, x)
-        dropout = self.intermediate_dropout
-        if is_fusable(dropout) and bias is None and rate(dropout) == 0.0 and composes(value):
-            return F.gelu(value)
+        first, dropout = self.intermediate_dense, self.intermediate_dropout
+        if is_fusable(dropout) and rate(dropout) == 0.0 and composes(x):
+            return gelu_of_product(first, x)
+        value, bias = product(first, x)
         if is_fusable(dropout):
             return bias_gelu_dropout(value, bias, dropout_p=rate(dropout), seed=seed)
         return dropout(bias_gelu_dropout(value, bias))

@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hubert_fast import backend, cpu
 from hubert_fast.ops.arguments import autocast_dtype
 from hubert_fast.ops.bias_dropout_residual import bias_dropout_residual
 from hubert_fast.ops.linear import linear as linear_product
+from hubert_fast.ops.operator import is_plain_call
 from hubert_fast.ops.residual_layer_norm import residual_layer_norm
 from hubert_fast.switches import switches
 
@@ -111,6 +113,14 @@ def projection(linear: nn.Module, x: Tensor) -> Tensor:
     if not is_plain(linear, nn.Linear):
         return linear(x)
     return linear_product(x, [linear.weight], [] if linear.bias is None else [linear.bias])
+
+
+def gelu_of_product(linear: nn.Module, x: Tensor) -> Tensor:
+    """``gelu(linear(x))`` on a CPU: ``[rows, in] -> [rows, out]``."""
+    plain = is_plain(linear, nn.Linear) and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+    if plain and is_plain_call((x, linear.weight)) and x.dtype == linear.weight.dtype == torch.float32:
+        return cpu.product(x, linear.weight, linear.bias, gelu=True)
+    return F.gelu(projection(linear, x))
 
 
 def add(residual: Optional[Tensor], update: Update, index: Optional[Tensor] = None) -> Tensor:

@@ -43,8 +43,6 @@ def linear(
         ``[..., out of the first, out of the second...]``, in autocast's dtype where it is on, else in that of ``x``.
     """
     dtype = autocast_dtype(x.device)
-    if dtype is None and len(weights) == 1 and x.dtype == torch.float32 == weights[0].dtype and not is_lent(weights[0]):
-        return F.linear(x, weights[0], *(biases if learn_biases else [each.detach() for each in biases]))
     # Autocast leaves float64 alone.
     dtype = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
     plain = x.ndim == 2 and is_plain_call((x, *weights, *biases)) and not backend.is_reference("feed_forward")
@@ -68,8 +66,10 @@ def _gains(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
         return True
     if any(each.dtype != x.dtype for each in weights):
         return False  # which is an error
+    if not cpu.is_cpu(x.device):
+        return False
     # Side by side several would have to be copied into one.
-    return cpu.is_cpu(x.device) and (len(weights) > 1 or cpu.product_dtype(x.device, dtype) != dtype)
+    return len(weights) > 1 or cpu.product_dtype(x.device, dtype) != dtype or cpu.onednn_wins(x, weights[0])
 
 
 def _operands(weights: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Sequence[Tensor]:
@@ -84,8 +84,9 @@ def _product(
 ) -> Tensor:
     x = x.to(multiplied_in)
     if len(operands) == 1:
+        form = cpu.product if cpu.is_cpu(x.device) else F.linear
         with _without_autocast(x.device, dtype, multiplied_in):
-            return F.linear(x, operands[0], in_dtype(biases, multiplied_in) if biases else None).to(dtype)
+            return form(x, operands[0], in_dtype(biases, multiplied_in) if biases else None).to(dtype)
     out = x.new_empty(len(x), sum(map(len, operands)))
     parts = out.split([len(each) for each in operands], 1)
     for i, (weight, part) in enumerate(zip(operands, parts)):

@@ -17,6 +17,8 @@ from hubert_fast import cpu
 if TYPE_CHECKING:
     from hubert_fast.ops.positional_conv import Arguments
 
+_MANY = 128  # frames from which on `_filter_gradient` multiplies
+
 
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
     """The convolution's result before the GELU is saved, in the dtype of ``x``."""
@@ -46,19 +48,12 @@ def backward(
     dtype, taps, (filters, norm) = cpu.product_dtype(x.device, x.dtype), weight.shape[2], _filters(weight, gain)
     filters = filters.to(dtype)
     z_grad = grid.spread(torch.ops.aten.gelu_backward(grad, preactivation), 1).to(dtype)
-    # On a CPU a channels-last convolution takes a third of the time for the gradient of x, but not for that of the filters.
-    apart = x.device.type == "cpu" and x_wanted
-    spread_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
-        z_grad, grid.spread(x, taps).to(dtype), filters, None,
-        [1], [0], [1], False, [0], groups, [x_wanted and not apart, any(wanted[1:]), False],
-    )  # fmt: skip
-    x_grad = bias_grad = gain_grad = None
+    x_grad = bias_grad = gain_grad = weight_grad = None
     if x_wanted:
-        if apart:
-            spread_grad = _spread_grad(z_grad, filters, groups)
-        x_grad = grid.rows_of(spread_grad[:, :, taps // 2 :]).to(x.dtype)
+        x_grad = grid.rows_of(_input_gradient(z_grad, filters, groups)).to(x.dtype)
         x_grad = grid.clear_dead(x_grad.add_(grad))
     if any(wanted[1:]):
+        weight_grad = _filter_gradient(z_grad, grid.spread(x, taps).to(dtype), filters, groups)
         bias_grad = z_grad.sum((0, 2), dtype=torch.promote_types(bias.dtype, torch.float32)).to(bias.dtype)
         if gain is not None:
             wide = [each.to(norm.dtype) for each in (weight_grad, weight, gain)]
@@ -80,15 +75,36 @@ def _filters(weight: Tensor, gain: Optional[Tensor]) -> tuple[Tensor, Optional[T
     return torch._weight_norm_interface(weight.to(wide), gain.to(wide), 2)
 
 
-def _spread_grad(z_grad: Tensor, filters: Tensor, groups: int) -> Tensor:
-    """Gradient of the convolution's input ``[sequences, channels, frames + taps - 1]``, computed channels-last."""
+def _input_gradient(z_grad: Tensor, filters: Tensor, groups: int) -> Tensor:
+    """Gradient of the convolution's input ``[sequences, channels, frames]``: a convolution with the filters turned around.
+
+    PyTorch's own takes two to three times as long on a CPU.
+    """
+    channels, depth, taps = filters.shape
+    turned = filters.view(groups, depth, depth, taps).transpose(1, 2).flip(3).reshape(channels, depth, taps)
+    return F.conv1d(F.pad(z_grad, (taps - 1 - taps // 2, taps // 2)), turned, groups=groups)
+
+
+def _filter_gradient(z_grad: Tensor, spread: Tensor, filters: Tensor, groups: int) -> Tensor:
+    """Gradient of ``filters``: of tap k the product of ``z_grad`` with the input k frames on, group by group.
+
+    Those are products of ``[depth, frames]`` with ``[frames, depth]``, which read the input as it lies. On an AMD EPYC (AVX2) they
+    take half the time of PyTorch's own gradient in float32 from 4 x 249 frames on, and as much at 4 x 49.
+    """
     sequences, channels, frames = z_grad.shape
-    z_grad, filters = (each[:, :, None].contiguous(memory_format=torch.channels_last) for each in (z_grad, filters))
-    like = z_grad.new_empty(sequences, frames + filters.shape[3] - 1, channels).transpose(1, 2)[:, :, None]
-    spread_grad, _, _ = torch.ops.aten.convolution_backward(
-        z_grad, like, filters, None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups, [True, False, False]
-    )
-    return spread_grad[:, :, 0]
+    if z_grad.device.type != "cpu" or z_grad.dtype not in (torch.float32, torch.float64) or sequences * frames < _MANY:
+        of_filters = [False, True, False]
+        return torch.ops.aten.convolution_backward(
+            z_grad, spread, filters, None, [1], [0], [1], False, [0], groups, of_filters
+        )[1]
+    _, depth, taps = filters.shape
+    length = spread.shape[2]
+    found = z_grad.new_zeros(groups, taps, depth, depth)
+    for upstream, x in zip(z_grad.view(sequences, groups, depth, frames), spread.view(sequences, groups, depth, length)):
+        for group, total in enumerate(found):
+            shifted = x[group].as_strided((taps, frames, depth), (1, 1, length))
+            total.baddbmm_(upstream[group].expand(taps, depth, frames), shifted)
+    return found.permute(0, 2, 3, 1).reshape(filters.shape)
 
 
 class _Grid:

@@ -43,12 +43,29 @@ class Wrong(Other):
 
 
 class Slow(Other):
+    """Its loss takes a tenth of a second on the clock that the test owns."""
+
     name = "slow"
 
-    class model(ObjectiveModel):
-        def loss(self, batch):
-            time.sleep(0.1)
-            return super().loss(batch)
+    def __init__(self, virtual_time):
+        class Model(ObjectiveModel):
+            def loss(self, batch):
+                virtual_time(0.1)
+                return super().loss(batch)
+
+        self.model = Model
+
+
+class Ours(HubertFast):
+    """Ours, and every loss takes a hundredth of a second on that clock."""
+
+    def __init__(self, virtual_time):
+        self._virtual_time = virtual_time
+
+    def build(self, setting, weights):
+        model, virtual_time = super().build(setting, weights), self._virtual_time
+        model.module.register_forward_pre_hook(lambda *_: virtual_time(0.01))
+        return model
 
 
 class Broken(Other):
@@ -75,12 +92,12 @@ def measure(*cases, peers, seconds=600.0, saved=None):
     return report
 
 
-def test_every_side_is_a_row_with_what_was_measured():
+def test_every_side_is_a_row_with_what_was_measured(virtual_time):
     saved = []
-    report = measure(case(), peers=[HubertFast(), Slow()], saved=saved)
+    report = measure(case(), peers=[Ours(virtual_time), Slow(virtual_time)], saved=saved)
     ours, slow = report.rows
     assert (ours.implementation, slow.implementation) == ("hubert_fast", "slow") and not report.left_out
-    assert slow.seconds.median - ours.seconds.median > 0.05
+    assert (ours.seconds.median, slow.seconds.median) == (pytest.approx(0.01), pytest.approx(0.1))
     for row in report.rows:
         assert row.kind == "step" and row.case == "tiny, 7 classes, 2 x 0.5 s" and row.dtype == "float32"
         assert row.seconds.count >= 3 and row.first_seconds > 0 and row.audio_seconds == 1.0
@@ -117,10 +134,10 @@ def test_what_does_not_fit_into_the_time_is_left_out_with_the_reason():
     assert report.left_out[0].implementation == "other" and "no time: needs about" in report.left_out[0].reason
 
 
-def test_a_case_takes_no_more_than_its_share_of_the_time_beyond_three_turns(monkeypatch):
+def test_a_case_takes_no_more_than_its_share_of_the_time_beyond_three_turns(monkeypatch, virtual_time):
     monkeypatch.setattr(suite_module, "_MOST", {"cpu": 1000})
     monkeypatch.setattr(fitting, "_PREPARING", {"cpu": 0.0})
-    row = measure(case(share=0.01), peers=[Slow()], seconds=100.0).rows[0]
+    row = measure(case(share=0.01), peers=[Slow(virtual_time)], seconds=100.0).rows[0]
     assert 3 <= row.seconds.count < 10
 
 

@@ -358,7 +358,7 @@ def test_what_triton_does_not_take_is_refused_by_name_and_goes_elsewhere_by_itse
     arguments = case.cast(torch.float64, DEVICE)
     with backend.using("triton", operator), pytest.raises(backend.BackendError, match="got torch.float64"):
         OPERATORS[operator](arguments)
-    assert OPERATORS[operator].choose(arguments) == "torch"
+    assert OPERATORS[operator].choose(arguments) in ("torch", "reference")
 
 
 def test_every_operator_is_here():
