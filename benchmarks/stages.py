@@ -108,12 +108,17 @@ def by_stage(events: Iterable[FunctionEvent], *, on_gpu: bool) -> dict[str, floa
     forward: dict[int, str] = {}  # by autograd's sequence number: of operators before the backward
     spent = dict.fromkeys(STAGES, 0.0)
     backward = None  # stage of the last node of the backward
+    events = [event for event in events if event.device_type == DeviceType.CPU and not event.is_async]
+    # What a hook calls comes before the node, and a profiler then gives the number of the node to the node alone.
+    numbers = {
+        id(parent): event.sequence_nr
+        for event in events
+        if (parent := event.cpu_parent) is not None and parent.name == _BACKWARD + event.name
+    }
     for event in events:
-        if event.device_type != DeviceType.CPU or event.is_async:
-            continue
         if event.name.startswith(_BACKWARD):
             if event.name != _ACCUMULATION:  # a gradient is kept right after it is made
-                backward = forward.get(event.sequence_nr, OTHER)
+                backward = forward.get(numbers.get(id(event), event.sequence_nr), OTHER)
             stage = backward or OTHER
         else:
             stage = _stage(event, stages, alone=OTHER if backward is None else OPTIMIZER)

@@ -69,7 +69,11 @@ def _gains(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
     if not cpu.is_cpu(x.device):
         return False
     # Side by side several would have to be copied into one.
-    return len(weights) > 1 or cpu.product_dtype(x.device, dtype) != dtype or cpu.onednn_wins(x, weights[0])
+    if len(weights) > 1 or cpu.product_dtype(x.device, dtype) != dtype:
+        return True
+    out, depth = weights[0].shape
+    # Autograd in Python takes what few rows gain.
+    return cpu.onednn_wins(x, weights[0]) and (out > depth or not torch.is_grad_enabled())
 
 
 def _operands(weights: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Sequence[Tensor]:

@@ -232,6 +232,17 @@ def _reference(arguments: Arguments) -> tuple[Tensor]:
     return (_wanted(out, arguments),)
 
 
+# Scores up to which keeping them costs less than computing them again: of one sequence of 49 frames and 12 heads the formula takes
+# 0.7 of the time of backend "torch", of 4 of them as long (benchmarks/NOTES.md, "Whole passes on a CPU").
+_FEW_SCORES = 1 << 18
+
+
+def _whole_passes_win(arguments: Arguments) -> bool:
+    frames, heads = arguments.max_frames, arguments.qkv.shape[2]
+    alone = arguments.dropout_p > 0.0 and arguments.offsets.shape[0] == 2
+    return alone and heads * frames**2 <= _FEW_SCORES
+
+
 def _flops(arguments: Arguments, backward: bool) -> int:
     """Two products forward; five backward, of which one is the scores again: as PyTorch counts flash attention.
 
@@ -264,4 +275,5 @@ _operator = Operator(
     kept_results=["out"],
     objection=_objection,
     flops=_flops,
+    whole_passes_win=_whole_passes_win,
 )
