@@ -70,6 +70,26 @@ def main(arguments: Optional[list[str]] = None) -> int:
     return 1
 
 
+def run() -> int:
+    """`main` on this process' own command line, with threads that sleep while they wait.
+
+    OpenMP's threads spin for a while at the end of each parallel region. Beside another program that uses all cores the one that is
+    waited for is not running, and a step of the tiny preset took 5.5 times as long as alone; sleeping, it takes 1.9 times as long
+    (2 cores; benchmarks/NOTES.md, "Beside another program"). libgomp reads its settings as it is loaded, so the process begins
+    again. Who set them is left alone.
+    """
+    spins = not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & {*os.environ}
+    if sys.argv[1:2] and sys.argv[1] in _STAGES and spins and os.name == "posix":
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ["OMP_WAIT_POLICY"] = "passive"
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    return main()
+
+
 def _info() -> int:
     import platform
 
@@ -134,4 +154,4 @@ def _overlapping_maps_lines() -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -13,12 +13,19 @@ constexpr std::int64_t kForwardFrames = 64;      // of a task: enough to be wort
 constexpr std::int64_t kBackwardFrames = 256;    // fewer would mean more partial sums to add up
 constexpr std::int64_t kStatisticsFrames = 4096;
 
+constexpr std::int64_t kThreadValues = 1 << 15;  // that a thread is worth waking up for, as PyTorch's own passes count
+
 std::int64_t tasks(std::int64_t frames, std::int64_t each) { return (frames + each - 1) / each; }
+
+int worthwhile(int threads, std::int64_t values) {
+  return int(std::clamp<std::int64_t>(values / kThreadValues, 1, threads));
+}
 
 }  // namespace
 
 void forward(const Forward& work, int threads) {
   const Kernels& kernels = selected();
+  threads = worthwhile(threads, (work.stop - work.start) * work.channels);
   const std::int64_t scratch = kernels.scratch(work);
   std::vector<float> rows(std::size_t(scratch * threads));
   parallel(int(tasks(work.stop - work.start, kForwardFrames)), threads, [&](int thread, int task) {
@@ -29,6 +36,7 @@ void forward(const Forward& work, int threads) {
 
 void backward(const Backward& work, int threads) {
   const Kernels& kernels = selected();
+  threads = worthwhile(threads, (work.windows_stop - work.source.start) * work.source.channels);
   const std::int64_t start = work.source.start, scratch = kernels.scratch(work.source);
   const std::int64_t values = work.sums ? std::int64_t(sum_rows(work)) * work.source.channels : 0;
   const std::int64_t count = tasks(work.windows_stop - start, kBackwardFrames);
