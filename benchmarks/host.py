@@ -39,7 +39,7 @@ from unittest import mock
 import torch
 
 import hubert_fast
-from hubert_fast import backend, extension, weights
+from hubert_fast import backend, cpu, extension, weights
 from hubert_fast.cuda_backend import conv_frontend as cuda_backend
 from hubert_fast.cuda_backend import device
 from hubert_fast.models import plain
@@ -175,6 +175,7 @@ def _as_on_a_gpu(driver: Path) -> Iterator[tuple[ctypes.CDLL, _Extension]]:
                 replace(module, "architecture", lambda tensor: 90)
         replace(launch, "why_not", lambda tensor, automatic: None)
         replace(triton_backend, "objection", lambda operator, *tensors: None)
+        replace(cpu, "is_cpu", lambda device: False)
         replace(plain, "stream_dtype", stream_dtype)
         replace(weights, "_has_wide_product", lambda x: True)
         replace(weights, "_wide_product", wide_product)

@@ -177,7 +177,9 @@ def table(results: Sequence[Result]) -> str:
     head = ["case", "ours", *(f"x {peer}" for peer in peers), "turns"]
     lines = [head]
     for result in sorted(results, key=lambda each: each.worst, reverse=True):
-        ratios = [f"{result.ratio(peer):.2f} ({'-'.join(f'{each:.2f}' for each in result.spread(peer))})" for peer in peers]
+        ratios = [
+            f"{result.ratio(peer):.2f} ({'-'.join(f'{each:.2f}' for each in result.spread(peer))})" for peer in peers
+        ]
         ours = result.seconds[_OURS]
         lines.append([result.case.name, f"{1e3 * statistics.median(ours):.0f} ms", *ratios, str(len(ours))])
     return columns(lines)
@@ -212,7 +214,9 @@ def main(arguments: Optional[list[str]] = None) -> int:
         if options.out is not None:
             _save(options.out, results)
     print(table(results))
-    training = [each.ratio("torchaudio") for each in results if each.case.kind == "training" and "torchaudio" in each.seconds]
+    training = [
+        each.ratio("torchaudio") for each in results if each.case.kind == "training" and "torchaudio" in each.seconds
+    ]
     if training:
         print(f"\ntraining: median x torchaudio {statistics.median(training):.2f}")
     return 0 if results_hold(results, options.at_least) else 1

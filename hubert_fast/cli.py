@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
+
+if TYPE_CHECKING:
+    import torch
 
 _USAGE = """\
 usage: hubert-fast COMMAND ...
@@ -19,7 +23,7 @@ usage: hubert-fast COMMAND ...
   evaluate   score an iteration's representations on the held-out part
   report     write RUN/report.html
   bench      time and memory on this machine beside torchaudio and others, or what moved between two results
-  info       versions, devices, and which backend each operator uses and why
+  info       versions, devices, and which backend each operator uses and why; with --batch and --seconds, for that size
 
 `hubert-fast COMMAND --help` lists a command's options. `hubert-fast pretrain` alone pre-trains a tiny model on the speech
 that comes with this package."""
@@ -40,13 +44,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
         print(__version__)
         return 0
     if command == "info":
-        if rest in (["-h"], ["--help"]):
-            print(_USAGE)
-            return 0
-        if rest:
-            print(f"hubert-fast info takes no arguments; got {' '.join(rest)}", file=sys.stderr)
-            return 2
-        return _info()
+        return _info(rest)
     if command != "bench" and command not in _STAGES:
         print(f"hubert-fast: unknown command {command!r}\n\n{_USAGE}", file=sys.stderr)
         return 2
@@ -73,10 +71,10 @@ def main(arguments: Optional[list[str]] = None) -> int:
 def run() -> int:
     """`main` on this process' own command line, with threads that sleep while they wait.
 
-    OpenMP's threads spin for a while at the end of each parallel region. Beside another program that uses all cores the one that is
-    waited for is not running, and a step of the tiny preset took 5.5 times as long as alone; sleeping, it takes 1.9 times as long
-    (2 cores; benchmarks/NOTES.md, "Beside another program"). libgomp reads its settings as it is loaded, so the process begins
-    again. Who set them is left alone.
+    OpenMP's threads spin for a while at the end of each parallel region. Beside another program that uses all cores the one that
+    is waited for is not running, and a step of the tiny preset took 5.5 times as long as alone; sleeping, it takes 1.9 times as
+    long (2 cores; benchmarks/NOTES.md, "Beside another program"). libgomp reads its settings as it is loaded, so the process
+    begins again. Who set them is left alone.
     """
     spins = not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & {*os.environ}
     if sys.argv[1:2] and sys.argv[1] in _STAGES and spins and os.name == "posix":
@@ -90,13 +88,28 @@ def run() -> int:
     return main()
 
 
-def _info() -> int:
+def _info(arguments: list[str]) -> int:
+    import argparse
     import platform
 
     import torch
 
     import hubert_fast
 
+    parser = argparse.ArgumentParser(
+        prog="hubert-fast info", description="Versions, devices, and what would run and why."
+    )
+    parser.add_argument("--batch", type=int, default=1, help="utterances, with --seconds (default: 1)")
+    parser.add_argument(
+        "--seconds", type=float, help="of each utterance: what a layer of HuBERT Base runs for that size"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="with --seconds")
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as stop:  # which has said why
+        return int(stop.code or 0)
+    if options.seconds is not None:
+        return _what_runs(options.batch, options.seconds, getattr(torch, options.dtype))
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     versions = f"torch {torch.__version__}, Triton {_triton_version()}, Python {platform.python_version()}"
     print(f"hubert_fast {hubert_fast.__version__} in {Path(hubert_fast.__file__).parent}, {versions}")
@@ -104,12 +117,33 @@ def _info() -> int:
     print("\n".join(_extension_lines()) + "\n")
     choices = hubert_fast.backend.report()
     rows = [("operator", "backend", "why", "available")]
-    rows += [(c.operator, c.runs, c.why, ", ".join(c.available)) for c in choices]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) + "  " + row[3])
+    _print_columns([*rows, *((c.operator, c.runs, c.why, ", ".join(c.available)) for c in choices)])
     print("".join(f"\n{c.operator} on {name} cannot run: {why}" for c in choices for name, why in c.reasons.items()))
     return 0
+
+
+def _what_runs(batch: int, seconds: float, dtype: torch.dtype) -> int:
+    import torch
+
+    from hubert_fast.what_runs import what_runs
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        lines = what_runs(batch, seconds, device=device, dtype=dtype)
+    except ValueError as error:
+        print(f"hubert-fast info: {error}", file=sys.stderr)
+        return 2
+    _print_columns([("operator", "inference", "training", "why"), *lines])
+    print(
+        "\n-: not called. Where nothing is dropped, a CPU composes a layer of PyTorch's own functions: nothing takes less time."
+    )
+    return 0
+
+
+def _print_columns(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) + "  " + row[-1])
 
 
 def _triton_version() -> str:

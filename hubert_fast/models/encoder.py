@@ -190,7 +190,6 @@ class SelfAttention(nn.Module):
         ).flatten(1)
         return out if keep is None or alone else out.index_select(0, keep)
 
-
     def _composes(self, x: Tensor, layout: Rows) -> bool:
         """Whether `_attend_grid` may do it: on a CPU, where nothing is padded and nothing dropped."""
         whole = layout.index is None and layout.key_lengths is None and (self.dropout == 0.0 or not self.training)

@@ -232,8 +232,8 @@ def _reference(arguments: Arguments) -> tuple[Tensor]:
     return (_wanted(out, arguments),)
 
 
-# Scores up to which keeping them costs less than computing them again: of one sequence of 49 frames and 12 heads the formula takes
-# 0.7 of the time of backend "torch", of 4 of them as long (benchmarks/NOTES.md, "Whole passes on a CPU").
+# Scores up to which keeping them costs less than computing them again: of one sequence of 49 frames and 12 heads the formula
+# takes 0.7 of the time of backend "torch", of 4 of them as long (benchmarks/NOTES.md, "Whole passes on a CPU").
 _FEW_SCORES = 1 << 18
 
 

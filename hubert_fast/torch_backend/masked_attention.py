@@ -84,7 +84,10 @@ def backward(
             qkv_grad[sequence.queried, 0] = query_grad.transpose(0, 1)
     if not wanted[1]:
         return [qkv_grad.to(arguments.qkv.dtype), None]
-    return [qkv_grad.to(arguments.qkv.dtype), qkv_grad.sum(0, dtype=torch.promote_types(qkv.dtype, torch.float32)).to(qkv_bias.dtype)]
+    return [
+        qkv_grad.to(arguments.qkv.dtype),
+        qkv_grad.sum(0, dtype=torch.promote_types(qkv.dtype, torch.float32)).to(qkv_bias.dtype),
+    ]
 
 
 def _operand(x: Tensor) -> Tensor:

@@ -94,8 +94,8 @@ def _input_gradient(z_grad: Tensor, filters: Tensor, groups: int) -> Tensor:
 def _filter_gradient(z_grad: Tensor, spread: Tensor, filters: Tensor, groups: int) -> Tensor:
     """Gradient of ``filters``: of tap k the product of ``z_grad`` with the input k frames on, group by group.
 
-    Those are products of ``[depth, frames]`` with ``[frames, depth]``, which read the input as it lies. On an AMD EPYC (AVX2) they
-    take half the time of PyTorch's own gradient in float32 from 4 x 249 frames on, and as much at 4 x 49.
+    Those are products of ``[depth, frames]`` with ``[frames, depth]``, which read the input as it lies. On an AMD EPYC (AVX2)
+    they take half the time of PyTorch's own gradient in float32 from 4 x 249 frames on, and as much at 4 x 49.
     """
     sequences, channels, frames = z_grad.shape
     if z_grad.device.type != "cpu" or z_grad.dtype not in (torch.float32, torch.float64) or sequences * frames < _MANY:
@@ -106,7 +106,9 @@ def _filter_gradient(z_grad: Tensor, spread: Tensor, filters: Tensor, groups: in
     _, depth, taps = filters.shape
     length = spread.shape[2]
     found = z_grad.new_zeros(groups, taps, depth, depth)
-    for upstream, x in zip(z_grad.view(sequences, groups, depth, frames), spread.view(sequences, groups, depth, length)):
+    for upstream, x in zip(
+        z_grad.view(sequences, groups, depth, frames), spread.view(sequences, groups, depth, length)
+    ):
         for group, total in enumerate(found):
             shifted = x[group].as_strided((taps, frames, depth), (1, 1, length))
             total.baddbmm_(upstream[group].expand(taps, depth, frames), shifted)

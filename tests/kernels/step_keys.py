@@ -19,7 +19,7 @@ import torch
 
 import hubert_fast
 from benchmarks.architecture import ARCHITECTURES
-from hubert_fast import tf32
+from hubert_fast import cpu, tf32
 from hubert_fast.kernels.launch import Launch, recording
 from hubert_fast.models import plain
 from hubert_fast.ops import triton_backend
@@ -84,6 +84,7 @@ def main() -> None:
     with (
         mock.patch.object(triton_backend, "objection", lambda *_: None),  # that there is no GPU
         mock.patch.object(plain, "stream_dtype", stream_dtype),
+        mock.patch.object(cpu, "is_cpu", lambda device: False),
     ):
         for size, dtype in (("base", "bfloat16"), ("base", "float32"), ("base", "tf32"), ("large", "bfloat16")):
             jobs = [Job(operator, size, dtype, _ARCH) for operator in OPERATORS]

@@ -21,6 +21,7 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hubert_fast import cpu
 from hubert_fast.models import plain
 from hubert_fast.ops import triton_backend
 from hubert_fast.ops.operator import Operator
@@ -139,6 +140,7 @@ def gpu_kernels() -> Iterator[None]:
                 if callable(getattr(module, name, None)):
                     replace(module, name, value)
         replace(triton_backend, "objection", lambda *_: None)
+        replace(cpu, "is_cpu", lambda device: False)
         replace(plain, "stream_dtype", stream_dtype)
         replace(Operator, "must_be_seen", lambda *_: False)  # what implements it is to be looked at
         yield

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hubert_fast import PretrainingObjective, backend
+from hubert_fast import PretrainingObjective, backend, cpu
 from hubert_fast.cuda_backend import conv_frontend, feed_forward
 from hubert_fast.models import plain
 from hubert_fast.models.plan import StepPlan
@@ -50,6 +50,7 @@ def kernels_of_a_gpu():
         patch(conv_frontend, "objection", lambda *_: None)
         patch(feed_forward, "objection", lambda *_: None)
         patch(plain, "stream_dtype", stream_dtype)
+        patch(cpu, "is_cpu", lambda device: False)
         for entry in backend._operators.values():
             patch(entry, "unavailable", {})
         yield

@@ -1,0 +1,80 @@
+"""`benchmarks.swap`: what it compares, and what its exit status says. Times are those of a clock that the test owns."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import swap
+from benchmarks.swap import Case, Result, Swap, cases, main, results_hold, table
+
+OURS, TORCHAUDIO, TRANSFORMERS = "hubert_fast swapped in", "torchaudio", "transformers sdpa"
+
+
+def result(ours, torchaudio, transformers, **fields):
+    case = Case(
+        **{"kind": "inference", "utterances": 1, "seconds": 1, "padded": False, "dtype": "float32", "threads": 1}
+        | fields
+    )
+    return Result(case, {OURS: ours, TORCHAUDIO: torchaudio, TRANSFORMERS: transformers})
+
+
+def test_cases_go_from_the_shortest_batch_to_the_longest_in_every_setting():
+    found = list(cases(("inference", "training"), ("float32", "bfloat16"), (1, 2), 120.0))
+    totals = [each.utterances * each.seconds for each in found]
+    assert totals == sorted(totals) and (totals[0], totals[-1]) == (1, 120) and len(set(found)) == len(found)
+    assert {(each.kind, each.dtype, each.threads, each.padded) for each in found if each.utterances > 1} == {
+        (kind, dtype, threads, padded)
+        for kind in ("inference", "training")
+        for dtype in ("float32", "bfloat16")
+        for threads in (1, 2)
+        for padded in (False, True)
+    }
+    assert {each.utterances * each.seconds for each in cases(("training",), ("float32",), (1,), 5.0)} == {1, 4, 5}
+
+
+def test_padding_is_a_quarter_of_the_shortest_utterance():
+    lengths = Case("training", 4, 5, True, "float32", 1).lengths()
+    assert lengths[0] == 80_000 and lengths[-1] == 60_000 and lengths == sorted(lengths, reverse=True)
+    assert Case("training", 4, 5, False, "float32", 1).lengths() == [80_000] * 4
+
+
+def test_a_ratio_is_one_of_medians_and_the_worst_case_comes_last():
+    fast, slow = result([1.0, 1.0, 9.0], [2.0, 2.0, 0.1], [3.0] * 3), result([1.0] * 3, [0.5] * 3, [1.5] * 3, seconds=5)
+    assert (fast.ratio(TORCHAUDIO), fast.worst, slow.worst) == (2.0, 2.0, 0.5)
+    lines = table([slow, fast]).splitlines()
+    assert "1 x 1 s" in lines[-2] and "1 x 5 s" in lines[-1]
+    assert results_hold([fast], 0.97) and not results_hold([fast, slow], 0.97)
+
+
+def test_all_sides_are_timed_in_turn_on_the_same_work(virtual_time, monkeypatch):
+    def costs(seconds):
+        def call(call, device):
+            call()
+            virtual_time(seconds)
+            return seconds
+
+        return call
+
+    monkeypatch.setattr(swap, "seconds_of", costs(0.5))
+    before = torch.get_num_threads()
+    measuring = Swap(swap.ARCHITECTURES["tiny"], 7, seconds=0.0, fewest=2)
+    for kind in ("inference", "training"):
+        found = measuring.measure(Case(kind, 2, 0.5, True, "float32", 1))
+        assert all(each == [0.5, 0.5] for each in found.seconds.values()) and OURS in found.seconds
+        assert found.peers == measuring.peers()
+    assert torch.get_num_threads() == before
+
+
+def test_the_exit_status_says_whether_ours_is_slower(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(swap, "_SHAPES", (((2, 0.5), False),))
+    if not Swap(swap.ARCHITECTURES["tiny"], 7, seconds=0.0, fewest=1).peers():
+        pytest.skip("neither torchaudio nor transformers is installed")
+    options = "--model tiny --classes 7 --kinds training --dtypes float32 --threads 1 --seconds 0 --fewest 1".split()
+    out = tmp_path / "swap.json"
+    assert main([*options, "--at-least", "0", "--out", str(out)]) == 0
+    assert main([*options, "--at-least", "1000"]) == 1
+    assert "training, 2 x 0.5 s, float32, 1 thread" in capsys.readouterr().out
+    assert json.loads(out.read_text())["cases"][0]["utterances"] == 2
+    with pytest.raises(SystemExit):
+        main([*options, "--most-seconds", "0.1"])
