@@ -99,17 +99,21 @@ def _info(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="hubert-fast info", description="Versions, devices, and what would run and why."
     )
-    parser.add_argument("--batch", type=int, default=1, help="utterances, with --seconds (default: 1)")
+    parser.add_argument("--batch", type=int, help="utterances, with --seconds (default: 1)")
     parser.add_argument(
         "--seconds", type=float, help="of each utterance: what a layer of HuBERT Base runs for that size"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="with --seconds")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="with --seconds (default: float32)")
     try:
         options = parser.parse_args(arguments)
     except SystemExit as stop:  # which has said why
         return int(stop.code or 0)
     if options.seconds is not None:
-        return _what_runs(options.batch, options.seconds, getattr(torch, options.dtype))
+        batch = 1 if options.batch is None else options.batch
+        return _what_runs(batch, options.seconds, getattr(torch, options.dtype or "float32"))
+    if options.batch is not None or options.dtype is not None:
+        print("hubert-fast info: --batch and --dtype go with --seconds", file=sys.stderr)
+        return 2
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     versions = f"torch {torch.__version__}, Triton {_triton_version()}, Python {platform.python_version()}"
     print(f"hubert_fast {hubert_fast.__version__} in {Path(hubert_fast.__file__).parent}, {versions}")

@@ -13,7 +13,6 @@ In float32 PyTorch calls MKL. Its time over oneDNN's for x weight^T, on that mac
 
 from __future__ import annotations
 
-import os
 from typing import Optional
 
 import torch
@@ -31,11 +30,8 @@ _SLOW = {dtype for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp
 
 
 def is_cpu(device: torch.device) -> bool:
-    """Whether work on ``device`` is arranged for a CPU: not where Triton's interpreter stands in for a GPU.
-
-    What counts a GPU's launches on a CPU replaces this.
-    """
-    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
+    """Whether work on ``device`` is arranged for a CPU. What counts a GPU's launches on a CPU replaces this."""
+    return device.type == "cpu"
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -47,27 +43,40 @@ _FEW_ROWS = 128
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
-def onednn_wins(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN takes less time than MKL for ``x weight^T`` in float32, as the table above says."""
-    if _onednn is None or x.dtype != torch.float32 or weight.dtype != torch.float32:
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are being computed, which only PyTorch's own functions have."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def onednn_wins(x: Tensor, weight: Tensor, *, learning: bool) -> bool:
+    """Whether oneDNN takes less time than MKL for ``x weight^T`` in float32, as the table above says.
+
+    ``learning``: there will be a gradient, and autograd in Python takes what few rows gain.
+    """
+    if _onednn is None or not torch._C._get_mkldnn_enabled():
         return False
     out, depth = weight.shape
-    return out > depth or (len(x) <= _FEW_ROWS and torch.get_num_threads() > 1)
+    if not x.dtype == weight.dtype == torch.float32 or depth == 0:
+        return False
+    return out > depth or (not learning and len(x) <= _FEW_ROWS and torch.get_num_threads() > 1)
 
 
-def product(x: Tensor, weight: Tensor, bias: Optional[Tensor], *, gelu: bool = False) -> Tensor:
-    """``x weight^T + bias``, and its GELU where that is wanted; on a CPU, and without a gradient.
+def product(x: Tensor, weight: Tensor, bias: Optional[Tensor], *, gelu: bool = False, learning: bool = False) -> Tensor:
+    """``x weight^T + bias``, and its GELU where that is wanted; on a CPU, for who takes care of gradients.
 
     Args:
         x: ``[rows, in]``.
         weight: ``[out, in]`` in the same dtype.
         bias: ``[out]`` in the same dtype, or None.
         gelu: whether the exact GELU of the sum is wanted.
+        learning: as of `onednn_wins`.
 
     Returns:
         ``[rows, out]``.
     """
-    if onednn_wins(x, weight):
+    if onednn_wins(x, weight, learning=learning):
+        # It takes for granted that a bias lies together.
+        bias = None if bias is None else bias.contiguous()
         return _onednn(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
     out = F.linear(x, weight, bias)
     return F.gelu(out) if gelu else out

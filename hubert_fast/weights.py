@@ -35,6 +35,12 @@ def is_lent(weight: Tensor) -> bool:
     return hasattr(weight, _NAME)
 
 
+def has_copy(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``weight`` has a copy in ``dtype`` lent."""
+    copy = _lent(weight).copy
+    return copy is not None and copy.dtype == dtype
+
+
 def in_dtype(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The weights one below the other in ``dtype``: ``[sum of rows, ...]``, without a copy where memory is lent for that."""
     copies = [_lent(each).copy for each in weights]

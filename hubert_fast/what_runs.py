@@ -46,6 +46,8 @@ def what_runs(
     """
     if batch < 1:
         raise ValueError(f"batch must be at least 1; got {batch}")
+    if not 0.0 < seconds < float("inf"):
+        raise ValueError(f"seconds must be positive and finite; got {seconds}")
     with device:
         model = hubert_pretrain_base(encoder_layer_drop=0.0)
         waveforms = torch.randn(batch, round(seconds * _SAMPLE_RATE))

@@ -14,7 +14,6 @@ CPU, BFLOAT16 = torch.device("cpu"), torch.bfloat16
 
 
 def test_only_a_cpu_without_fast_products_widens_them(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(cpu, "_SLOW", {BFLOAT16})
     assert cpu.product_dtype(CPU, BFLOAT16) == torch.float32
     assert cpu.product_dtype(CPU, torch.float16) == torch.float16
@@ -45,8 +44,7 @@ def test_a_model_gives_one_result_in_16_bits_whichever_way_it_multiplies(monkeyp
 
 @pytest.mark.parametrize("sizes", [(5, 16, 48), (5, 48, 16)], ids=["wide", "deep"])
 @pytest.mark.parametrize("gradient", [False, True])
-def test_products_are_as_exact_as_pytorchs(sizes, gradient, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_products_are_as_exact_as_pytorchs(sizes, gradient):
     rows, depth, out = sizes
     torch.manual_seed(0)
     module, x = nn.Linear(depth, out), torch.randn(rows, depth, requires_grad=gradient)
@@ -65,3 +63,41 @@ def test_products_are_as_exact_as_pytorchs(sizes, gradient, monkeypatch):
         )
         for ours, theirs in zip(mine, other):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "bias", [torch.arange(96.0)[::2], torch.arange(144.0).view(48, 3)[:, 1], torch.ones(1).expand(48)]
+)
+def test_a_bias_may_lie_apart(bias):
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 16), torch.randn(48, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, [weight], [bias]), F.linear(x, weight, bias))
+
+
+def test_a_product_that_casts_nothing_has_every_derivative():
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 16, requires_grad=True), torch.randn(48, 16, requires_grad=True)
+
+    def second(form):
+        (first,) = torch.autograd.grad(form(x).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), [x, weight])
+
+    for mine, theirs in zip(second(lambda x: linear(x, [weight])), second(lambda x: F.linear(x, weight))):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-2)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
+        tangent = torch.autograd.forward_ad.unpack_dual(linear(dual, [weight])).tangent
+    torch.testing.assert_close(tangent, torch.ones(5, 16) @ weight.detach().t())
+
+
+@pytest.mark.parametrize("weights", [1, 2])
+def test_a_backward_inside_autocast_keeps_float32(weights):
+    torch.manual_seed(0)
+    x, parts = torch.randn(5, 16, requires_grad=True), [torch.randn(24, 16, requires_grad=True) for _ in range(weights)]
+    out = linear(x, parts)
+    with torch.autocast("cpu", BFLOAT16):
+        found = torch.autograd.grad(out, [x, *parts], torch.ones_like(out))
+    expected = torch.autograd.grad(F.linear(x, torch.cat(parts)), [x, *parts], torch.ones_like(out))
+    for mine, theirs in zip(found, expected):
+        torch.testing.assert_close(mine, theirs)

@@ -14,8 +14,7 @@ def by_operator(**settings):
     return {each.operator: each for each in what_runs(1, 0.3, device=CPU, **settings)}
 
 
-def test_inference_on_a_cpu_is_composed_and_training_takes_whole_passes(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_inference_on_a_cpu_is_composed_and_training_takes_whole_passes():
     found = by_operator()
     assert (found["masked_attention"].inference, found["masked_attention"].training) == (NOT_CALLED, "reference")
     assert found["residual_layer_norm"].training == "reference" and "whole passes" in found["residual_layer_norm"].why
@@ -32,5 +31,9 @@ def test_what_was_asked_for_by_name_runs():
 def test_the_command_line_refuses_less_than_a_frame(capsys):
     assert main(["info", "--seconds", "0.01"]) == 2
     assert "seconds must be at least one frame" in capsys.readouterr().err
+    for seconds in ("inf", "-1", "nan"):
+        assert main(["info", "--seconds", seconds]) == 2
+        assert "seconds must be positive and finite" in capsys.readouterr().err
+    assert main(["info", "--batch", "2"]) == 2 and "go with --seconds" in capsys.readouterr().err
     with pytest.raises(ValueError, match="batch must be at least 1; got 0"):
         what_runs(0, 1.0, device=CPU)

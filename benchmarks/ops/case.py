@@ -17,7 +17,7 @@ from ..report import dtype_name
 OURS = "hubert_fast"
 
 _GPU_BACKENDS = {"conv_frontend": "cuda"}  # the other operators have Triton kernels
-_CPU_BACKENDS = {"conv_frontend": "cpu"}  # and PyTorch's operations on a CPU
+_CPU_BACKENDS = {"conv_frontend": "cpu"}  # of the others size and settings decide on a CPU
 
 
 Tensors = tuple[Tensor, ...]
@@ -97,7 +97,7 @@ def both_ways(case: OperatorCase, backward: Work) -> Iterator[OperatorCase]:
 def ours(operator: str, device: str, call: Function, name: Optional[str] = None, **layout: Any) -> Side:
     """Ours on backend ``name``, by default the one meant for ``device``: where that cannot run, none replaces it silently."""
     if name is None:
-        name = _CPU_BACKENDS.get(operator, "torch") if device == "cpu" else _GPU_BACKENDS.get(operator, "triton")
+        name = _CPU_BACKENDS.get(operator, backend.AUTO) if device == "cpu" else _GPU_BACKENDS.get(operator, "triton")
 
     def function(tensors: Tensors, dropout_p: float) -> Tensors:
         with backend.using(name, operator):

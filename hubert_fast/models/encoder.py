@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_hook_of_all_modules
 from torch.nn.utils import parametrizations, parametrize
 
-from hubert_fast import backend, cpu
+from hubert_fast import cpu
 from hubert_fast.models.masking import MaskGenerator
 from hubert_fast.models.plain import (
     Stream,
@@ -221,9 +221,7 @@ class FeedForward(nn.Module):
         """The second product less its bias, and the bias: ``[rows, io_features] -> [rows, io_features]``."""
         first, second, dropout = self.intermediate_dense, self.output_dense, self.intermediate_dropout
         plain = is_fusable(dropout) and all(is_plain(each, nn.Linear) for each in (first, second))
-        # On a CPU products add their biases themselves, unless somebody asked for a backend that adds them elsewhere.
-        alone = cpu.is_cpu(x.device) and backend.is_automatic("feed_forward")
-        if plain and first.bias is not None and not alone:
+        if plain and first.bias is not None and not composes(x):
             value = feed_forward(x, first.weight, first.bias, second.weight, dropout_p=rate(dropout), seed=seed)
             return value, second.bias
         return product(second, self._hidden(x, seed))

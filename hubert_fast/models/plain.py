@@ -103,7 +103,7 @@ def narrow_dtype(x: Tensor, dtype: torch.dtype) -> Optional[torch.dtype]:
 
 def product(linear: nn.Module, x: Tensor) -> tuple[Tensor, Optional[Tensor]]:
     """``linear(x)`` less its bias, and the bias, for the pass that follows to add. On a CPU the product itself adds it."""
-    if not is_plain(linear, nn.Linear) or cpu.is_cpu(x.device):
+    if not is_plain(linear, nn.Linear) or composes(x):
         return projection(linear, x), None
     return linear_product(x, [linear.weight]), linear.bias
 
@@ -118,7 +118,12 @@ def projection(linear: nn.Module, x: Tensor) -> Tensor:
 def gelu_of_product(linear: nn.Module, x: Tensor) -> Tensor:
     """``gelu(linear(x))`` on a CPU: ``[rows, in] -> [rows, out]``."""
     plain = is_plain(linear, nn.Linear) and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
-    if plain and is_plain_call((x, linear.weight)) and x.dtype == linear.weight.dtype == torch.float32:
+    if (
+        plain
+        and not cpu.in_forward_mode()
+        and is_plain_call((x, linear.weight))
+        and x.dtype == linear.weight.dtype == torch.float32
+    ):
         return cpu.product(x, linear.weight, linear.bias, gelu=True)
     return F.gelu(projection(linear, x))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Optional
 
+import torch
 from torch import Tensor
 
 from hubert_fast.ops.arguments import check_channels, check_rows, dropout_seed, without_autocast
@@ -46,14 +47,17 @@ def bias_gelu_dropout(
     return _operator(Arguments(x, bias, dropout_p, seed))[0]
 
 
-# Values from which dropout over rows that stay in cache takes less time than whole passes do: benchmarks/NOTES.md, "Whole passes
-# on a CPU".
-_MANY = 1 << 20
+# Values from which rows that stay in cache take less time than whole passes do, and where nothing is dropped in training:
+# benchmarks/NOTES.md, "Whole passes on a CPU".
+_MANY, _MANY_TO_LEARN = 1 << 20, 1 << 23
 
 
 def _whole_passes_win(arguments: Arguments) -> bool:
-    one_pass = arguments.bias is None and arguments.dropout_p == 0.0
-    return one_pass or arguments.x.numel() < _MANY
+    x, bias, dropout_p, _ = arguments
+    if dropout_p > 0.0:
+        return x.numel() < _MANY
+    # Without a bias it is one pass in any case.
+    return bias is None or x.numel() < (_MANY_TO_LEARN if torch.is_grad_enabled() and x.requires_grad else _MANY)
 
 
 def _reference(arguments: Arguments) -> tuple[Tensor]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any, ContextManager, Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from hubert_fast import backend, cpu
 from hubert_fast.ops.arguments import autocast_dtype, without_autocast
 from hubert_fast.ops.operator import is_plain_call
-from hubert_fast.weights import gradient_memory, in_dtype, is_lent, weight_gradient
+from hubert_fast.weights import gradient_memory, has_copy, in_dtype, is_lent, weight_gradient
 
 _FIXED = 5  # arguments of the autograd function before the parameters
 
@@ -30,8 +30,8 @@ def linear(
 
     Under autocast, and for weights that have memory lent (`weights.lend`), a weight in 16 bits is not cast where its copy is
     at hand, and a product gives its gradient in its own dtype rather than in 16 bits; on a CPU several weights are not copied
-    into one, and 16 bits are multiplied as `cpu.product_dtype` says. Of all that there is no second derivative. Elsewhere this is
-    `F.linear`, and everywhere where the formula of `feed_forward` was asked for (backend "reference").
+    into one, and 16 bits are multiplied as `cpu.product_dtype` says. Where something is cast there is no second derivative.
+    Elsewhere this is `F.linear`, and everywhere where the formula of `feed_forward` was asked for (backend "reference").
 
     Args:
         x: ``[..., in]`` float.
@@ -46,50 +46,53 @@ def linear(
     # Autocast leaves float64 alone.
     dtype = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
     plain = x.ndim == 2 and is_plain_call((x, *weights, *biases)) and not backend.is_reference("feed_forward")
-    if not (plain and _gains(x, weights, dtype)):
+    if not (plain and not cpu.in_forward_mode() and _gains(x, weights, biases, dtype)):
         biases = biases if learn_biases else [each.detach() for each in biases]
         if len(weights) == 1:
             return F.linear(x, weights[0], *biases)
         return F.linear(x, torch.cat(list(weights)), torch.cat(list(biases)) if biases else None)
     multiplied_in = cpu.product_dtype(x.device, dtype)
     if torch.is_grad_enabled():
-        return _Linear.apply(x, dtype, multiplied_in, learn_biases, len(weights), *weights, *biases)
-    operands = _operands(weights, x.device, multiplied_in)
-    return _product(x, operands, biases, dtype, multiplied_in)
+        cast = not dtype == multiplied_in == weights[0].dtype or any(map(is_lent, weights))
+        form = _CastLinear if cast else _Linear
+        return form.apply(x, dtype, multiplied_in, learn_biases, len(weights), *weights, *biases)
+    return _product(x, _operands(weights, x.device, multiplied_in), biases, dtype, multiplied_in, learning=False)
 
 
-def _gains(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
+def _gains(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> bool:
     """Whether something is gained over `F.linear`: a cast of weights, of their gradients or of slow products, or a copy."""
     if x.dtype == torch.float64:  # autocast leaves it alone
         return False
     if autocast_dtype(x.device) is not None or all(map(is_lent, weights)):
         return True
-    if any(each.dtype != x.dtype for each in weights):
-        return False  # which is an error
-    if not cpu.is_cpu(x.device):
-        return False
+    if any(each.dtype != x.dtype for each in (*weights, *biases)) or not cpu.is_cpu(x.device):
+        return False  # the former is an error
     # Side by side several would have to be copied into one.
     if len(weights) > 1 or cpu.product_dtype(x.device, dtype) != dtype:
         return True
-    out, depth = weights[0].shape
-    # Autograd in Python takes what few rows gain.
-    return cpu.onednn_wins(x, weights[0]) and (out > depth or not torch.is_grad_enabled())
+    return cpu.onednn_wins(x, weights[0], learning=torch.is_grad_enabled())
 
 
 def _operands(weights: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Sequence[Tensor]:
-    """The weights in ``dtype``, in one tensor where they must be copied in any case, or as they are."""
-    if cpu.is_cpu(device) and all(each.dtype == dtype and not is_lent(each) for each in weights):
-        return [each.detach() for each in weights]
+    """The weights as they are where a CPU multiplies them so; otherwise in ``dtype``, in one tensor."""
+    if cpu.is_cpu(device) and all(each.dtype == dtype and not has_copy(each, dtype) for each in weights):
+        return weights
     return [in_dtype(weights, dtype)]
 
 
 def _product(
-    x: Tensor, operands: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype, multiplied_in: torch.dtype
+    x: Tensor,
+    operands: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    dtype: torch.dtype,
+    multiplied_in: torch.dtype,
+    *,
+    learning: bool,
 ) -> Tensor:
     x = x.to(multiplied_in)
     if len(operands) == 1:
-        form = cpu.product if cpu.is_cpu(x.device) else F.linear
-        with _without_autocast(x.device, dtype, multiplied_in):
+        form = functools.partial(cpu.product, learning=learning) if cpu.is_cpu(x.device) else F.linear
+        with without_autocast(x.device):  # which might have the product in ``dtype``
             return form(x, operands[0], in_dtype(biases, multiplied_in) if biases else None).to(dtype)
     out = x.new_empty(len(x), sum(map(len, operands)))
     parts = out.split([len(each) for each in operands], 1)
@@ -101,12 +104,9 @@ def _product(
     return out.to(dtype)
 
 
-def _without_autocast(device: torch.device, dtype: torch.dtype, multiplied_in: torch.dtype) -> ContextManager[Any]:
-    """Autocast, where it is on, would have the product in ``dtype``."""
-    return nullcontext() if dtype == multiplied_in else without_autocast(device)
-
-
 class _Linear(torch.autograd.Function):
+    """Nothing is cast, so the backward may be differentiated."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -119,28 +119,31 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         weights, biases = parameters[:count], parameters[count:]
         x, operands = x.to(dtype), _operands(weights, x.device, multiplied_in)
-        out = _product(x, operands, biases, dtype, multiplied_in)
+        out = _product(x, operands, biases, dtype, multiplied_in, learning=True)
         wants_weights = any(ctx.needs_input_grad[_FIXED : _FIXED + count])
-        ctx.save_for_backward(x if wants_weights else None, *(operands if ctx.needs_input_grad[0] else ()))
-        ctx.dtypes = weights[0].dtype, biases[0].dtype if biases else None, dtype, multiplied_in
+        kept = weights if multiplied_in != dtype else operands  # widened again in the backward
+        ctx.save_for_backward(x if wants_weights else None, *(kept if ctx.needs_input_grad[0] else ()))
+        ctx.dtypes = weights[0].dtype, biases[0].dtype if biases else None, multiplied_in
         ctx.sizes = [len(each) for each in weights]
         ctx.wants_biases = learn_biases and any(ctx.needs_input_grad[_FIXED + count :])
         ctx.memory = [gradient_memory(weights), gradient_memory(biases) if ctx.wants_biases else None]
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Optional[Tensor], ...]:
         x, *operands = ctx.saved_tensors
-        with _without_autocast(gradient.device, *ctx.dtypes[2:]):
-            found = _gradients(ctx, gradient, x, operands)
-        return found[: len(ctx.needs_input_grad)]
+        with without_autocast(gradient.device):
+            return _gradients(ctx, gradient, x, operands)[: len(ctx.needs_input_grad)]
+
+
+class _CastLinear(_Linear):
+    backward = staticmethod(once_differentiable(_Linear.backward))
 
 
 def _gradients(
     ctx: Any, gradient: Tensor, x: Optional[Tensor], operands: Sequence[Tensor]
 ) -> tuple[Optional[Tensor], ...]:
-    count, (weight_dtype, bias_dtype, _, multiplied_in) = len(ctx.sizes), ctx.dtypes
+    count, (weight_dtype, bias_dtype, multiplied_in) = len(ctx.sizes), ctx.dtypes
     weights = biases = (None,) * count
     upstream = gradient.to(multiplied_in)
     if x is not None:
@@ -152,8 +155,8 @@ def _gradients(
     x_gradient = None
     if operands:
         parts = upstream.split([len(each) for each in operands], 1)
-        x_gradient = parts[0] @ operands[0]
+        x_gradient = parts[0] @ operands[0].to(multiplied_in)
         for part, weight in zip(parts[1:], operands[1:]):
-            x_gradient.addmm_(part, weight)
+            x_gradient.addmm_(part, weight.to(multiplied_in))
         x_gradient = x_gradient.to(gradient.dtype)
     return (x_gradient, *(None,) * (_FIXED - 1), *weights, *biases)

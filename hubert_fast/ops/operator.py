@@ -31,7 +31,7 @@ from typing import Any, ContextManager, Generic, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from hubert_fast import backend
+from hubert_fast import backend, cpu
 from hubert_fast.ops import triton_backend
 from hubert_fast.ops.record import Layout, Record, tensors_of
 from hubert_fast.ops.registration import register
@@ -123,7 +123,7 @@ class Operator(Generic[Record]):
             backend.BackendError: if one was asked for by name that cannot.
         """
         chosen = backend.choose(self.name, lambda name: self._objection(name, arguments))
-        if chosen != "torch" or arguments[0].device.type != "cpu" or not backend.is_automatic(self.name):
+        if chosen != "torch" or not cpu.is_cpu(arguments[0].device) or not backend.is_automatic(self.name):
             return chosen
         return "reference" if self.whole_passes_win(arguments) and is_plain_call(arguments) else chosen
 

@@ -77,7 +77,7 @@ def kept_chunks(
 
 def kept_values(seed: Optional[Tensor], rows: int, channels: int, p: float) -> Optional[Tensor]:
     """`kept_chunks` of all rows at once."""
-    return next(kept_chunks(seed, [slice(0, rows)], channels, p))
+    return None if p == 0.0 else next(kept_chunks(seed, [slice(0, rows)], channels, p))
 
 
 def _hashed_mask(seed: Tensor, rows: slice, channels: int, p: float) -> Tensor:

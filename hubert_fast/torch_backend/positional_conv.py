@@ -26,7 +26,8 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
     x, weight, bias, gain, offsets, groups, max_frames = _contiguous(arguments)
     grid = _Grid(x, offsets, max_frames)
     if grid.is_empty:
-        return (x.new_zeros(x.shape),), [x.new_zeros(shape, dtype=of) for shape, of in saved_tensors(arguments)]
+        saved = [x.new_zeros(shape, dtype=of) for shape, of in saved_tensors(arguments)] if save else []
+        return (x.new_zeros(x.shape),), saved
     dtype, normed = cpu.product_dtype(x.device, x.dtype), _normed(weight, gain)
     filters = normed[0] if normed else weight
     z = F.conv1d(grid.spread(x, weight.shape[2]).to(dtype), filters.to(dtype), bias.to(dtype), groups=groups)
@@ -58,14 +59,14 @@ def backward(
         x_grad = grid.rows_of(_input_gradient(z_grad, filters, groups)).to(x.dtype)
         x_grad = grid.clear_dead(x_grad.add_(grad))
     if any(wanted[1:]):
-        weight_grad = _filter_gradient(z_grad, grid.spread(x, taps).to(dtype), filters, groups)
+        weight_grad = _filter_gradient(z_grad, grid.spread(x, taps).to(dtype), filters, groups).contiguous()
         bias_grad = z_grad.sum((0, 2), dtype=torch.promote_types(bias.dtype, torch.float32)).to(bias.dtype)
         if gain is not None:
             norm = normed[1]
             wide = [each.to(norm.dtype) for each in (weight_grad, weight, gain)]
             weight_grad, gain_grad = torch.ops.aten._weight_norm_interface_backward(*wide, norm, 2)
             gain_grad = gain_grad.to(gain.dtype)
-        weight_grad = weight_grad.to(weight.dtype).contiguous()
+        weight_grad = weight_grad.to(weight.dtype)
     return x_grad, weight_grad, bias_grad, gain_grad
 
 

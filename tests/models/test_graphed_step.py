@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import hubert_fast
-from hubert_fast import Capacities, GraphedStep
+from hubert_fast import Capacities, GraphedStep, cpu
 from hubert_fast.models import encoder
 from hubert_fast.ops.masked_attention import masked_attention
 from tests.models import configurations
@@ -28,6 +28,12 @@ SAMPLES = 8000  # 24 frames
 ROOM = Capacities(rows=64, sequences=3, max_frames=num_frames(SAMPLES))
 DROPOUTS = ("projection_dropout", "attention_dropout", "ff_interm_dropout", "dropout")
 RANDOM = {"encoder_layer_drop": 0.5, **{f"encoder_{name}": 0.1 for name in DROPOUTS}}
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a capture records goes through PyTorch's dispatch, where a CPU's own products would not be what is recorded."""
+    monkeypatch.setattr(cpu, "is_cpu", lambda device: False)
 
 
 def build(

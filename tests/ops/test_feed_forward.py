@@ -195,7 +195,9 @@ def test_compilers_see_the_composition():
     tensors, compiled = _problem(), torch.compile(feed_forward, fullgraph=True, backend="aot_eager")
     with switched(gelu_epilogues=False):
         expected = _run(feed_forward, tensors)
-    assert all(torch.equal(*pair) for pair in zip(_run(compiled, tensors), expected, strict=True))
+    for mine, theirs in zip(_run(compiled, tensors), expected, strict=True):
+        # A call that is not compiled takes oneDNN's products, or wider ones: they add and round otherwise.
+        assert mine.dtype == theirs.dtype and (mine - theirs).norm() <= 0.02 * theirs.norm()
 
 
 @pytest.mark.parametrize(

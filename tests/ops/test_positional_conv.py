@@ -49,6 +49,11 @@ def test_backends_agree_for_any_shape(
     assert_twins(OPERATOR, embed(lengths, groups, spare_frames=spare_frames), arguments)
 
 
+def test_one_group_of_many_frames_has_the_gradients_of_the_formula():
+    """Its filters' gradient comes as a view that lies otherwise, which weight norm must not read as it is."""
+    assert_twins(OPERATOR, embed([150], 1), inputs(150, 1, 8, 5))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("normalised", [True, False])
 def test_as_precise_as_pytorch(normalised, dtype):
