@@ -6,9 +6,9 @@ operands are widened, multiplied in float32 and rounded once.
 
 In float32 PyTorch calls MKL. Its time over oneDNN's for x weight^T, on that machine, weights out of cache, 1 and 2 threads:
 
-    in -> out          16 to 98 rows    249, 500 rows    1,000 to 1,996 rows
-    768 -> 2,304, 3,072   1.0, 1.1-1.3    1.1-1.2, 1.2      1.0, 1.1-1.2
-    768 -> 768, 3,072 -> 768   0.9-1.0, 1.0-1.3    0.9-1.0, 1.0    0.9, 0.9-1.0
+    in -> out                      16 to 98 rows    249, 500 rows    1,000 to 1,996 rows
+    768 -> 2,304 or 3,072          1.0-1.2, 1.1-1.3    1.1-1.3, 1.2    0.9-1.1, 1.1-1.2
+    768 or 3,072 -> 768            0.8-1.0, 1.0-1.3    0.9-1.1, 1.0    0.9-1.2, 0.9-1.0
 """
 
 from __future__ import annotations
