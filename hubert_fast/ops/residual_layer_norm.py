@@ -169,11 +169,7 @@ def _reference(arguments: Arguments) -> tuple[Tensor, Optional[Tensor], Optional
         scale = keep_scale(output_p)
         normed = reference.layer_norm_dropout(summed, weight, bias, eps=eps, kept=kept, scale=scale)
         normed = normed.to(dtype)
-    return (
-        normed,
-        None if narrow is None else normed.to(narrow),
-        summed if arguments.with_sum and update is not None else None,
-    )
+    return normed, None if narrow is None else normed.to(narrow), None if update is None else summed
 
 
 def _fake(arguments: Arguments, save: bool) -> tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
