@@ -109,7 +109,7 @@ def by_stage(events: Iterable[FunctionEvent], *, on_gpu: bool) -> dict[str, floa
     spent = dict.fromkeys(STAGES, 0.0)
     backward = None  # stage of the last node of the backward
     events = [event for event in events if event.device_type == DeviceType.CPU and not event.is_async]
-    # What a hook calls comes before the node, and a profiler then gives the number of the node to the node alone.
+    # A node's number, from the node itself: where a hook runs an operator first, the event around both has none.
     numbers = {
         id(parent): event.sequence_nr
         for event in events

@@ -26,6 +26,8 @@ from typing import NamedTuple, Optional
 
 import torch
 
+from hubert_fast.pretrain.atomic import write_text
+
 from . import batches
 from .architecture import ARCHITECTURES, Architecture
 from .machine import describe
@@ -35,7 +37,7 @@ from .peers.peer import Setting
 from .table import columns
 from .training import infer, seconds_of
 
-_OURS, *_PEERS = _SIDES = "hubert_fast swapped in", "torchaudio", "transformers sdpa"
+_OURS, *_PEERS = "hubert_fast swapped in", "torchaudio", "transformers sdpa"
 _KINDS = "inference", "training"
 _CPU = torch.device("cpu")
 
@@ -50,7 +52,7 @@ _SHORTEST = 0.75
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison."""
+    """A comparison of all sides on one batch."""
 
     kind: str  # "inference" or "training"
     utterances: int
@@ -61,7 +63,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """One line."""
+        """Kind, batch, dtype and threads, as the table names the case."""
         padding = ", padded" if self.padded else ""
         threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
         return f"{self.kind}, {self.utterances} x {self.seconds:g} s{padding}, {self.dtype}, {threads}"
@@ -95,12 +97,12 @@ class Result(NamedTuple):
 
     @property
     def peers(self) -> list[str]:
-        """Those that took part."""
+        """Peers that took part."""
         return [each for each in self.seconds if each != _OURS]
 
 
 def cases(kinds: Sequence[str], dtypes: Sequence[str], threads: Sequence[int], most_seconds: float) -> Iterator[Case]:
-    """The shortest first."""
+    """Cases of at most ``most_seconds`` of audio, the shortest first."""
     chosen = [each for each in _SHAPES if each[0][0] * each[0][1] <= most_seconds]
     chosen.sort(key=lambda each: each[0][0] * each[0][1])
     for ((utterances, seconds), padded), kind, dtype, count in product(chosen, kinds, dtypes, threads):
@@ -123,7 +125,7 @@ class Swap:
         self._models = Models(_CPU)
 
     def peers(self) -> list[str]:
-        """Those that are installed."""
+        """Peers that are installed."""
         return [name for name in _PEERS if PEERS[name].why_not(self._setting(torch.float32)) is None]
 
     def measure(self, case: Case) -> Result:
@@ -229,7 +231,7 @@ def results_hold(results: Sequence[Result], at_least: float) -> bool:
 
 def _save(path: Path, results: Sequence[Result]) -> None:
     lines = [{**asdict(each.case), "times": each.seconds} for each in results]
-    path.write_text(json.dumps({"machine": describe(_CPU), "cases": lines}, indent=1) + "\n")
+    write_text(path, json.dumps({"machine": describe(_CPU), "cases": lines}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

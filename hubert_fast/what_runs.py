@@ -1,4 +1,4 @@
-"""Which backend runs each operator on a batch of a given size, found by running it."""
+"""Backends that run on a batch of a given size, operator by operator, found by running one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WHOLE = "whole passes of PyTorch take less time than backend 'torch' for this s
 
 
 class WhatRuns(NamedTuple):
-    """An operator's line."""
+    """An operator, the backends that ran it, and why."""
 
     operator: str
     inference: str  # backends; `NOT_CALLED` where something else, or PyTorch's own functions, do the work
@@ -31,7 +31,7 @@ class WhatRuns(NamedTuple):
 def what_runs(
     batch: int, seconds: float, *, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> list[WhatRuns]:
-    """What a layer of HuBERT Base and its front end and head run on ``batch`` utterances of ``seconds`` without padding.
+    """Backends of a layer, the front end and the head of HuBERT Base on ``batch`` utterances of ``seconds``, without padding.
 
     A model of one layer is run once for inference and once in training, with dropout. Its weights are random.
 

@@ -32,7 +32,7 @@ RANDOM = {"encoder_layer_drop": 0.5, **{f"encoder_{name}": 0.1 for name in DROPO
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a capture records goes through PyTorch's dispatch, where a CPU's own products would not be what is recorded."""
+    """Work is arranged as for a GPU: a capture records PyTorch's operations, and a CPU's own products are none."""
     monkeypatch.setattr(cpu, "is_cpu", lambda device: False)
 
 

@@ -9,19 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from hubert_fast import GraphedStep, cpu
+from hubert_fast import GraphedStep
 from hubert_fast.models import plain
 from hubert_fast.models.stages import encoder_stages, in_place_of, leaves_of
 from hubert_fast.models.weight_copies import WeightCopies
 from hubert_fast.switches import Switches, switched
 from hubert_fast.weights import Lent, in_dtype
-from tests.models.test_graphed_step import RANDOM, ROOM, adamw, assert_equal, build, data, train_both
-
-
-@pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a capture records goes through PyTorch's dispatch, where a CPU's own products would not be what is recorded."""
-    monkeypatch.setattr(cpu, "is_cpu", lambda device: False)
+from tests.models.test_graphed_step import RANDOM, ROOM, adamw, as_on_a_gpu, assert_equal, build, data, train_both  # noqa: F401
 
 
 def _output_projection(objective: nn.Module) -> nn.Linear:
