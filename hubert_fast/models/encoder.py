@@ -505,13 +505,18 @@ class Encoder(nn.Module):
             return x
         return x.masked_fill(plan.channel_mask[layout.sequence(x.device)], 0.0)
 
-    def _project(self, features: Tensor, layout: Rows, seed: Optional[Tensor] = None) -> Update:
-        projection = self.feature_projection
-        if not is_plain(projection, FeatureProjection):
-            return Update(projection(_packed(features, layout)), None, 0.0, None)
+    def _project(
+        self, features: Tensor, layout: Rows, seed: Optional[Tensor] = None, *, passes_follow: bool = True
+    ) -> Update:
+        """The projected features; the bias is added already where there is nothing to drop and no pass that could add it."""
+        module = self.feature_projection
+        if not is_plain(module, FeatureProjection):
+            return Update(module(_packed(features, layout)), None, 0.0, None)
         index = layout.index if features.ndim == 3 else None
-        x = normalize(projection.layer_norm, features.flatten(0, -2), index)
-        return before_dropout(projection.dropout, *product(projection.projection, x), seed)
+        x = normalize(module.layer_norm, features.flatten(0, -2), index)
+        if not passes_follow and is_fusable(module.dropout) and rate(module.dropout) == 0.0:
+            return before_dropout(module.dropout, projection(module.projection, x), None)
+        return before_dropout(module.dropout, *product(module.projection, x), seed)
 
     def forward(
         self,
@@ -560,7 +565,7 @@ class Encoder(nn.Module):
 
     def _rows(self, features: Tensor, layout: Rows) -> Tensor:
         """Projected features, with 0 in the padding: ``[rows, features] -> [rows, dim]``."""
-        x = add(None, self._project(features, layout))
+        x = add(None, self._project(features, layout, passes_follow=False))
         padding = layout.padding()
         return x if padding is None else x.masked_fill(padding[:, None], 0.0)
 

@@ -75,13 +75,16 @@ def _seed(dropout_p: float) -> Tensor | None:
 
 
 def _bias_dropout_residual(size: Size, dtype: torch.dtype) -> Iterator[tuple]:
-    """Of the last layer only the masked frames go on; before the first of a post-norm model there is dropout alone."""
+    """Of the last layer only the masked frames go on. Before the first of a post-norm model there is dropout alone, and dropout
+    of the projected features where all layers' outputs are wanted."""
     x, bias = _empty(size.kept, size.dim, dtype=dtype), _empty(size.dim)
     for dropout_p in _DROPOUT:
         for rows, index in ((size.rows, _integers(size.kept)), (size.kept, None)):
             residual = _empty(rows, size.dim, dtype=dtype)
             yield bias_dropout_residual.Arguments(x, bias, residual, index, dropout_p, _seed(dropout_p))
-    yield bias_dropout_residual.Arguments(_empty(size.rows, size.dim, dtype=dtype), None, None, None, 0.1, _seed(0.1))
+    rows = _empty(size.rows, size.dim, dtype=dtype)
+    for added in (bias, None):
+        yield bias_dropout_residual.Arguments(rows, added, None, None, 0.1, _seed(0.1))
 
 
 def _bias_gelu_dropout(size: Size, dtype: torch.dtype) -> Iterator[tuple]:
