@@ -41,7 +41,10 @@ class _Operator:
     implementations: dict[str, str] = field(default_factory=dict)  # backend -> one line about it
     unavailable: dict[str, Availability] = field(default_factory=dict)  # backend -> why it cannot run here at all
     on_gpu: frozenset[str] = frozenset()
-    chosen: str = AUTO
+
+    @property
+    def chosen(self) -> str:
+        return _by_name.get(self.name, AUTO)
 
     def why_unavailable(self, name: str) -> Objection:
         reason = self.unavailable.get(name)
@@ -52,6 +55,7 @@ class _Operator:
 _NAMES = ("triton", "cuda", "cpu", "torch", "reference")
 
 _operators: dict[str, _Operator] = {}
+_by_name: dict[str, str] = {}  # operator -> backend, of those that are not at "auto"
 _default = os.environ.get("HUBERT_FAST_BACKEND", AUTO)
 
 
@@ -70,7 +74,8 @@ def register(
         on_gpu: those that run on a GPU only, which `report` needs to know.
     """
     chosen = AUTO if _default in _NAMES and _default not in implementations else _default
-    _operators[operator] = _Operator(operator, dict(implementations), dict(unavailable), frozenset(on_gpu), chosen)
+    _operators[operator] = _Operator(operator, dict(implementations), dict(unavailable), frozenset(on_gpu))
+    _choose(operator, chosen)
 
 
 def use(name: str, operator: Optional[str] = None) -> None:
@@ -86,7 +91,7 @@ def use(name: str, operator: Optional[str] = None) -> None:
         whose = "every operator" if operator is None else f"operator {operator!r}"
         raise ValueError(f"backend {name!r} of {whose}: accepted are {[AUTO, *accepted]}")
     for each in selected:
-        each.chosen = name if name in each.implementations else AUTO
+        _choose(each.name, name if name in each.implementations else AUTO)
 
 
 @contextmanager
@@ -98,7 +103,7 @@ def using(name: str, operator: Optional[str] = None) -> Iterator[None]:
         yield
     finally:
         for each, chosen in before.items():
-            _operators[each].chosen = chosen
+            _choose(each, chosen)
 
 
 def choose(operator: str, objection: Callable[[str], Objection]) -> str:
@@ -132,7 +137,7 @@ def is_automatic(operator: str) -> bool:
 
 def all_automatic() -> bool:
     """Whether nobody asked for a backend of any operator by name."""
-    return all(each.chosen == AUTO for each in _operators.values())
+    return not _by_name
 
 
 def is_reference(operator: str) -> bool:
@@ -166,6 +171,12 @@ def report() -> list[Choice]:
             prefix = "asked for by name, and cannot run: "
         choices.append(Choice(name, entry.chosen, runs, prefix + why, available, reasons))
     return choices
+
+
+def _choose(operator: str, name: str) -> None:
+    _by_name.pop(operator, None)
+    if name != AUTO:
+        _by_name[operator] = name
 
 
 def _reasons(entry: _Operator) -> dict[str, str]:

@@ -16,7 +16,7 @@ from hubert_fast.ops.operator import Operator
 
 _SAMPLE_RATE = 16_000
 NOT_CALLED = "-"
-_WHOLE = "whole passes of PyTorch take less time than backend 'torch' for this size"
+_WHOLE = "whole passes of PyTorch take less time than the backends for a CPU for this size"
 
 
 class WhatRuns(NamedTuple):

@@ -13,6 +13,23 @@ from tests.ops.comparison import error
 CPU, BFLOAT16 = torch.device("cpu"), torch.bfloat16
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["mkl or onednn", "onednn"])
+def whichever_wins(monkeypatch, request):
+    """Small products are as large ones here, on a processor where oneDNN wins some of them or all."""
+    monkeypatch.setattr(cpu, "_FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr(cpu, "_ONEDNN_WINS", request.param)
+
+
+def test_onednn_takes_what_it_was_measured_to_win(monkeypatch, whichever_wins):
+    everything = cpu._ONEDNN_WINS
+    rows, wide, deep = torch.ones(1000, 48), torch.ones(96, 48), torch.ones(32, 48)
+    assert cpu.onednn_wins(rows, wide, learning=True) and cpu.onednn_wins(rows, deep, learning=True) is everything
+    assert not cpu.onednn_wins(rows.double(), wide.double(), learning=True)
+    assert not cpu.onednn_wins(torch.ones(5, 0), torch.ones(4, 0), learning=False)
+    monkeypatch.setattr(cpu, "_FEWEST_WEIGHTS", wide.numel() + 1)
+    assert not cpu.onednn_wins(rows, wide, learning=False)
+
+
 def test_only_a_cpu_without_fast_products_widens_them(monkeypatch):
     monkeypatch.setattr(cpu, "_SLOW", {BFLOAT16})
     assert cpu.product_dtype(CPU, BFLOAT16) == torch.float32
@@ -89,6 +106,17 @@ def test_a_product_that_casts_nothing_has_every_derivative():
         dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
         tangent = torch.autograd.forward_ad.unpack_dual(linear(dual, [weight])).tangent
     torch.testing.assert_close(tangent, torch.ones(5, 16) @ weight.detach().t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+def test_gelu_of_a_product_in_autocasts_dtype(dtype):
+    torch.manual_seed(0)
+    module, x = nn.Linear(48, 64), torch.randn(9, 48).to(dtype)
+    exact = F.gelu(module.double()(x.double())).detach()
+    module.float()
+    with torch.no_grad(), torch.autocast("cpu", BFLOAT16):
+        found, theirs = gelu_of_product(module, x), F.gelu(module(x))
+    assert found.dtype == BFLOAT16 and error(found, exact) <= 1.5 * error(theirs, exact)
 
 
 @pytest.mark.parametrize("weights", [1, 2])

@@ -6,7 +6,7 @@ The formulation is that of `hubert_fast.torch_backend.conv_frontend`. What the C
 - a pass writes its activations as the windows that the next GEMM reads, so nothing is copied in between;
 - the backward computes a layer's GELU once, for the weight gradient above and for its own.
 
-What is kept for the backward: the waveform, and layers 1.. before their norm and GELU in the compute dtype.
+What is kept for the backward: the waveform, and layers 1.. before their norm and GELU and their filters in the compute dtype.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from hubert_fast import extension
+from hubert_fast.cpu import product_into
 from hubert_fast.reference.conv_frontend import NORM_EPS
+from hubert_fast.torch_backend import conv_frontend as torch_backend
 from hubert_fast.torch_backend import first_layer
-from hubert_fast.torch_backend.conv_frontend import Gradients, saved_tensors
+from hubert_fast.torch_backend.conv_frontend import Gradients
 
 if TYPE_CHECKING:
     from hubert_fast.ops.conv_frontend import Arguments
@@ -62,10 +64,13 @@ def layers_objection(weights: Sequence[Tensor], strides: Sequence[int]) -> Optio
 
 
 class _Frontend:
-    """The parameters in the layouts that kernels and GEMMs want, and the calls that forward and backward share."""
+    """The parameters in the layouts that kernels and GEMMs want, and the calls that forward and backward share.
 
-    def __init__(self, arguments: Arguments) -> None:
-        waveforms, weights, biases, norm_weights, norm_biases, strides, _, valid_samples, dtype = arguments
+    ``weights``: of layers 1.., where they are at hand, ``[out, kernel, in]``: the order of a window in channels-last layout.
+    """
+
+    def __init__(self, arguments: Arguments, weights: Optional[Sequence[Tensor]] = None) -> None:
+        waveforms, filters, biases, norm_weights, norm_biases, strides, _, valid_samples, dtype = arguments
         kernels = extension.cpu()
         assert kernels is not None, extension.why_not("cpu")
         self.c: ModuleType = kernels
@@ -73,17 +78,16 @@ class _Frontend:
         self.dtype = dtype
         self.layer_norm = arguments.layer_norm
         self.waveforms = waveforms.float().contiguous()
-        self.kernels = [weight.shape[2] for weight in weights]
-        self.channels = [weight.shape[0] for weight in weights]
+        self.kernels = [each.shape[2] for each in filters]
+        self.channels = [each.shape[0] for each in filters]
         self.strides = list(strides)
         self.frames = arguments.frames
-        # [out, in, kernel] -> [out, kernel, in]: the order of a window in channels-last layout.
-        self.weights = [weight.detach().permute(0, 2, 1).to(dtype).contiguous() for weight in weights[1:]]
+        self.weights = weights or [each.detach().to(dtype).permute(0, 2, 1).contiguous() for each in filters[1:]]
         self.biases = [bias.to(dtype) for bias in biases]
         self.norm_weights = [weight.float().contiguous() for weight in norm_weights]
         self.norm_biases = [bias.float().contiguous() for bias in norm_biases]
         self.preactivations: list[Tensor] = []  # of layers 1.., each [batch, frames, channels]
-        self._prepare_first_layer(weights[0].flatten(1), biases, valid_samples)
+        self._prepare_first_layer(filters[0].flatten(1), biases, valid_samples)
 
     def _prepare_first_layer(self, filters: Tensor, biases: Sequence[Tensor], valid_samples: Optional[Tensor]) -> None:
         """Layer 0 as z = shift + scaled . (X - centre): scaled [batch or 1, taps, channels], centre [batch or 1, taps]."""
@@ -165,9 +169,9 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
     batch, preactivations = len(arguments.waveforms), frontend.preactivations
     for layer in frontend.layers():
         out = frontend.empty(batch, frontend.frames[layer], frontend.channels[layer])
-        weight = frontend.weights[layer - 1].flatten(1).T
+        weight = frontend.weights[layer - 1].flatten(1)
         stride, kernel = frontend.strides[layer], frontend.kernels[layer]
-        operand = frontend.empty(min(_FORWARD_ROWS, frontend.frames[layer]), weight.shape[0])
+        operand = frontend.empty(min(_FORWARD_ROWS, frontend.frames[layer]), weight.shape[1])
         for row in range(batch):
             below = frontend.pass_over(layer - 1, row)
             for start, stop in _chunks(frontend.frames[layer], _FORWARD_ROWS):
@@ -178,10 +182,8 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
                     stop=(stop - 1) * stride + kernel,
                     windows=frontend.windows(layer, windows),
                 )
-                if frontend.biases:
-                    torch.addmm(frontend.biases[layer], windows, weight, out=out[row, start:stop])
-                else:
-                    torch.mm(windows, weight, out=out[row, start:stop])
+                bias = frontend.biases[layer] if frontend.biases else None
+                product_into(out[row, start:stop], windows, weight, bias)
         if layer >= 2 and not save:
             preactivations[layer - 2] = out.new_empty(0)  # the layer below has been used up
         preactivations.append(out)
@@ -191,7 +193,15 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
     for row in range(batch):
         plain = frontend.c.Windows(data=features[row], kernel=1, stride=1, rows=frames)
         frontend.c.forward(**frontend.pass_over(last, row), start=0, stop=frames, windows=plain)
-    return (features,), preactivations if save else []
+    return (features,), [*preactivations, *frontend.weights] if save else []
+
+
+def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Of layers 1.. what comes before norm and GELU, and the filters as GEMMs take them."""
+    weights = [
+        ((out, kernel, width), arguments.dtype) for out, width, kernel in (w.shape for w in arguments.weights[1:])
+    ]
+    return [*torch_backend.saved_tensors(arguments), *weights]
 
 
 class _DataGradient:
@@ -238,7 +248,8 @@ class _DataGradient:
                 out.zero_()  # rows that a stride longer than the kernel leaves out
             elif matrix.shape[1] > 0:
                 width = gradient.shape[1]
-                torch.mm(gradient[first:].as_strided((stop - start, taps * width), (width, 1)), matrix, out=out)
+                rows = gradient[first:].as_strided((stop - start, taps * width), (width, 1))
+                product_into(out, rows, matrix.T)
             results.append(out)
         return results[0], results[1]
 
@@ -368,8 +379,9 @@ def backward(
 
     Under group norm the bias of layer 0 has no effect on the output and its gradient is exactly 0.
     """
-    frontend = _Frontend(arguments)
-    frontend.preactivations = saved
+    layers = len(arguments.weights) - 1
+    frontend = _Frontend(arguments, saved[layers:])
+    frontend.preactivations = saved[:layers]
     walk = _Backward(frontend)
     walk.run(*gradients)
     return walk.gradients().like(arguments.parameters)

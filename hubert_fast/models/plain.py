@@ -103,9 +103,11 @@ def narrow_dtype(x: Tensor, dtype: torch.dtype) -> Optional[torch.dtype]:
 
 def product(linear: nn.Module, x: Tensor) -> tuple[Tensor, Optional[Tensor]]:
     """``linear(x)`` less its bias, and the bias, for the pass that follows to add. On a CPU the product itself adds it."""
-    if not is_plain(linear, nn.Linear) or composes(x):
-        return projection(linear, x), None
-    return linear_product(x, [linear.weight]), linear.bias
+    if not is_plain(linear, nn.Linear):
+        return linear(x), None
+    if not composes(x):
+        return linear_product(x, [linear.weight]), linear.bias
+    return linear_product(x, [linear.weight], [] if linear.bias is None else [linear.bias]), None
 
 
 def projection(linear: nn.Module, x: Tensor) -> Tensor:
@@ -117,14 +119,15 @@ def projection(linear: nn.Module, x: Tensor) -> Tensor:
 
 def gelu_of_product(linear: nn.Module, x: Tensor) -> Tensor:
     """``gelu(linear(x))`` on a CPU: ``[rows, in] -> [rows, out]``."""
-    plain = is_plain(linear, nn.Linear) and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
     if (
-        plain
+        is_plain(linear, nn.Linear)
+        and not torch.is_grad_enabled()
         and not cpu.in_forward_mode()
         and is_plain_call((x, linear.weight))
-        and x.dtype == linear.weight.dtype == torch.float32
+        and cpu.has_gelu(dtype := autocast_dtype(x.device) or x.dtype)
     ):
-        return cpu.product(x, linear.weight, linear.bias, gelu=True)
+        operands = (x, linear.weight, linear.bias)
+        return cpu.product(*(None if each is None else each.to(dtype) for each in operands), gelu=True)
     return F.gelu(projection(linear, x))
 
 

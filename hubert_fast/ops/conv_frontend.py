@@ -22,6 +22,9 @@ from hubert_fast.reference import conv_frontend as reference
 
 NORMS = ("group_norm", "layer_norm")
 
+# Samples a row and in all up to which PyTorch's convolutions take less time on a CPU.
+_SHORT, _FEW_SAMPLES = 24_000, 96_000
+
 
 class Arguments(NamedTuple):
     waveforms: Tensor  # [batch, samples]
@@ -213,6 +216,20 @@ def _flops(arguments: Arguments, backward: bool) -> int:
     return first + (2 if backward else 1) * sum(later)
 
 
+def _whole_passes_win(arguments: Arguments) -> bool:
+    """Few samples of audio without a gradient: the filters' other layout costs more than layer 0's passes over memory."""
+    batch, samples = arguments.waveforms.shape
+    short = samples <= _SHORT and batch * samples <= _FEW_SAMPLES
+    if not short or arguments.layer_norm or arguments.valid_samples is not None or _learns(arguments):
+        return False
+    return cpu.product_dtype(arguments.waveforms.device, arguments.dtype) == arguments.dtype
+
+
+def _learns(arguments: Arguments) -> bool:
+    groups = (arguments.waveforms,), *arguments.parameters
+    return torch.is_grad_enabled() and any(each.requires_grad for group in groups for each in group)
+
+
 _operator = Operator(
     "conv_frontend",
     Arguments,
@@ -230,4 +247,5 @@ _operator = Operator(
     kept=["waveforms", "valid_samples"],
     objection=_objection,
     flops=_flops,
+    whole_passes_win=_whole_passes_win,  # benchmarks/NOTES.md, "Whole passes on a CPU"
 )

@@ -45,8 +45,14 @@ def linear(
     dtype = autocast_dtype(x.device)
     # Autocast leaves float64 alone.
     dtype = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
-    plain = x.ndim == 2 and is_plain_call((x, *weights, *biases)) and not backend.is_reference("feed_forward")
-    if not (plain and not cpu.in_forward_mode() and _gains(x, weights, biases, dtype)):
+    if not (
+        x.ndim == 2
+        and not torch.compiler.is_compiling()
+        and _gains(x, weights, biases, dtype)
+        and is_plain_call((x, *weights, *biases))
+        and not cpu.in_forward_mode()
+        and not backend.is_reference("feed_forward")
+    ):
         biases = biases if learn_biases else [each.detach() for each in biases]
         if len(weights) == 1:
             return F.linear(x, weights[0], *biases)
@@ -63,14 +69,17 @@ def _gains(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype
     """Whether something is gained over `F.linear`: a cast of weights, of their gradients or of slow products, or a copy."""
     if x.dtype == torch.float64:  # autocast leaves it alone
         return False
-    if autocast_dtype(x.device) is not None or all(map(is_lent, weights)):
+    if all(map(is_lent, weights)):
         return True
-    if any(each.dtype != x.dtype for each in (*weights, *biases)) or not cpu.is_cpu(x.device):
-        return False  # the former is an error
+    if not cpu.is_cpu(x.device):
+        return autocast_dtype(x.device) is not None
+    if autocast_dtype(x.device) is None and any(each.dtype != x.dtype for each in (*weights, *biases)):
+        return False  # an error
     # Side by side several would have to be copied into one.
     if len(weights) > 1 or cpu.product_dtype(x.device, dtype) != dtype:
         return True
-    return cpu.onednn_wins(x, weights[0], learning=torch.is_grad_enabled())
+    # Autocast's own cast costs less host time, and a CPU gives no product of 16 bits in float32.
+    return autocast_dtype(x.device) is None and cpu.onednn_wins(x, weights[0], learning=torch.is_grad_enabled())
 
 
 def _operands(weights: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Sequence[Tensor]:
@@ -97,10 +106,7 @@ def _product(
     out = x.new_empty(len(x), sum(map(len, operands)))
     parts = out.split([len(each) for each in operands], 1)
     for i, (weight, part) in enumerate(zip(operands, parts)):
-        if biases:
-            torch.addmm(biases[i].to(x.dtype), x, weight.t(), out=part)
-        else:
-            torch.mm(x, weight.t(), out=part)
+        cpu.product_into(part, x, weight, biases[i].to(x.dtype) if biases else None, learning=learning)
     return out.to(dtype)
 
 
@@ -155,8 +161,7 @@ def _gradients(
     x_gradient = None
     if operands:
         parts = upstream.split([len(each) for each in operands], 1)
-        x_gradient = parts[0] @ operands[0].to(multiplied_in)
-        for part, weight in zip(parts[1:], operands[1:]):
-            x_gradient.addmm_(part, weight.to(multiplied_in))
+        for part, weight in zip(parts, operands):
+            x_gradient = cpu.product_with(part, weight.to(multiplied_in), x_gradient)
         x_gradient = x_gradient.to(gradient.dtype)
     return (x_gradient, *(None,) * (_FIXED - 1), *weights, *biases)

@@ -79,8 +79,8 @@ class Operator(Generic[Record]):
             kernel takes is known without it.
         unavailable: as in `backend.register`; the absence of Triton is known without it.
         flops: (arguments, backward) -> FLOPs of the matrix products, 2 a multiply-add. None: the operator has no product.
-        whole_passes_win: arguments on a CPU -> whether the reference takes less time than backend "torch", which then is not
-            what "auto" takes for a plain call. Each operator says how that was measured.
+        whole_passes_win: arguments on a CPU -> whether the reference takes less time than backends "cpu" and "torch", which
+            then are not what "auto" takes for a plain call. Each operator says how that was measured.
     """
 
     name: str
@@ -123,7 +123,7 @@ class Operator(Generic[Record]):
             backend.BackendError: if one was asked for by name that cannot.
         """
         chosen = backend.choose(self.name, lambda name: self._objection(name, arguments))
-        if chosen != "torch" or not cpu.is_cpu(arguments[0].device) or not backend.is_automatic(self.name):
+        if chosen not in ("cpu", "torch") or not cpu.is_cpu(arguments[0].device) or not backend.is_automatic(self.name):
             return chosen
         return "reference" if self.whole_passes_win(arguments) and is_plain_call(arguments) else chosen
 

@@ -18,27 +18,30 @@ from hubert_fast import cpu
 if TYPE_CHECKING:
     from hubert_fast.ops.positional_conv import Arguments
 
-_MANY = 128  # frames from which on `_filter_gradient` multiplies
+# Frames from which on PyTorch's own gradients take longer than those below. On fewer (1 x 49, AMD EPYCs with AVX2 and AVX-512,
+# float32 and bfloat16) they take as long, and no copy of the filters.
+_MANY = 128
 
 
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
-    """The convolution's result before the GELU is saved, in the dtype of ``x``, and normalised filters with their norm."""
+    """The convolution's result before the GELU is saved, and normalised filters, as they are multiplied, with their norm."""
     x, weight, bias, gain, offsets, groups, max_frames = _contiguous(arguments)
     grid = _Grid(x, offsets, max_frames)
     if grid.is_empty:
         saved = [x.new_zeros(shape, dtype=of) for shape, of in saved_tensors(arguments)] if save else []
         return (x.new_zeros(x.shape),), saved
     dtype, normed = cpu.product_dtype(x.device, x.dtype), _normed(weight, gain)
-    filters = normed[0] if normed else weight
-    z = F.conv1d(grid.spread(x, weight.shape[2]).to(dtype), filters.to(dtype), bias.to(dtype), groups=groups)
+    filters = (normed[0] if normed else weight).to(dtype)
+    z = F.conv1d(grid.spread(x, weight.shape[2]).to(dtype), filters, bias.to(dtype), groups=groups)
     preactivation = grid.rows_of(z).to(x.dtype)
-    return (grid.clear_dead(F.gelu(preactivation).add_(x)),), [preactivation, *normed] if save else []
+    saved = [preactivation, *((filters, normed[1]) if normed else ())] if save else []
+    return (grid.clear_dead(F.gelu(preactivation).add_(x)),), saved
 
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
     x, weight, gain = arguments.x, arguments.weight, arguments.gain
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    normed = [] if gain is None else [(tuple(weight.shape), wide), (tuple(gain.shape), wide)]
+    filters, norm = cpu.product_dtype(x.device, x.dtype), torch.promote_types(weight.dtype, torch.float32)
+    normed = [] if gain is None else [(tuple(weight.shape), filters), (tuple(gain.shape), norm)]
     return [(tuple(x.shape), x.dtype), *normed]
 
 
@@ -85,9 +88,13 @@ def _normed(weight: Tensor, gain: Optional[Tensor]) -> Sequence[Tensor]:
 def _input_gradient(z_grad: Tensor, filters: Tensor, groups: int) -> Tensor:
     """Gradient of the convolution's input ``[sequences, channels, frames]``: a convolution backward in time.
 
-    PyTorch's own takes two to three times as long on a CPU.
+    PyTorch's own takes two to three times as long on a CPU from 4 x 49 frames on.
     """
     channels, depth, taps = filters.shape
+    if _are_few(z_grad):
+        shape = len(z_grad), channels, z_grad.shape[2] + taps - 1
+        gradient = _own_gradients(z_grad, z_grad.new_empty(1).expand(shape), filters, groups, of_input=True)[0]
+        return gradient[:, :, taps // 2 :]
     transposed = filters.view(groups, depth, depth, taps).transpose(1, 2).reshape(channels, depth, taps)
     return F.conv1d(F.pad(z_grad.flip(2), (taps // 2, taps - 1 - taps // 2)), transposed, groups=groups).flip(2)
 
@@ -98,12 +105,9 @@ def _filter_gradient(z_grad: Tensor, spread: Tensor, filters: Tensor, groups: in
     Those are products of ``[depth, frames]`` with ``[frames, depth]``, which read the input as it lies. On an AMD EPYC (AVX2)
     they take half the time of PyTorch's own gradient in float32 from 4 x 249 frames on, and as much at 4 x 49.
     """
+    if _are_few(z_grad) or z_grad.device.type != "cpu" or z_grad.dtype not in (torch.float32, torch.float64):
+        return _own_gradients(z_grad, spread, filters, groups, of_input=False)[1]
     sequences, channels, frames = z_grad.shape
-    if z_grad.device.type != "cpu" or z_grad.dtype not in (torch.float32, torch.float64) or sequences * frames < _MANY:
-        of_filters = [False, True, False]
-        return torch.ops.aten.convolution_backward(
-            z_grad, spread, filters, None, [1], [0], [1], False, [0], groups, of_filters
-        )[1]
     _, depth, taps = filters.shape
     length = spread.shape[2]
     found = z_grad.new_zeros(groups, taps, depth, depth)
@@ -114,6 +118,17 @@ def _filter_gradient(z_grad: Tensor, spread: Tensor, filters: Tensor, groups: in
             shifted = x[group].as_strided((taps, frames, depth), (1, 1, length))
             total.baddbmm_(upstream[group].expand(taps, depth, frames), shifted)
     return found.permute(0, 2, 3, 1).reshape(filters.shape)
+
+
+def _are_few(z_grad: Tensor) -> bool:
+    return z_grad.shape[0] * z_grad.shape[2] < _MANY
+
+
+def _own_gradients(
+    z_grad: Tensor, spread: Tensor, filters: Tensor, groups: int, *, of_input: bool
+) -> Sequence[Optional[Tensor]]:
+    wanted = [of_input, not of_input, False]
+    return torch.ops.aten.convolution_backward(z_grad, spread, filters, None, [1], [0], [1], False, [0], groups, wanted)
 
 
 class _Grid:
