@@ -19,6 +19,10 @@ def test_inference_on_a_cpu_is_composed_and_training_takes_whole_passes():
     assert (found["masked_attention"].inference, found["masked_attention"].training) == (NOT_CALLED, "reference")
     assert found["residual_layer_norm"].training == "reference" and "whole passes" in found["residual_layer_norm"].why
     assert found["cosine_cross_entropy"].training == "torch"
+    assert (
+        found["conv_frontend"].inference == "reference"
+    )  # short audio; in training another backend's gradient is faster
+    assert found["conv_frontend"].training in ("cpu", "torch")
 
 
 def test_what_was_asked_for_by_name_runs():

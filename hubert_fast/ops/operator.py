@@ -122,10 +122,14 @@ class Operator(Generic[Record]):
         Raises:
             backend.BackendError: if one was asked for by name that cannot.
         """
-        chosen = backend.choose(self.name, lambda name: self._objection(name, arguments))
-        if chosen not in ("cpu", "torch") or not cpu.is_cpu(arguments[0].device) or not backend.is_automatic(self.name):
-            return chosen
-        return "reference" if self.whole_passes_win(arguments) and is_plain_call(arguments) else chosen
+        if (
+            cpu.is_cpu(arguments[0].device)
+            and backend.is_automatic(self.name)
+            and self.whole_passes_win(arguments)
+            and is_plain_call(arguments)
+        ):
+            return "reference"
+        return backend.choose(self.name, lambda name: self._objection(name, arguments))
 
     def run(self, chosen: str, arguments: Record) -> Results:
         """The results on backend ``chosen``; one that these arguments do not produce is None or, of `torch.library`, empty."""

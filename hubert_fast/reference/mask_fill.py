@@ -22,7 +22,7 @@ def mask_fill(
     kept: Optional[Tensor] = None,  # [rows, channels] bool
     scale: float = 1.0,  # of what is kept
 ) -> Tensor:  # [rows, channels], in the dtype of x
-    filled = dropped(x if bias is None else x + bias, kept, scale)
+    filled = dropped(x if bias is None else x + bias, kept, scale).to(x.dtype)  # what follows rounds nothing
     if padding is not None:
         filled = filled.masked_fill(padding[:, None], 0.0)
-    return embedding.to(filled.dtype).where(mask[:, None], filled).to(x.dtype)
+    return embedding.to(x.dtype).where(mask[:, None], filled)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Optional
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,6 +39,10 @@ def layer_norm_dropout(
     kept: Optional[Tensor] = None,  # [rows, channels] bool
     scale: float = 1.0,
 ) -> Tensor:  # [rows, channels], in the dtype of x
+    mixed = x.device.type == "cpu" and weight.dtype == bias.dtype == torch.float32
+    if mixed and kept is None and x.dtype != torch.float64 and not torch.is_grad_enabled():
+        # In float32 on the way, and rounded once; but the gradients of its parameters are summed in the dtype of x.
+        return F.layer_norm(x, x.shape[1:], weight, bias, eps)
     wide = x.to(weight.dtype) if weight.dtype.itemsize > x.dtype.itemsize else x
     normed = F.layer_norm(wide, wide.shape[1:], weight.to(wide.dtype), bias.to(wide.dtype), eps)
     return dropped(normed, kept, scale).to(x.dtype)

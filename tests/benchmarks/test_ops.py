@@ -172,6 +172,15 @@ def test_calls_work_on_other_inputs_in_turn():
     assert torch.equal(call(0)[0], call(64)[0])  # as many sets as there may be
 
 
+def test_implementations_do_not_follow_each_other_on_the_same_inputs():
+    case = _doubling()
+    case = replace(case, sides={"a": case.sides[OURS], "b": case.sides[OURS]})
+    calls = Calls(case)
+    (first, _), (second, _) = calls.make("a"), calls.make("b")
+    assert not torch.equal(first(0)[0], second(0)[0])
+    assert torch.equal(first(32)[0], second(0)[0])  # they work on the same sets all the same
+
+
 class _Compiling:
     """2 x by a kernel that takes half a second when it first sees a shape and dtype, forward and backward each."""
 
