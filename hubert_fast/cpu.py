@@ -86,7 +86,7 @@ def _onednn_can(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == weight.dtype == torch.float32 and weight.numel() >= _FEWEST_WEIGHTS
 
 
-def has_gelu(dtype: torch.dtype) -> bool:
+def has_gelu(dtype: Optional[torch.dtype]) -> bool:
     """Whether `product` may have a GELU in ``dtype``, which in 16 bits is that of the sum before it is rounded."""
     if dtype == torch.float32:
         return True

@@ -119,6 +119,16 @@ def test_gelu_of_a_product_in_autocasts_dtype(dtype):
     assert found.dtype == BFLOAT16 and error(found, exact) <= 1.5 * error(theirs, exact)
 
 
+def test_gelu_of_a_product_casts_nothing_that_pytorch_would_not():
+    module = nn.Linear(48, 64)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="dtype"):
+            gelu_of_product(module.bfloat16(), torch.randn(9, 48))
+        x = torch.randn(9, 48, dtype=torch.float64)
+        with torch.autocast("cpu", BFLOAT16):
+            assert gelu_of_product(module.double(), x).dtype == torch.float64
+
+
 @pytest.mark.parametrize("weights", [1, 2])
 def test_a_backward_inside_autocast_keeps_float32(weights):
     torch.manual_seed(0)

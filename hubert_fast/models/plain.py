@@ -124,11 +124,19 @@ def gelu_of_product(linear: nn.Module, x: Tensor) -> Tensor:
         and not torch.is_grad_enabled()
         and not cpu.in_forward_mode()
         and is_plain_call((x, linear.weight))
-        and cpu.has_gelu(dtype := autocast_dtype(x.device) or x.dtype)
+        and cpu.has_gelu(dtype := _multiplied_in(x, linear.weight))
     ):
         operands = (x, linear.weight, linear.bias)
         return cpu.product(*(None if each is None else each.to(dtype) for each in operands), gelu=True)
     return F.gelu(projection(linear, x))
+
+
+def _multiplied_in(x: Tensor, weight: Tensor) -> Optional[torch.dtype]:
+    """The dtype that both have or autocast casts both to. None: they are PyTorch's to refuse, or to leave alone."""
+    dtype = autocast_dtype(x.device)
+    if dtype is None:
+        return x.dtype if x.dtype == weight.dtype else None
+    return None if x.dtype == torch.float64 else dtype
 
 
 def add(residual: Optional[Tensor], update: Update, index: Optional[Tensor] = None) -> Tensor:

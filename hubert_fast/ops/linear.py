@@ -29,9 +29,10 @@ def linear(
     """``x weight^T + bias`` for one weight, or for several side by side in one product.
 
     Under autocast, and for weights that have memory lent (`weights.lend`), a weight in 16 bits is not cast where its copy is
-    at hand, and a product gives its gradient in its own dtype rather than in 16 bits; on a CPU several weights are not copied
-    into one, and 16 bits are multiplied as `cpu.product_dtype` says. Where something is cast there is no second derivative.
-    Elsewhere this is `F.linear`, and everywhere where the formula of `feed_forward` was asked for (backend "reference").
+    at hand, and a product gives its gradient in its own dtype rather than in 16 bits. On a CPU several weights are not copied
+    into one, one without such memory is left to autocast, and 16 bits are multiplied as `cpu.product_dtype` says. Where
+    something is cast here there is no second derivative. Elsewhere this is `F.linear`, and
+    everywhere where the formula of `feed_forward` was asked for (backend "reference").
 
     Args:
         x: ``[..., in]`` float.
@@ -48,10 +49,11 @@ def linear(
     if not (
         x.ndim == 2
         and not torch.compiler.is_compiling()
-        and _gains(x, weights, biases, dtype)
+        and not _is_left_to_autocast(x, weights, dtype)
         and is_plain_call((x, *weights, *biases))
         and not cpu.in_forward_mode()
         and not backend.is_reference("feed_forward")
+        and _gains(x, weights, biases, dtype)
     ):
         biases = biases if learn_biases else [each.detach() for each in biases]
         if len(weights) == 1:
@@ -65,21 +67,25 @@ def linear(
     return _product(x, _operands(weights, x.device, multiplied_in), biases, dtype, multiplied_in, learning=False)
 
 
+def _is_left_to_autocast(x: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether autocast's own cast costs less host time and loses nothing: a CPU gives no product of 16 bits in float32."""
+    if len(weights) > 1 or not cpu.is_cpu(x.device) or autocast_dtype(x.device) is None:
+        return False
+    return cpu.product_dtype(x.device, dtype) == dtype and not is_lent(weights[0])
+
+
 def _gains(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> bool:
     """Whether something is gained over `F.linear`: a cast of weights, of their gradients or of slow products, or a copy."""
     if x.dtype == torch.float64:  # autocast leaves it alone
         return False
-    if all(map(is_lent, weights)):
+    if autocast_dtype(x.device) is not None or all(map(is_lent, weights)):
         return True
-    if not cpu.is_cpu(x.device):
-        return autocast_dtype(x.device) is not None
-    if autocast_dtype(x.device) is None and any(each.dtype != x.dtype for each in (*weights, *biases)):
-        return False  # an error
+    if any(each.dtype != x.dtype for each in (*weights, *biases)) or not cpu.is_cpu(x.device):
+        return False  # the former is an error
     # Side by side several would have to be copied into one.
     if len(weights) > 1 or cpu.product_dtype(x.device, dtype) != dtype:
         return True
-    # Autocast's own cast costs less host time, and a CPU gives no product of 16 bits in float32.
-    return autocast_dtype(x.device) is None and cpu.onednn_wins(x, weights[0], learning=torch.is_grad_enabled())
+    return cpu.onednn_wins(x, weights[0], learning=torch.is_grad_enabled())
 
 
 def _operands(weights: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Sequence[Tensor]:

@@ -125,8 +125,8 @@ class Operator(Generic[Record]):
         if (
             cpu.is_cpu(arguments[0].device)
             and backend.is_automatic(self.name)
-            and self.whole_passes_win(arguments)
             and is_plain_call(arguments)
+            and self.whole_passes_win(arguments)
         ):
             return "reference"
         return backend.choose(self.name, lambda name: self._objection(name, arguments))
