@@ -72,9 +72,9 @@ def onednn_wins(x: Tensor, weight: Tensor, *, learning: bool) -> bool:
 
     ``learning``: there will be a gradient, and autograd in Python takes what few rows gain.
     """
-    if not _onednn_can(x, weight):
-        return False
     out, depth = weight.shape
+    if not _onednn_can(x, weight) or x.shape[1] != depth:
+        return False
     if _ONEDNN_WINS or out > depth:
         return True
     return not learning and len(x) <= _FEW_ROWS and torch.get_num_threads() > 1
@@ -83,7 +83,8 @@ def onednn_wins(x: Tensor, weight: Tensor, *, learning: bool) -> bool:
 def _onednn_can(x: Tensor, weight: Tensor) -> bool:
     if _onednn is None or not torch._C._get_mkldnn_enabled():
         return False
-    return x.dtype == weight.dtype == torch.float32 and weight.numel() >= _FEWEST_WEIGHTS
+    strided = x.layout == weight.layout == torch.strided
+    return strided and x.dtype == weight.dtype == torch.float32 and weight.numel() >= _FEWEST_WEIGHTS
 
 
 def has_gelu(dtype: Optional[torch.dtype]) -> bool:
@@ -106,7 +107,9 @@ def product(x: Tensor, weight: Tensor, bias: Optional[Tensor], *, gelu: bool = F
     Returns:
         ``[rows, out]``.
     """
-    if onednn_wins(x, weight, learning=learning) or (gelu and x.dtype == torch.bfloat16 and has_gelu(x.dtype)):
+    in_16_bits = gelu and x.dtype == torch.bfloat16 and has_gelu(x.dtype) and x.shape[1] == weight.shape[1]
+    of_each_column = bias is None or bias.shape == weight.shape[:1]  # `F.linear` takes others too
+    if of_each_column and (in_16_bits or onednn_wins(x, weight, learning=learning)):
         # It takes for granted that a bias lies together.
         bias = None if bias is None else bias.contiguous()
         return _onednn(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")

@@ -92,6 +92,17 @@ def test_a_bias_may_lie_apart(bias):
         torch.testing.assert_close(linear(x, [weight], [bias]), F.linear(x, weight, bias))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_what_pytorch_broadcasts_or_refuses_stays_its_own():
+    x, weight = torch.randn(5, 16), torch.randn(48, 16)
+    with torch.no_grad():
+        for bias in (torch.tensor(1.0), torch.ones(1), torch.ones(5, 48)):
+            torch.testing.assert_close(linear(x, [weight], [bias]), F.linear(x, weight, bias))
+        torch.testing.assert_close(linear(x, [weight.to_sparse_csr()]), F.linear(x, weight))
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            linear(x, [torch.randn(48, 15)])
+
+
 def test_a_product_that_casts_nothing_has_every_derivative():
     torch.manual_seed(0)
     x, weight = torch.randn(5, 16, requires_grad=True), torch.randn(48, 16, requires_grad=True)
@@ -122,6 +133,9 @@ def test_gelu_of_a_product_in_autocasts_dtype(dtype):
 def test_gelu_of_a_product_casts_nothing_that_pytorch_would_not():
     module = nn.Linear(48, 64)
     with torch.no_grad():
+        module.bias = nn.Parameter(torch.zeros(64, dtype=torch.float64))
+        with pytest.raises(RuntimeError, match="dtype"):
+            gelu_of_product(module, torch.randn(9, 48))
         with pytest.raises(RuntimeError, match="dtype"):
             gelu_of_product(module.bfloat16(), torch.randn(9, 48))
         x = torch.randn(9, 48, dtype=torch.float64)

@@ -82,7 +82,11 @@ class _Frontend:
         self.channels = [each.shape[0] for each in filters]
         self.strides = list(strides)
         self.frames = arguments.frames
-        self.weights = weights or [each.detach().to(dtype).permute(0, 2, 1).contiguous() for each in filters[1:]]
+        # Copies in any case: what is kept for the backward may not be a parameter itself.
+        self.weights = weights or [
+            each.detach().to(dtype).permute(0, 2, 1).clone(memory_format=torch.contiguous_format)
+            for each in filters[1:]
+        ]
         self.biases = [bias.to(dtype) for bias in biases]
         self.norm_weights = [weight.float().contiguous() for weight in norm_weights]
         self.norm_biases = [bias.float().contiguous() for bias in norm_biases]

@@ -123,19 +123,18 @@ def gelu_of_product(linear: nn.Module, x: Tensor) -> Tensor:
         is_plain(linear, nn.Linear)
         and not torch.is_grad_enabled()
         and not cpu.in_forward_mode()
-        and is_plain_call((x, linear.weight))
-        and cpu.has_gelu(dtype := _multiplied_in(x, linear.weight))
+        and is_plain_call(operands := (x, linear.weight, linear.bias))
+        and cpu.has_gelu(dtype := _multiplied_in(*operands))
     ):
-        operands = (x, linear.weight, linear.bias)
         return cpu.product(*(None if each is None else each.to(dtype) for each in operands), gelu=True)
     return F.gelu(projection(linear, x))
 
 
-def _multiplied_in(x: Tensor, weight: Tensor) -> Optional[torch.dtype]:
-    """The dtype that both have or autocast casts both to. None: they are PyTorch's to refuse, or to leave alone."""
+def _multiplied_in(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Optional[torch.dtype]:
+    """The dtype that all have or autocast casts all to. None: they are PyTorch's to refuse, or to leave alone."""
     dtype = autocast_dtype(x.device)
     if dtype is None:
-        return x.dtype if x.dtype == weight.dtype else None
+        return x.dtype if x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype) else None
     return None if x.dtype == torch.float64 else dtype
 
 

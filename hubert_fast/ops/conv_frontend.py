@@ -6,6 +6,7 @@ The strided convolutions of HuBERT with their norm (group norm after layer 0, or
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import List, NamedTuple, Optional
@@ -220,14 +221,14 @@ def _whole_passes_win(arguments: Arguments) -> bool:
     """Few samples of audio without a gradient: the filters' other layout costs more than layer 0's passes over memory."""
     batch, samples = arguments.waveforms.shape
     short = samples <= _SHORT and batch * samples <= _FEW_SAMPLES
-    if not short or arguments.layer_norm or arguments.valid_samples is not None or _learns(arguments):
+    if not short or arguments.layer_norm or arguments.valid_samples is not None:
         return False
-    return cpu.product_dtype(arguments.waveforms.device, arguments.dtype) == arguments.dtype
-
-
-def _learns(arguments: Arguments) -> bool:
-    groups = (arguments.waveforms,), *arguments.parameters
-    return torch.is_grad_enabled() and any(each.requires_grad for group in groups for each in group)
+    tensors = [arguments.waveforms, *itertools.chain(*arguments.parameters)]
+    if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
+        return False
+    # PyTorch's functions refuse some mixtures of dtypes.
+    of_one_dtype = {each.dtype for each in tensors} in ({torch.float32}, {arguments.dtype})
+    return of_one_dtype and cpu.product_dtype(arguments.waveforms.device, arguments.dtype) == arguments.dtype
 
 
 _operator = Operator(

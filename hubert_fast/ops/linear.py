@@ -78,6 +78,8 @@ def _gains(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], dtype
     """Whether something is gained over `F.linear`: a cast of weights, of their gradients or of slow products, or a copy."""
     if x.dtype == torch.float64:  # autocast leaves it alone
         return False
+    if any(bias.shape != weight.shape[:1] for weight, bias in zip(weights, biases)):
+        return False  # PyTorch broadcasts it
     if autocast_dtype(x.device) is not None or all(map(is_lent, weights)):
         return True
     if any(each.dtype != x.dtype for each in (*weights, *biases)) or not cpu.is_cpu(x.device):

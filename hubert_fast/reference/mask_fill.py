@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Optional
 
+import torch
 from torch import Tensor
 
 from hubert_fast.reference.dropout import dropped
@@ -22,7 +23,9 @@ def mask_fill(
     kept: Optional[Tensor] = None,  # [rows, channels] bool
     scale: float = 1.0,  # of what is kept
 ) -> Tensor:  # [rows, channels], in the dtype of x
-    filled = dropped(x if bias is None else x + bias, kept, scale).to(x.dtype)  # what follows rounds nothing
+    filled = dropped(x if bias is None else x + bias, kept, scale)
+    if not torch.is_grad_enabled():
+        filled = filled.to(x.dtype)  # what follows rounds nothing but gradients
     if padding is not None:
         filled = filled.masked_fill(padding[:, None], 0.0)
-    return embedding.to(x.dtype).where(mask[:, None], filled)
+    return embedding.to(filled.dtype).where(mask[:, None], filled).to(x.dtype)

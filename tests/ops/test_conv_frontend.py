@@ -322,3 +322,27 @@ def test_parameters_that_do_not_fit_are_named(message, group, index, tensor):
 
 def test_the_shortest_audio_gives_one_frame():
     assert _problem(batch=1, samples=60).features("auto").shape == (1, 1, 64)
+
+
+@on_fast_backends
+def test_filters_of_one_tap_are_kept_as_copies(name):
+    """`torch.library` refuses an operator that returns what it was given, and such filters need no other layout."""
+    problem = _problem(shapes=[(10, 5), (1, 1)], channels=(16, 16))
+    waveforms, groups = (
+        torch.randn(2, 401),
+        [[each.float().requires_grad_() for each in group] for group in problem.groups],
+    )
+    with backend.using(name, OPERATOR):
+        expected = conv_frontend(waveforms, *groups, strides=[5, 1], norm="group_norm")
+        with torch.device("cpu"):  # a mode, so the call is seen
+            found = conv_frontend(waveforms, *groups, strides=[5, 1], norm="group_norm")
+    torch.testing.assert_close(found, expected)
+
+
+def test_short_audio_in_mixed_dtypes_is_taken_as_long_audio_is():
+    problem = _problem()
+    groups = [[each.half() for each in group] for group in problem.groups]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for samples in (4000, 30_000):
+            features = conv_frontend(torch.randn(1, samples).half(), *groups, strides=[5, 2, 2, 2], norm="group_norm")
+            assert features.dtype == torch.bfloat16

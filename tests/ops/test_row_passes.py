@@ -168,6 +168,15 @@ def test_values_that_are_not_finite_do_not_pass_a_mask_or_padding(name):
     assert out.isfinite().all() and all(each.grad.isfinite().all() for each in leaves)
 
 
+def test_the_gradient_of_a_wide_embedding_is_summed_wide():
+    x, mask = torch.randn(4000, 8).bfloat16(), torch.ones(4000, dtype=torch.bool)
+    embedding = torch.randn(8, requires_grad=True)
+    out = mask_fill(x, torch.randn(8), embedding, mask)
+    gradient = torch.randn(4000, 8).bfloat16()
+    out.backward(gradient)
+    assert error(embedding.grad, gradient.double().sum(0)) < 1e-6
+
+
 @on_every_backend
 @pytest.mark.parametrize("used", [[0], [1], [2], [0, 1], [1, 2]], ids=str)
 def test_any_result_may_go_unused(name, used):
