@@ -56,6 +56,7 @@ def _vendor() -> str:
     return next((line.rpartition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
+_NARROW_GELU = {torch.bfloat16} - _SLOW  # oneDNN refuses it elsewhere
 _FEW_ROWS = 128
 _FEWEST_WEIGHTS = 1 << 17  # of a matrix; what oneDNN needs to begin is a large part of a smaller product
 _ONEDNN_WINS = torch.backends.cpu.get_cpu_capability() == "AVX512" and _vendor() == "AuthenticAMD"
@@ -91,7 +92,7 @@ def has_gelu(dtype: Optional[torch.dtype]) -> bool:
     """Whether `product` may have a GELU in ``dtype``, which in 16 bits is that of the sum before it is rounded."""
     if dtype == torch.float32:
         return True
-    return dtype == torch.bfloat16 and dtype not in _SLOW and _onednn is not None and torch._C._get_mkldnn_enabled()
+    return dtype in _NARROW_GELU and _onednn is not None and torch._C._get_mkldnn_enabled()
 
 
 def product(x: Tensor, weight: Tensor, bias: Optional[Tensor], *, gelu: bool = False, learning: bool = False) -> Tensor:
