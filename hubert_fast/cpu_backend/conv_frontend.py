@@ -201,7 +201,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
 
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Of layers 1.. what comes before norm and GELU, and the filters as GEMMs take them."""
+    """Inputs of norm and GELU in layers 1.., then the filters of these layers as GEMMs take them."""
     weights = [
         ((out, kernel, width), arguments.dtype) for out, width, kernel in (w.shape for w in arguments.weights[1:])
     ]

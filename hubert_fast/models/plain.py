@@ -103,11 +103,9 @@ def narrow_dtype(x: Tensor, dtype: torch.dtype) -> Optional[torch.dtype]:
 
 def product(linear: nn.Module, x: Tensor) -> tuple[Tensor, Optional[Tensor]]:
     """``linear(x)`` less its bias, and the bias, for the pass that follows to add. On a CPU the product itself adds it."""
-    if not is_plain(linear, nn.Linear):
-        return linear(x), None
-    if not composes(x):
-        return linear_product(x, [linear.weight]), linear.bias
-    return linear_product(x, [linear.weight], [] if linear.bias is None else [linear.bias]), None
+    if not is_plain(linear, nn.Linear) or composes(x):
+        return projection(linear, x), None
+    return linear_product(x, [linear.weight]), linear.bias
 
 
 def projection(linear: nn.Module, x: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ def linear(
     Under autocast, and for weights that have memory lent (`weights.lend`), a weight in 16 bits is not cast where its copy is
     at hand, and a product gives its gradient in its own dtype rather than in 16 bits. On a CPU several weights are not copied
     into one, one without such memory is left to autocast, and 16 bits are multiplied as `cpu.product_dtype` says. Where
-    something is cast here there is no second derivative. Elsewhere this is `F.linear`, and
-    everywhere where the formula of `feed_forward` was asked for (backend "reference").
+    something is cast here there is no second derivative. Elsewhere this is `F.linear`, and everywhere
+    where the formula of `feed_forward` was asked for (backend "reference").
 
     Args:
         x: ``[..., in]`` float.

@@ -75,8 +75,11 @@ def _seed(dropout_p: float) -> Tensor | None:
 
 
 def _bias_dropout_residual(size: Size, dtype: torch.dtype) -> Iterator[tuple]:
-    """Of the last layer only the masked frames go on. Before the first of a post-norm model there is dropout alone, and dropout
-    of the projected features where all layers' outputs are wanted."""
+    """Sums behind a block, and dropout without a residual.
+
+    Only the masked frames leave the last layer. Dropout is alone before the first layer of a post-norm model, and with a bias in
+    the projected features where all layers' outputs are wanted.
+    """
     x, bias = _empty(size.kept, size.dim, dtype=dtype), _empty(size.dim)
     for dropout_p in _DROPOUT:
         for rows, index in ((size.rows, _integers(size.kept)), (size.kept, None)):
