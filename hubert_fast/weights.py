@@ -78,9 +78,9 @@ def weight_gradient(upstream: Tensor, x: Tensor, dtype: torch.dtype, memory: Opt
         dtype: of the result.
         memory: where it goes, from `gradient_memory`; None: into new memory.
     """
-    upstream = upstream.t()
     if upstream.dtype == dtype:
-        return torch.mm(upstream, x, out=memory)
+        return cpu.product_over_rows(upstream, x, memory)
+    upstream = upstream.t()
     if dtype == torch.float32 and _has_wide_product(x) and switches.wide_weight_gradients:
         return _wide_product(upstream, x, memory)
     product = torch.mm(upstream, x)

@@ -17,6 +17,7 @@ CPU, BFLOAT16 = torch.device("cpu"), torch.bfloat16
 def whichever_wins(monkeypatch, request):
     """Small products are as large ones here, on a processor where oneDNN wins some of them or all."""
     monkeypatch.setattr(cpu, "_FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr(cpu, "_FEWEST_TO_LEARN", 1)
     monkeypatch.setattr(cpu, "_ONEDNN_WINS", request.param)
 
 
@@ -26,6 +27,9 @@ def test_onednn_takes_what_it_was_measured_to_win(monkeypatch, whichever_wins):
     assert cpu.onednn_wins(rows, wide, learning=True) and cpu.onednn_wins(rows, deep, learning=True) is everything
     assert not cpu.onednn_wins(rows.double(), wide.double(), learning=True)
     assert not cpu.onednn_wins(torch.ones(5, 0), torch.ones(4, 0), learning=False)
+    assert not cpu.onednn_wins(rows.to("meta"), wide.to("meta"), learning=True)
+    monkeypatch.setattr(cpu, "_FEWEST_TO_LEARN", wide.numel() + 1)
+    assert cpu.onednn_wins(rows, wide, learning=False) and not cpu.onednn_wins(rows, wide, learning=True)
     monkeypatch.setattr(cpu, "_FEWEST_WEIGHTS", wide.numel() + 1)
     assert not cpu.onednn_wins(rows, wide, learning=False)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hubert_fast import extension
-from hubert_fast.cpu import product_into
+from hubert_fast.cpu import product_into, product_over_rows
 from hubert_fast.reference.conv_frontend import NORM_EPS
 from hubert_fast.torch_backend import conv_frontend as torch_backend
 from hubert_fast.torch_backend import first_layer
@@ -269,7 +269,7 @@ class _Backward:
         groups = 1 if f.layer_norm else len(f.waveforms)
         self.sums = [torch.zeros(groups, 1 + f.kernels[0] + norms, f.channels[0], dtype=torch.float64)]
         self.sums += [torch.zeros(1, 1 + norms, f.channels[layer], dtype=torch.float64) for layer in f.layers()]
-        self.weight_sums = [torch.zeros(weight.shape, dtype=torch.float32) for weight in f.weights]
+        self.weight_gradients: list[Optional[Tensor]] = [None] * len(f.weights)
 
     def run(self, grad: Tensor) -> None:
         f, last = self.frontend, len(self.frontend.frames) - 1
@@ -302,12 +302,12 @@ class _Backward:
     def _layer(self, layer: int, upstream: Tensor) -> Tensor:
         """From the gradient of a layer's GEMM output to that of the layer below; its weight's gradient on the way."""
         f = self.frontend
-        weight, total = f.weights[layer - 1], self.weight_sums[layer - 1].flatten(1)
+        weight = f.weights[layer - 1]
         stride, kernel, frames = f.strides[layer], f.kernels[layer], f.frames[layer]
         blocks, front = self._blocks(layer), self._front_rows(layer)
         rows = min(_BACKWARD_ROWS, blocks)
         data_gradient = _DataGradient(weight, stride, rows)
-        operand, product = f.empty(rows, total.shape[1]), f.empty(*total.shape)
+        operand = f.empty(rows, weight[0].numel())
         below = self._gradient_buffer(layer - 1)
         for row in range(len(upstream)):
             for start, stop in _chunks(blocks, _BACKWARD_ROWS):
@@ -319,14 +319,18 @@ class _Backward:
                 windows_stop = max((last - 1) * stride + kernel, end) if last > start else end
                 self._pass(layer - 1, row, first, end, windows_stop, gradient, below, windows=f.windows(layer, windows))
                 if last > start:
-                    own = upstream[row, front + start : front + last].T
-                    if f.dtype == torch.float32:
-                        total.addmm_(own, windows)
-                    else:
-                        total.add_(
-                            torch.mm(own, windows, out=product)
-                        )  # a chunk's product in the compute dtype, the sum in float32
+                    self._add_to_weight(layer, upstream[row, front + start : front + last], windows)
         return below
+
+    def _add_to_weight(self, layer: int, gradient: Tensor, windows: Tensor) -> None:
+        """Add what a chunk gives to a weight's gradient: its product in the compute dtype, the sum in float32."""
+        product, total = product_over_rows(gradient, windows), self.weight_gradients[layer - 1]
+        if total is None:
+            self.weight_gradients[layer - 1] = product
+        elif total.dtype == torch.float32:
+            total.add_(product)
+        else:
+            self.weight_gradients[layer - 1] = total.float().add_(product)
 
     def _pass(
         self,
@@ -353,7 +357,7 @@ class _Backward:
         )
 
     def gradients(self) -> Gradients:
-        """Of every parameter, in float32 or wider."""
+        """Of every parameter, in float32 or wider; that of a weight in the compute dtype where one chunk gave all of it."""
         f = self.frontend
         weights, biases = [], []
         norm_weights, norm_biases = [], []
@@ -372,7 +376,10 @@ class _Backward:
             norm_weights.append(first.norm_weight)
             norm_biases.append(first.norm_bias)
             biases[0] = torch.zeros_like(biases[0])  # the norm takes it out again
-        weights += [total.permute(0, 2, 1) for total in self.weight_sums]
+        weights += [
+            (torch.zeros_like(weight) if found is None else found.view_as(weight)).permute(0, 2, 1)
+            for weight, found in zip(f.weights, self.weight_gradients)
+        ]
         return Gradients(weights, biases if f.biases else [], norm_weights, norm_biases)
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from hubert_fast import cpu
 from hubert_fast.reference.cosine_logits import TEMPERATURE
-from hubert_fast.torch_backend.cosine_logits import Unit, class_groups, unit_rows, unit_rows_backward
+from hubert_fast.torch_backend.cosine_logits import Unit, class_groups, fill_equal_, unit_rows, unit_rows_backward
 
 if TYPE_CHECKING:
     from hubert_fast.ops.cosine_cross_entropy import Arguments
@@ -37,11 +38,12 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor, Tensor], li
     loss = lse.new_zeros(())
     correct = arguments.labels.new_zeros(())
     for chunk in _chunks(arguments, embeddings):
-        positive = chunk.scores.gather(1, chunk.labels[:, None]).squeeze(1)
-        sums = torch.logsumexp(chunk.scores, 1)
+        positive, top = chunk.scores.gather(1, chunk.labels[:, None]).squeeze(1), chunk.scores.amax(1)
+        # `logsumexp` would look for the highest scores once more.
+        sums = (chunk.scores - top[:, None]).exp_().sum(1).log_().add_(top)
         lse[chunk.rows] = sums
         loss += (sums - positive).where(chunk.counted, 0).sum()
-        correct += ((positive >= chunk.scores.amax(1)) & chunk.counted).sum()
+        correct += ((positive >= top) & chunk.counted).sum()
     return (loss, correct), [lse] if save else []
 
 
@@ -62,8 +64,9 @@ def backward(
         scores_grad = (chunk.scores - lse[chunk.rows, None]).exp_()
         scores_grad.scatter_add_(1, chunk.labels[:, None], torch.full_like(scores_grad[:, :1], -1.0))
         scores_grad.mul_((chunk.counted * (grad / TEMPERATURE))[:, None])
-        direction_grad.addmm_(scores_grad.T, chunk.frames.direction)
-        rows_grad = unit_rows_backward(scores_grad @ embeddings.direction, chunk.frames).to(frames.dtype)
+        direction_grad.add_(cpu.product_over_rows(scores_grad, chunk.frames.direction))
+        rows_grad = cpu.product_with(scores_grad, embeddings.direction)
+        rows_grad = unit_rows_backward(rows_grad, chunk.frames).to(frames.dtype)
         frames_grad[chunk.rows if chunk.select is None else chunk.select] = rows_grad
     embeddings_grad = unit_rows_backward(direction_grad, embeddings)
     return frames_grad, embeddings_grad.to(arguments.label_embeddings.dtype).contiguous()
@@ -75,7 +78,7 @@ def _selected(arguments: Arguments) -> int:
 
 def _chunks(arguments: Arguments, embeddings: Unit) -> Iterator[_Chunk]:
     frames, label_embeddings, labels, index = arguments
-    groups, selected = class_groups(label_embeddings), _selected(arguments)
+    groups, selected = class_groups(label_embeddings, embeddings.norm), _selected(arguments)
     for start in range(0, selected, _CHUNK_ROWS):
         rows = slice(start, min(start + _CHUNK_ROWS, selected))
         select = None if index is None else index[rows]
@@ -83,7 +86,9 @@ def _chunks(arguments: Arguments, embeddings: Unit) -> Iterator[_Chunk]:
         counted = chunk_labels >= 0
         chunk_labels = chunk_labels.clamp(min=0)
         x = unit_rows(frames[rows if select is None else select])
-        scores = (x.direction @ embeddings.direction.T).div_(TEMPERATURE)
-        equal = groups[chunk_labels][:, None] == groups
-        equal.scatter_(1, chunk_labels[:, None], False)
-        yield _Chunk(select, rows, chunk_labels, counted, x, scores.masked_fill_(equal, float("-inf")))
+        scores = cpu.product(x.direction, embeddings.direction, None).div_(TEMPERATURE)
+        if groups is not None:
+            own = chunk_labels[:, None]
+            positive = scores.gather(1, own)
+            fill_equal_(scores, chunk_labels, groups, float("-inf")).scatter_(1, own, positive)
+        yield _Chunk(select, rows, chunk_labels, counted, x, scores)

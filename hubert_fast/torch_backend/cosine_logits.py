@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
+from hubert_fast import cpu
 from hubert_fast.reference.cosine_logits import NORM_MIN, TEMPERATURE
 
 if TYPE_CHECKING:
@@ -36,12 +38,14 @@ def unit_rows_backward(grad: Tensor, unit: Unit) -> Tensor:
     return torch.addcmul(grad, unit.direction, along, value=-1).div_(unit.norm)
 
 
-def class_groups(label_embeddings: Tensor) -> Tensor:
+def class_groups(label_embeddings: Tensor, norms: Tensor) -> Optional[Tensor]:
     """For each class a number that classes with an equal embedding, and no others, share: [classes] int64.
 
-    Rows are brought together by a 64-bit hash of their bits and compared with their neighbours: linear in the size of
+    None on a CPU where no two are equal, as norms (those of `unit_rows`) and sums of the rows mostly tell. Elsewhere rows are brought together by a 64-bit hash of their bits and compared with their neighbours: linear in the size of
     the embeddings, and without a host synchronisation.
     """
+    if cpu.is_cpu(label_embeddings.device) and _differ(label_embeddings, norms):
+        return None
     x = (label_embeddings + 0.0).contiguous()  # -0.0 equals 0.0 but has other bits
     bits = x.view(torch.int16 if x.element_size() == 2 else torch.int32).long()
     multipliers = torch.arange(1, 2 * bits.shape[1], 2, device=x.device) * 0x1E3779B97F4A7C15
@@ -55,14 +59,28 @@ def class_groups(label_embeddings: Tensor) -> Tensor:
     return groups
 
 
+def _differ(rows: Tensor, norms: Tensor) -> bool:
+    """Whether norms and sums tell that no two ``rows`` are equal. Equal rows are added up in one order, so theirs are equal."""
+    keys = norms.squeeze(1).double() * math.pi + rows.contiguous().sum(1, dtype=norms.dtype)
+    keys = keys.sort().values
+    return not bool((keys[1:] == keys[:-1]).any())
+
+
+def fill_equal_(scores: Tensor, labels: Tensor, groups: Optional[Tensor], value: float) -> Tensor:
+    """``scores`` ([frames, classes]) with ``value`` at the classes that equal a frame's own, which is one of them."""
+    if groups is None:
+        return scores.scatter_(1, labels[:, None], value)
+    return scores.masked_fill_(groups[labels][:, None] == groups, value)
+
+
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
     frames, label_embeddings, labels = arguments
-    similarity = unit_rows(frames).direction @ unit_rows(label_embeddings).direction.T
-    similarity = similarity.div_(TEMPERATURE)
+    embeddings = unit_rows(label_embeddings)
+    similarity = cpu.product(unit_rows(frames).direction, embeddings.direction, None).div_(TEMPERATURE)
     logits = similarity.new_empty(len(labels), 1 + len(label_embeddings))
     logits[:, :1] = similarity.gather(1, labels[:, None])
-    groups = class_groups(label_embeddings)
-    logits[:, 1:] = similarity.masked_fill_(groups[labels][:, None] == groups, float("-inf"))
+    groups = class_groups(label_embeddings, embeddings.norm)
+    logits[:, 1:] = fill_equal_(similarity, labels, groups, float("-inf"))
     return (logits.to(frames.dtype),), []
 
 
@@ -71,10 +89,10 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     (grad,), (frames, label_embeddings, labels) = gradients, arguments
     x, embeddings = unit_rows(frames), unit_rows(label_embeddings)
-    groups = class_groups(label_embeddings)
-    similarity_grad = grad[:, 1:].to(x.direction.dtype).masked_fill(groups[labels][:, None] == groups, 0.0)
+    groups = class_groups(label_embeddings, embeddings.norm)
+    similarity_grad = fill_equal_(grad[:, 1:].to(x.direction.dtype, copy=True), labels, groups, 0.0)
     similarity_grad.scatter_(1, labels[:, None], grad[:, :1].to(x.direction.dtype))
     similarity_grad.div_(TEMPERATURE)
-    frames_grad = unit_rows_backward(similarity_grad @ embeddings.direction, x)
-    embeddings_grad = unit_rows_backward(similarity_grad.T @ x.direction, embeddings)
+    frames_grad = unit_rows_backward(cpu.product_with(similarity_grad, embeddings.direction), x)
+    embeddings_grad = unit_rows_backward(cpu.product_over_rows(similarity_grad, x.direction), embeddings)
     return frames_grad.to(frames.dtype).contiguous(), embeddings_grad.to(label_embeddings.dtype).contiguous()
