@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
+
 from .quantities import digits, seconds, size
 from .report import NO_TIME, LeftOut, Report, Row
 
@@ -48,9 +50,23 @@ def baseline(row: Row, rows: Iterable[Row]) -> Row | None:
 
 
 def fastest_other(row: Row, rows: Iterable[Row]) -> Row | None:
-    """The fastest that is not ours in the case of ``row``."""
+    """The fastest that is not ours in the case of ``row``, among implementations of an operator that are about as exact."""
     others = [each for each in rows if same_case(each, row) and not each.implementation.startswith(OURS)]
-    return min(others, key=lambda each: each.seconds.median, default=None)
+    exact = [each for each in others if _is_as_exact(each, row)]
+    return min(exact, key=lambda each: each.seconds.median, default=None)
+
+
+def _is_as_exact(other: Row, row: Row) -> bool:
+    """Whether an operator's results err at most 1.5 times as much as those of ``row``, or as what is rounded once."""
+    errors = [_error(each) for each in (other, row)]
+    if None in errors:
+        return True
+    rounding = torch.finfo(getattr(torch, row.dtype)).eps / 4
+    return errors[0] <= max(1.5 * errors[1], rounding)
+
+
+def _error(row: Row) -> float | None:
+    return row.check.get("results") if row.kind == "operator" and row.check else None
 
 
 def speedup_over_others(row: Row, rows: Iterable[Row]) -> float | None:
@@ -120,7 +136,7 @@ def _share_of_memory(row: Row, rows: Iterable[Row]) -> float | None:
 
 def _operators(rows: list[Row]) -> str:
     """A line for each case, whose name is long, and under it one for each implementation."""
-    cells = [["operator", "dtype", "median", "p20", "p80", "floor", "of limit", "x best other"]]
+    cells = [["operator", "dtype", "median", "p20", "p80", "floor", "of limit", "x best other", "error"]]
     titles: dict[int, str] = {}  # by the line before which they stand
     for number, row in enumerate(rows):
         if number == 0 or not same_case(rows[number - 1], row):
@@ -133,6 +149,7 @@ def _operators(rows: list[Row]) -> str:
                 written(row.floor_seconds, seconds),
                 written(row.share_of_limit, "{:.0%}".format),
                 written(speedup_over_others(row, rows), "{:.2f}".format),
+                written(_error(row), "{:.1e}".format),
             ]
         )
     lines = columns(cells, left=(0, 1)).split("\n")

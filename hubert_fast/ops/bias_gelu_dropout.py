@@ -47,9 +47,9 @@ def bias_gelu_dropout(
     return _operator(Arguments(x, bias, dropout_p, seed))[0]
 
 
-# Values from which rows that stay in cache take less time than whole passes do, and where nothing is dropped in training:
-# benchmarks/NOTES.md, "Whole passes on a CPU".
-_MANY, _MANY_TO_LEARN = 1 << 20, 1 << 23
+# Values from which rows that stay in cache take less time than whole passes do where something is dropped, where nothing is, and
+# where nothing is in training: benchmarks/NOTES.md, "Whole passes on a CPU".
+_MANY, _MANY_UNDROPPED, _MANY_TO_LEARN = 1 << 20, 1 << 22, 1 << 23
 
 
 def _whole_passes_win(arguments: Arguments) -> bool:
@@ -57,7 +57,7 @@ def _whole_passes_win(arguments: Arguments) -> bool:
     if dropout_p > 0.0:
         return x.numel() < _MANY
     # Without a bias it is one pass in any case.
-    return bias is None or x.numel() < (_MANY_TO_LEARN if torch.is_grad_enabled() and x.requires_grad else _MANY)
+    return bias is None or x.numel() < (_MANY_TO_LEARN if torch.is_grad_enabled() and x.requires_grad else _MANY_UNDROPPED)
 
 
 def _reference(arguments: Arguments) -> tuple[Tensor]:

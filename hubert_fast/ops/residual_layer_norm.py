@@ -135,15 +135,15 @@ def _check(
     update_bias: Optional[Tensor],
     index: Optional[Tensor],
 ) -> None:
-    check_rows("residual", residual)
-    check_channels(residual.shape[1], weight=weight, bias=bias, update_bias=update_bias)
     if update is None:
         if update_bias is not None:
             raise ValueError("update_bias was given without an update to add it to")
+        check_rows("residual", residual)
         check_index(index)
-        return
-    check_rows("update", update)
-    check_residual(residual, *update.shape, index)
+    else:
+        check_rows("update", update)
+        check_residual(residual, *update.shape, index)
+    check_channels(residual.shape[1], weight=weight, bias=bias, update_bias=update_bias)
 
 
 def _result_dtype(residual: Tensor, update: Optional[Tensor]) -> torch.dtype:

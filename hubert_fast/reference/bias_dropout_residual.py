@@ -7,6 +7,7 @@ from typing import Optional
 from torch import Tensor
 
 from hubert_fast.reference.dropout import dropped
+from hubert_fast.reference.sums import biased, plus_
 
 
 def bias_dropout_residual(
@@ -18,7 +19,8 @@ def bias_dropout_residual(
     kept: Optional[Tensor] = None,  # [rows, channels] bool
     scale: float = 1.0,  # of what is kept
 ) -> Tensor:  # [rows, channels], in the dtype of x
-    out = dropped(x if bias is None else x + bias, kept, scale)
+    out = dropped(biased(x, bias), kept, scale)
     if residual is not None:
-        out = (residual if index is None else residual.index_select(0, index)) + out
+        rows = residual if index is None else residual.index_select(0, index)
+        out = rows + out if out is x else plus_(out, rows)
     return out.to(x.dtype)

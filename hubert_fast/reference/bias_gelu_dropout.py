@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Optional
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hubert_fast.reference.dropout import dropped
+from hubert_fast.reference.sums import biased
 
 
 def bias_gelu_dropout(
@@ -20,5 +22,7 @@ def bias_gelu_dropout(
     kept: Optional[Tensor] = None,  # [rows, channels] bool
     scale: float = 1.0,  # of what is kept
 ) -> Tensor:  # [rows, channels], in the dtype of x
-    biased = x if bias is None else x + bias
-    return dropped(F.gelu(biased), kept, scale).to(x.dtype)
+    summed = biased(x, bias)
+    in_place = bias is not None and not torch.is_grad_enabled()
+    activated = torch.ops.aten.gelu_(summed) if in_place else F.gelu(summed)
+    return dropped(activated, kept, scale).to(x.dtype)

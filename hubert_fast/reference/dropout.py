@@ -42,7 +42,7 @@ def keep_mask(generator: torch.Generator, groups: int, numel: int, p: float) -> 
 
 def dropped(x: Tensor, kept: Optional[Tensor], scale: float) -> Tensor:
     """``x`` with 0 where ``kept`` (bool, in its shape) is False and times ``scale`` elsewhere; ``x`` where it is None."""
-    return x if kept is None else x * kept * scale
+    return x if kept is None else (x * kept).mul_(scale)
 
 
 def row_chunks(x: Tensor) -> list[slice]:

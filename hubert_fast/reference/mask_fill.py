@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Optional
 
-import torch
 from torch import Tensor
 
 from hubert_fast.reference.dropout import dropped
+from hubert_fast.reference.sums import biased
 
 
 def mask_fill(
@@ -23,9 +23,7 @@ def mask_fill(
     kept: Optional[Tensor] = None,  # [rows, channels] bool
     scale: float = 1.0,  # of what is kept
 ) -> Tensor:  # [rows, channels], in the dtype of x
-    filled = dropped(x if bias is None else x + bias, kept, scale)
-    if not torch.is_grad_enabled():
-        filled = filled.to(x.dtype)  # what follows rounds nothing but gradients
+    filled = dropped(biased(x, bias), kept, scale)
     if padding is not None:
         filled = filled.masked_fill(padding[:, None], 0.0)
     return embedding.to(filled.dtype).where(mask[:, None], filled).to(x.dtype)

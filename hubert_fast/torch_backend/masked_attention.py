@@ -7,6 +7,7 @@ backward. On other devices the rows are padded for scaled_dot_product_attention.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Optional, Union
 
 import torch
@@ -45,6 +46,11 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
     out[dead:] = 0
     lse[dead:] = 0
     generator = _generator(dropout_p, arguments.seed)
+    grid = _grid(qkv, arguments) if generator is None else None
+    if grid is not None:
+        result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*grid)
+        out, lse = (each.transpose(1, 2).flatten(0, 1) for each in (result, sums))
+        return (out.to(arguments.qkv.dtype),), [lse] if save else []
     for sequence in _sequences(qkv, arguments):
         if generator is None:
             _flash_forward(sequence, out, lse)
@@ -111,6 +117,16 @@ def _sequences(qkv: Tensor, arguments: Arguments) -> list[_Sequence]:
             length = length or own.stop - own.start
             sequences.append(_Sequence(own, queried, place, query, key[:, :length], value[:, :length]))
     return sequences
+
+
+def _grid(qkv: Tensor, arguments: Arguments) -> Optional[Sequence[Tensor]]:
+    """Query, key and value of all sequences, ``[sequences, heads, frames, head_dim]``; None where those differ in length."""
+    frames, sequences = arguments.max_frames, len(arguments.offsets) - 1
+    if arguments.query_rows is not None or arguments.key_lengths is not None or len(qkv) != frames * sequences or not len(qkv):
+        return None
+    if arguments.offsets.tolist() != list(range(0, len(qkv) + 1, frames)):
+        return None
+    return qkv.unflatten(0, (sequences, frames)).permute(2, 0, 3, 1, 4).unbind()
 
 
 def _generator(dropout_p: float, seed: Optional[Tensor]) -> Optional[torch.Generator]:
