@@ -63,7 +63,7 @@ def _cpuinfo(name: str) -> str:
 
 
 _NARROW_GELU = {torch.bfloat16} - _SLOW  # oneDNN refuses it elsewhere
-_FEW_ROWS = 128
+_FEW_ROWS, _MANY_ROWS = 128, 1024
 _ONEDNN_WINS = torch.backends.cpu.get_cpu_capability() == "AVX512" and _cpuinfo("vendor_id") == "AuthenticAMD"
 _FULL_WIDTH = _ONEDNN_WINS and int(_cpuinfo("cpu family") or 0) >= 26  # 2024
 
@@ -182,10 +182,24 @@ def product_over_rows(y: Tensor, x: Tensor, out: Optional[Tensor] = None) -> Ten
     Returns:
         ``[out, in]``; PyTorch's own product on a GPU, and where its gradient is wanted.
     """
-    if _is_onednns(y, x, y.shape[1] * x.shape[1]):
-        found = _onednn(y.t(), x.t(), None, "none", [], "")
-        return found if out is None else out.copy_(found)
-    return torch.mm(y.t(), x, out=out)
+    if not _is_onednns(y, x, y.shape[1] * x.shape[1]):
+        return torch.mm(y.t(), x, out=out)
+    many = len(x) >= _MANY_ROWS and torch.get_num_threads() > 1
+    found = _filters_gradient(y, x) if many else _onednn(y.t(), x.t(), None, "none", [], "")
+    return found if out is None else out.copy_(found)
+
+
+def _filters_gradient(y: Tensor, x: Tensor) -> Tensor:
+    """``y^T x`` as the gradient of a convolution with one tap, which reads both as they lie: a Linear has ``y`` transposed first.
+
+    Rows of 1,996 frames, 768 by 3,072, 2 threads: 24 ms, as a Linear 27, and in a step, where that copy is new memory, 71.
+    """
+    out, depth = y.shape[1], x.shape[1]
+    images = (each[None, None].permute(0, 3, 1, 2) for each in (y, x))  # of one row of pixels, channels last
+    filters = y.new_empty(1).expand(out, depth, 1, 1)  # never read
+    settings = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+    found = torch.ops.aten.convolution_backward(*images, filters, None, *settings, [False, True, False])[1]
+    return found.view(out, depth)
 
 
 def _is_onednns(left: Tensor, right: Tensor, weights: int) -> bool:
