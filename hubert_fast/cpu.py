@@ -64,6 +64,7 @@ def _cpuinfo(name: str) -> str:
 
 _NARROW_GELU = {torch.bfloat16} - _SLOW  # oneDNN refuses it elsewhere
 _FEW_ROWS, _MANY_ROWS = 128, 1024
+_ROWS_OF_A_SUM = 256
 _ONEDNN_WINS = torch.backends.cpu.get_cpu_capability() == "AVX512" and _cpuinfo("vendor_id") == "AuthenticAMD"
 _FULL_WIDTH = _ONEDNN_WINS and int(_cpuinfo("cpu family") or 0) >= 26  # 2024
 
@@ -107,7 +108,12 @@ def _onednn_is_there() -> bool:
 
 def _onednn_can(left: Tensor, right: Tensor, weights: int) -> bool:
     """Whether a product in float32 of as many weights, or gradients of them, may be oneDNN's."""
-    if left.dtype != torch.float32 or right.dtype != torch.float32 or weights < _FEWEST_WEIGHTS or not is_cpu(left.device):
+    if (
+        left.dtype != torch.float32
+        or right.dtype != torch.float32
+        or weights < _FEWEST_WEIGHTS
+        or not is_cpu(left.device)
+    ):
         return False
     return left.layout == right.layout == torch.strided and _onednn_is_there()
 
@@ -187,6 +193,21 @@ def product_over_rows(y: Tensor, x: Tensor, out: Optional[Tensor] = None) -> Ten
     many = len(x) >= _MANY_ROWS and torch.get_num_threads() > 1
     found = _filters_gradient(y, x) if many else _onednn(y.t(), x.t(), None, "none", [], "")
     return found if out is None else out.copy_(found)
+
+
+def sum_over_rows(x: Tensor, dtype: torch.dtype, out: Optional[Tensor] = None) -> Tensor:
+    """``x.sum(0, dtype=dtype)``, ``[...]`` of ``[rows, ...]``; into ``out`` where that is given.
+
+    PyTorch casts all of ``x`` first. On a CPU that is memory touched for the first time: of 1,996 x 2,304 values in bfloat16
+    23 ms in a training step.
+    """
+    if x.dtype == dtype or not is_cpu(x.device) or len(x) <= _ROWS_OF_A_SUM:
+        return torch.sum(x, 0, dtype=dtype, out=out)
+    first, *rest = x.split(_ROWS_OF_A_SUM)
+    total = torch.sum(first, 0, dtype=dtype, out=out)
+    for each in rest:
+        total += each.sum(0, dtype=dtype)
+    return total
 
 
 def _filters_gradient(y: Tensor, x: Tensor) -> Tensor:

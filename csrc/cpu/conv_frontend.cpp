@@ -52,6 +52,15 @@ void backward(const Backward& work, int threads) {
     for (std::int64_t i = 0; i < values; ++i) work.sums[i] += double(partial[std::size_t(task * values + i)]);
 }
 
+void drop(const Drop& work, int threads) {
+  const Kernels& kernels = selected();
+  const std::int64_t rows = work.groups * work.rows;
+  threads = worthwhile(threads, rows * work.columns);
+  const std::int64_t each = tasks(rows, 4 * std::int64_t(threads));  // of a task
+  parallel(int(tasks(rows, std::max<std::int64_t>(each, 1))), threads,
+           [&](int, int task) { kernels.drop(work, task * each, std::min((task + 1) * each, rows)); });
+}
+
 void first_layer_statistics(const FirstLayerStatistics& work, int threads) {
   const Kernels& kernels = selected();
   std::int64_t longest = 0;

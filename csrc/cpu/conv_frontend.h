@@ -24,4 +24,6 @@ struct FirstLayerStatistics {
 
 void first_layer_statistics(const FirstLayerStatistics& work, int threads);
 
+void drop(const Drop& work, int threads);
+
 }  // namespace hubert_fast

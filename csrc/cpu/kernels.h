@@ -65,6 +65,18 @@ struct Backward {
   double* sums;
 };
 
+// Dropout of values [groups * rows, columns] in place. Row i of group g has number first + g stride + i in the mask, or
+// first + g stride + index[i] where there is an index.
+struct Drop {
+  Dtype dtype;
+  void* values;
+  const std::int64_t* index;  // [rows], or null
+  std::int64_t groups, rows, columns, first, stride;
+  std::uint64_t seed;
+  std::uint32_t threshold;  // draws of 16 bits below it are dropped
+  float scale;              // of the others
+};
+
 struct Kernels {
   const char* name;
   std::int64_t (*scratch)(const Forward&);  // floats of memory that a thread needs
@@ -74,6 +86,7 @@ struct Kernels {
   // (X[t] - means)(X[t] - means)^T (sums[taps, taps]).
   void (*window_sums)(
       const float* signal, int taps, int stride, std::int64_t start, std::int64_t stop, const double* means, double* sums);
+  void (*drop)(const Drop&, std::int64_t start, std::int64_t stop);  // rows of all groups, counted through
 };
 
 // Rows of `sums` above.

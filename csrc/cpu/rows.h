@@ -4,6 +4,7 @@
 // preactivations, normalised where there is a norm, and leaves through GELU into the next GEMM's operand.
 #pragma once
 
+#include "dropout.h"
 #include "gelu.h"
 #include "kernels.h"
 #include "vector.h"
@@ -300,7 +301,7 @@ void window_sums(
 
 const Kernels& kernels() {
   static const Kernels table = {
-      HUBERT_FAST_NAME(HUBERT_FAST_INSTANCE), scratch, forward, backward, window_sums};
+      HUBERT_FAST_NAME(HUBERT_FAST_INSTANCE), scratch, forward, backward, window_sums, drop};
   return table;
 }
 

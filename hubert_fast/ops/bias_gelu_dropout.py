@@ -57,7 +57,9 @@ def _whole_passes_win(arguments: Arguments) -> bool:
     if dropout_p > 0.0:
         return x.numel() < _MANY
     # Without a bias it is one pass in any case.
-    return bias is None or x.numel() < (_MANY_TO_LEARN if torch.is_grad_enabled() and x.requires_grad else _MANY_UNDROPPED)
+    return bias is None or x.numel() < (
+        _MANY_TO_LEARN if torch.is_grad_enabled() and x.requires_grad else _MANY_UNDROPPED
+    )
 
 
 def _reference(arguments: Arguments) -> tuple[Tensor]:

@@ -164,7 +164,7 @@ def _gradients(
         found = weight_gradient(upstream, x.to(multiplied_in), weight_dtype, ctx.memory[0])
         weights = found.split(ctx.sizes) if count > 1 else (found,)
     if ctx.wants_biases:
-        found = torch.sum(gradient, 0, dtype=bias_dtype, out=ctx.memory[1])
+        found = cpu.sum_over_rows(gradient, bias_dtype, ctx.memory[1])
         biases = found.split(ctx.sizes) if count > 1 else (found,)
     x_gradient = None
     if operands:

@@ -6,13 +6,15 @@ sequences of equal length whose ``key_lengths`` leave the padding out.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from hubert_fast import backend
+from hubert_fast import backend, extension
+from hubert_fast.cpu_backend import masked_attention as cpu_backend
 from hubert_fast.ops import triton_backend
 from hubert_fast.ops.arguments import dropout_seed
 from hubert_fast.ops.host_tensors import to_device
@@ -219,6 +221,8 @@ def _check(qkv: Tensor, offsets: Tensor, key_lengths: Optional[Tensor], qkv_bias
 
 
 def _objection(name: str, arguments: Arguments) -> backend.Objection:
+    if name == "cpu":
+        return cpu_backend.objection(arguments)
     if name != "triton":
         return None
     head_dim = arguments.qkv.shape[3]
@@ -264,6 +268,7 @@ _operator = Operator(
     Arguments,
     backends={
         "triton": "flash attention on the packed rows, scores computed again in a deterministic backward",
+        "cpu": "as backend torch, with dropout's mask in C++ and never in memory",
         "torch": "CPU: PyTorch's flash kernel, with dropout a few heads at a time; GPU: scaled_dot_product_attention",
         "reference": "softmax(q k^T) v, a sequence at a time",
     },
@@ -274,6 +279,7 @@ _operator = Operator(
     kept=["qkv", "offsets", "key_lengths", "seed", "columns", "query_rows", "query_offsets"],
     kept_results=["out"],
     objection=_objection,
+    unavailable={"cpu": functools.partial(extension.why_not, "cpu")},
     flops=_flops,
     whole_passes_win=_whole_passes_win,
 )

@@ -212,7 +212,11 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
     for each in arguments:  # a loop, not a generator: this is called some 70 times a step
         if type(each) in _PLAIN:
             continue
-        if isinstance(each, Tensor) or isinstance(each, list) and not all(type(it) in _PLAIN for it in tensors_of(each)):
+        if (
+            isinstance(each, Tensor)
+            or isinstance(each, list)
+            and not all(type(it) in _PLAIN for it in tensors_of(each))
+        ):
             return False
     return True
 

@@ -41,8 +41,9 @@ def unit_rows_backward(grad: Tensor, unit: Unit) -> Tensor:
 def class_groups(label_embeddings: Tensor, norms: Tensor) -> Optional[Tensor]:
     """For each class a number that classes with an equal embedding, and no others, share: [classes] int64.
 
-    None on a CPU where no two are equal, as norms (those of `unit_rows`) and sums of the rows mostly tell. Elsewhere rows are brought together by a 64-bit hash of their bits and compared with their neighbours: linear in the size of
-    the embeddings, and without a host synchronisation.
+    None on a CPU where no two are equal, as norms (those of `unit_rows`) and sums of the rows mostly tell. Elsewhere rows are
+    brought together by a 64-bit hash of their bits and compared with their neighbours: linear in the size of the embeddings,
+    and without a host synchronisation.
     """
     if cpu.is_cpu(label_embeddings.device) and _differ(label_embeddings, norms):
         return None

@@ -7,7 +7,7 @@ backward. On other devices the rows are padded for scaled_dot_product_attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Optional, Union
 
 import torch
@@ -35,8 +35,30 @@ class _Sequence(NamedTuple):
     value: Tensor
 
 
-def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tensor]]:
-    """Without dropout the log-sum-exp of the scores is saved."""
+# Drops, in place, weights of a group of heads of a sequence: [group, queries, keys]. The same again every time.
+Drop = Callable[[Tensor], Tensor]
+
+
+class Masks:
+    """The dropout masks of a call: drawn for a sequence and a group of heads after the other, of all rows of a sequence."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        self._generator, self._p = torch.Generator().manual_seed(int(arguments.seed)), arguments.dropout_p
+
+    def of(self, sequence: _Sequence, group: slice) -> Drop:
+        """Dropout by the mask of ``group``, which is drawn here; it is that of all rows, whichever have a query."""
+        rows, (heads, keys, _) = sequence.rows, sequence.key[group].shape
+        kept = keep_mask(self._generator, heads, (rows.stop - rows.start) * keys, self._p).view(heads, -1, keys)
+        if isinstance(sequence.queried, Tensor):
+            kept = kept.index_select(1, sequence.queried - rows.start)
+        multipliers = kept.to(sequence.key.dtype).mul_(keep_scale(self._p))
+        return lambda x: x.mul_(multipliers)
+
+
+def forward(
+    arguments: Arguments, save: bool, masks: Callable[[Arguments], Masks] = Masks
+) -> tuple[tuple[Tensor], list[Tensor]]:
+    """Without dropout the log-sum-exp of the scores is saved. ``masks``: whose masks are taken."""
     dropout_p = arguments.dropout_p
     qkv = _operand(arguments.qkv)
     out = qkv.new_empty(arguments.out_shape)
@@ -45,19 +67,18 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
     dead = int(arguments.out_offsets[-1])  # from here on, rows of no sequence
     out[dead:] = 0
     lse[dead:] = 0
-    generator = _generator(dropout_p, arguments.seed)
-    grid = _grid(qkv, arguments) if generator is None else None
+    drawn = masks(arguments) if dropout_p > 0.0 else None
+    grid = _grid(qkv, arguments) if drawn is None else None
     if grid is not None:
         result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*grid)
         out, lse = (each.transpose(1, 2).flatten(0, 1) for each in (result, sums))
         return (out.to(arguments.qkv.dtype),), [lse] if save else []
     for sequence in _sequences(qkv, arguments):
-        if generator is None:
+        if drawn is None:
             _flash_forward(sequence, out, lse)
         else:
             for group in _head_groups(sequence):
-                weights = _weights(sequence, group)
-                _drop_(weights, sequence, generator, dropout_p)
+                weights = drawn.of(sequence, group)(_weights(sequence, group))
                 out[sequence.place, group] = (weights @ sequence.value[group]).transpose(0, 1)
     return (out.to(arguments.qkv.dtype),), [lse] if save and dropout_p == 0.0 else []
 
@@ -68,7 +89,11 @@ def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dty
 
 
 def backward(
-    arguments: Arguments, saved: list[Tensor], gradients: tuple[Tensor], wanted: list[bool]
+    arguments: Arguments,
+    saved: list[Tensor],
+    gradients: tuple[Tensor],
+    wanted: list[bool],
+    masks: Callable[[Arguments], Masks] = Masks,
 ) -> tuple[Optional[Tensor], ...]:
     dropout_p, qkv_bias = arguments.dropout_p, arguments.qkv_bias
     qkv, grad = _operand(arguments.qkv), _operand(gradients[0])
@@ -76,23 +101,23 @@ def backward(
     unwritten = arguments.key_lengths is not None or arguments.query_rows is not None  # below, of rows of sequences
     qkv_grad = torch.zeros_like(qkv) if unwritten else torch.empty_like(qkv)
     qkv_grad[int(arguments.offsets[-1]) :] = 0
-    generator = _generator(dropout_p, arguments.seed)
+    drawn = masks(arguments) if dropout_p > 0.0 else None
     for sequence in _sequences(qkv, arguments):
         query_grad = qkv_grad[sequence.queried, 0].transpose(0, 1)  # indexed by a tensor, a copy
         grads = [query_grad, *qkv_grad[sequence.rows, 1:].permute(1, 2, 0, 3)]  # each [heads, frames, head_dim]
         out_grad = grad[sequence.place].transpose(0, 1)
-        if generator is None:
+        if drawn is None:
             _flash_backward(sequence, grads, out_grad, *saved)
         else:
             for group in _head_groups(sequence):
-                _group_backward(sequence, group, grads, out_grad, generator, dropout_p)
+                _group_backward(sequence, group, grads, out_grad, drawn.of(sequence, group))
         if isinstance(sequence.queried, Tensor):
             qkv_grad[sequence.queried, 0] = query_grad.transpose(0, 1)
     if not wanted[1]:
         return [qkv_grad.to(arguments.qkv.dtype), None]
     return [
         qkv_grad.to(arguments.qkv.dtype),
-        qkv_grad.sum(0, dtype=torch.promote_types(qkv.dtype, torch.float32)).to(qkv_bias.dtype),
+        cpu.sum_over_rows(qkv_grad, torch.promote_types(qkv.dtype, torch.float32)).to(qkv_bias.dtype),
     ]
 
 
@@ -122,15 +147,16 @@ def _sequences(qkv: Tensor, arguments: Arguments) -> list[_Sequence]:
 def _grid(qkv: Tensor, arguments: Arguments) -> Optional[Sequence[Tensor]]:
     """Query, key and value of all sequences, ``[sequences, heads, frames, head_dim]``; None where those differ in length."""
     frames, sequences = arguments.max_frames, len(arguments.offsets) - 1
-    if arguments.query_rows is not None or arguments.key_lengths is not None or len(qkv) != frames * sequences or not len(qkv):
+    if (
+        arguments.query_rows is not None
+        or arguments.key_lengths is not None
+        or len(qkv) != frames * sequences
+        or not len(qkv)
+    ):
         return None
     if arguments.offsets.tolist() != list(range(0, len(qkv) + 1, frames)):
         return None
     return qkv.unflatten(0, (sequences, frames)).permute(2, 0, 3, 1, 4).unbind()
-
-
-def _generator(dropout_p: float, seed: Optional[Tensor]) -> Optional[torch.Generator]:
-    return torch.Generator().manual_seed(int(seed)) if dropout_p > 0.0 else None
 
 
 def _flash_forward(sequence: _Sequence, out: Tensor, lse: Tensor) -> None:
@@ -173,30 +199,12 @@ def _weights(sequence: _Sequence, group: slice) -> Tensor:
     return torch.softmax(scores, -1, out=scores)
 
 
-def _drop_(x: Tensor, sequence: _Sequence, generator: torch.Generator, p: float) -> Tensor:
-    """Zero ``x`` where a fresh mask says so and scale the rest, in place; returns the mask as multipliers.
-
-    The mask is that of all rows of the sequence, whichever have a query.
-    """
-    heads, rows, keys = len(x), sequence.rows, x.shape[-1]
-    kept = keep_mask(generator, heads, (rows.stop - rows.start) * keys, p).view(heads, -1, keys)
-    if isinstance(sequence.queried, Tensor):
-        kept = kept.index_select(1, sequence.queried - rows.start)
-    multipliers = kept.to(x.dtype).mul_(keep_scale(p))
-    x.mul_(multipliers)
-    return multipliers
-
-
-def _group_backward(
-    sequence: _Sequence, group: slice, grads: list[Tensor], out_grad: Tensor, generator: torch.Generator, p: float
-) -> None:
+def _group_backward(sequence: _Sequence, group: slice, grads: list[Tensor], out_grad: Tensor, drop: Drop) -> None:
     weights = _weights(sequence, group)
-    dropped = weights.clone()
-    multipliers = _drop_(dropped, sequence, generator, p)
     keys = sequence.key.shape[1]
     upstream = out_grad[group].contiguous()
-    grads[2][group, :keys] = dropped.transpose(1, 2) @ upstream
-    scores_grad = (upstream @ sequence.value[group].transpose(1, 2)).mul_(multipliers)
+    grads[2][group, :keys] = drop(weights.clone()).transpose(1, 2) @ upstream
+    scores_grad = drop(upstream @ sequence.value[group].transpose(1, 2))
     scores_grad = torch._softmax_backward_data(scores_grad, weights, -1, weights.dtype)
     scores_grad.mul_(sequence.query.shape[-1] ** -0.5)
     grads[0][group] = scores_grad @ sequence.key[group]
