@@ -86,6 +86,33 @@ def test_products_are_as_exact_as_pytorchs(sizes, gradient):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 1500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, BFLOAT16], ids=str)
+def test_products_over_rows_are_as_exact_as_pytorchs(monkeypatch, rows, dtype):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    generator = torch.Generator().manual_seed(rows)
+    y, x = (torch.randn(rows, 2 * width, generator=generator).to(dtype)[:, ::2] for width in (24, 40))
+    exact = y.double().T @ x.double()
+    for left, right in ((y, x), (y.contiguous(), x.contiguous()), (y.T.contiguous().T, x)):
+        out = torch.full((24, 40), float("nan"), dtype=dtype)
+        for found in (cpu.product_over_rows(left, right), cpu.product_over_rows(left, right, out)):
+            assert found.shape == (24, 40) and found.is_contiguous() and found.dtype == dtype
+            assert error(found, exact) <= 1.5 * error(y.T @ x, exact) + 1e-7
+        assert found is out
+    assert torch.equal(cpu.product_over_rows(y[:0], x[:0]), torch.zeros(24, 40, dtype=dtype))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 256, 700])
+@pytest.mark.parametrize("into", [False, True])
+def test_sums_over_rows_are_those_of_the_wider_dtype(rows, into):
+    x = torch.randn(rows, 3, 8, generator=torch.Generator().manual_seed(0)).to(BFLOAT16)
+    out = torch.full((3, 8), float("nan")) if into else None
+    found = cpu.sum_over_rows(x, torch.float32, out)
+    assert found.dtype == torch.float32 and (out is None or found is out)
+    torch.testing.assert_close(found.double(), x.double().sum(0), rtol=1e-6, atol=1e-5)
+    assert torch.equal(cpu.sum_over_rows(x, BFLOAT16), x.sum(0))
+
+
 @pytest.mark.parametrize(
     "bias", [torch.arange(96.0)[::2], torch.arange(144.0).view(48, 3)[:, 1], torch.ones(1).expand(48)]
 )

@@ -5,13 +5,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hubert_fast import backend
+from hubert_fast import backend, extension
+from hubert_fast.cpu_backend import masked_attention as cpu_backend
 from hubert_fast.ops import masked_attention as operator
 from hubert_fast.ops.masked_attention import dropout_columns, masked_attention
 from hubert_fast.torch_backend import masked_attention as kernels
 from tests.ops.comparison import assert_as_precise, assert_twins, device_of, error, on_every_backend, run
 
 OPERATOR = "masked_attention"
+
+# Backend "cpu" takes float32 and bfloat16 alone.
+on_all_backends = pytest.mark.parametrize(
+    "name", [*on_every_backend.args[1], *(["cpu"] if extension.cpu() is not None else [])]
+)
 
 
 def qkv_of(rows, heads=2, head_dim=8, seed=0, dtype=torch.float64, device="cpu"):
@@ -113,13 +119,51 @@ def test_backends_agree_where_heads_run_in_groups(head_dim, p, monkeypatch):
     assert_twins(OPERATOR, attend([90, 130, 1], p=p), [qkv_of(221, 5, head_dim)])
 
 
+class _GivenMasks:
+    """Those of backend "cpu", for PyTorch's operations in any dtype."""
+
+    def __init__(self, arguments):
+        self._masks = cpu_backend._Masks(arguments)
+
+    def of(self, sequence, group):
+        return lambda x: x.mul_(self._masks.of(sequence, group)(torch.ones(x.shape)).to(x.dtype))
+
+
+@pytest.mark.skipif(extension.cpu() is None, reason=str(extension.why_not("cpu")))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wanted", [None, [0, 2, 33, 34, 35, 90, 130]], ids=["all", "some"])
+def test_dropout_in_c_is_the_formula_with_another_mask(wanted, dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "_SCORES_BYTES", 1 << 16)  # several groups of heads
+    function = attend([33, 60, 49], [0, 41, 0], p=0.2, seed=5, wanted=wanted)
+    inputs = [qkv_of(150, 5, 16).to(dtype)]
+    ours = run(OPERATOR, "cpu", function, inputs)
+    other_mask = run(OPERATOR, "torch", function, inputs)
+    monkeypatch.setattr(kernels.forward, "__defaults__", (_GivenMasks,))
+    monkeypatch.setattr(kernels.backward, "__defaults__", (_GivenMasks,))
+    theirs = run(OPERATOR, "torch", function, inputs)
+    truth = run(OPERATOR, "torch", function, [each.double() for each in inputs])
+    for found, plain, exact, other in zip(ours, theirs, truth, other_mask):
+        assert error(found, exact) <= 1.5 * error(plain, exact) and error(other, exact) > 0.1
+
+
+@pytest.mark.skipif(extension.cpu() is None, reason=str(extension.why_not("cpu")))
+def test_dropout_in_c_is_what_runs_on_a_cpu_and_says_what_it_cannot():
+    arguments = operator.Arguments(
+        qkv_of(800, dtype=torch.float32), offsets_of([400, 400]), None, 400, 0.1, torch.tensor(1)
+    )
+    assert operator._operator.choose(arguments) == "cpu"
+    wide = arguments._replace(qkv=arguments.qkv.double())
+    assert operator._operator.choose(wide) == "torch" and "not torch.float64" in cpu_backend.objection(wide)
+    assert "is on meta" in cpu_backend.objection(arguments._replace(qkv=arguments.qkv.to("meta")))
+
+
 def test_a_sequence_without_keys_attends_to_all_of_its_rows():
     qkv = qkv_of(20)
     out, everywhere = attend([10, 10], [0, 4])(qkv), attend([10, 10])(qkv)
     assert out.isfinite().all() and torch.equal(out[:10], everywhere[:10])
 
 
-@on_every_backend
+@on_all_backends
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_rows_of_no_sequence_are_0_and_are_not_read(name, p):
     qkv = qkv_of(80, 1, 16, dtype=torch.float32, device=device_of(name)).requires_grad_()
@@ -135,7 +179,7 @@ def test_rows_of_no_sequence_are_0_and_are_not_read(name, p):
         assert torch.equal(ours[:33], clean[:33]) and (ours[:33] != 0).any() and (ours[33:] == 0).all()
 
 
-@on_every_backend
+@on_all_backends
 def test_no_sequence_reads_another_one(name):
     qkv, direction = (
         each.to(device_of(name)) for each in (qkv_of(60, 1, 20, dtype=torch.float32), torch.ones(60, 1, 20))
@@ -156,7 +200,7 @@ def test_large_and_tiny_scores(name, factor, dtype):
     assert all(each.isfinite().all() for each in run(OPERATOR, name, attend([23, 17]), [qkv]))
 
 
-@on_every_backend
+@on_all_backends
 def test_the_seed_says_what_is_dropped_and_is_drawn_where_none_is_given(name):
     qkv = qkv_of(30, 1, 16, dtype=torch.float32, device=device_of(name))
 
@@ -176,7 +220,7 @@ def test_as_precise_as_pytorch(p, dtype):
     assert_as_precise(OPERATOR, attend([50, 83], p=p), lambda seed: [qkv_of(133, 2, 64, seed)], dtype)
 
 
-@on_every_backend
+@on_all_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_the_gradient_of_a_bias_is_the_sum_of_that_of_the_rows(p, dtype, name):
@@ -197,7 +241,7 @@ SOME = 40, [10, 4, 0, 6, 10], [0, 3, 9, *range(14, 20), 25]
 FILLERS = {"none": [], "dead": [31, 33, *range(34, 40)], "live": [5, 1, 22], "many": 60 * [5]}
 
 
-@on_every_backend
+@on_all_backends
 @pytest.mark.parametrize("fillers", FILLERS.values(), ids=FILLERS)
 @pytest.mark.parametrize("keys", [None, [4, 0, 0, 5, 10]], ids=["all-keys", "key-lengths"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -216,7 +260,7 @@ def test_queries_of_some_rows_give_what_these_rows_have_of_all(p, keys, fillers,
         torch.testing.assert_close(own, its, rtol=1e-4, atol=1e-5)
 
 
-@on_every_backend
+@on_all_backends
 def test_nobody_asks_for_a_query(name):
     qkv = qkv_of(14, 2, 8, dtype=torch.float32, device=device_of(name))
     out, grad = run(OPERATOR, name, attend([10, 4], p=0.1, wanted=[]), [qkv])
