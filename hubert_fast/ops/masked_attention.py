@@ -237,8 +237,8 @@ def _reference(arguments: Arguments) -> tuple[Tensor]:
 
 
 # Scores up to which keeping them costs less than computing them again: of one sequence of 49 frames and 12 heads the formula
-# takes 0.7 of the time of backend "torch", of 4 of them as long (benchmarks/NOTES.md, "Whole passes on a CPU").
-_FEW_SCORES = 1 << 18
+# takes 0.7 to 0.9 of the others' time, of one of 99 frames or 4 of 49 as long (benchmarks/NOTES.md, "Whole passes on a CPU").
+_FEW_SCORES = 1 << 17
 
 
 def _whole_passes_win(arguments: Arguments) -> bool:

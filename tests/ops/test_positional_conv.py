@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hubert_fast import backend
+from hubert_fast import backend, cpu
 from hubert_fast.ops.positional_conv import positional_conv
+from hubert_fast.torch_backend import positional_conv as convolution
 from tests.ops.comparison import assert_as_precise, assert_twins, device_of, on_every_backend
 from tests.ops.test_masked_attention import EMPTY
 
@@ -39,14 +40,20 @@ def embed(lengths, groups=2, *, spare_frames=0):
 @given(
     lengths=st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(any), empty=EMPTY, dead=st.integers(0, 5),
     groups=st.integers(1, 3), group_channels=st.integers(1, 5), taps=st.integers(1, 24), normalised=st.booleans(),
-    spare_frames=st.integers(0, 60), seed=st.integers(0, 1000),
+    spare_frames=st.integers(0, 60), seed=st.integers(0, 1000), many=st.sampled_from([0, 128]),
+    windows=st.sampled_from([1, 40, 2048]), channels_last=st.booleans(),
 )  # fmt: skip
 def test_backends_agree_for_any_shape(
-    lengths, empty, dead, groups, group_channels, taps, normalised, spare_frames, seed
+    lengths, empty, dead, groups, group_channels, taps, normalised, spare_frames, seed, many, windows, channels_last
 ):  # fmt: skip
     lengths = [*lengths, *empty * [0]]
     arguments = inputs(sum(lengths) + dead, groups, group_channels, taps, normalised=normalised, seed=seed)
-    assert_twins(OPERATOR, embed(lengths, groups, spare_frames=spare_frames), arguments)
+    with pytest.MonkeyPatch.context() as patch:  # small inputs go the ways of large ones
+        patch.setattr(convolution, "_MANY", many)
+        patch.setattr(convolution, "_WINDOWS", windows)
+        patch.setattr(convolution, "_MANY_ROWS", {torch.float64: 1})
+        patch.setattr(cpu, "prefers_channels_last", lambda device: channels_last)
+        assert_twins(OPERATOR, embed(lengths, groups, spare_frames=spare_frames), arguments)
 
 
 def test_one_group_of_many_frames_has_the_gradients_of_the_formula():
@@ -56,7 +63,10 @@ def test_one_group_of_many_frames_has_the_gradients_of_the_formula():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("normalised", [True, False])
-def test_as_precise_as_pytorch(normalised, dtype):
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_as_precise_as_pytorch(normalised, dtype, channels_last, monkeypatch):
+    monkeypatch.setattr(convolution, "_MANY_ROWS", {each: 1 for each in (torch.float32, torch.bfloat16, torch.float16)})
+    monkeypatch.setattr(cpu, "prefers_channels_last", lambda device: channels_last)
     lengths = [50, 31, 9]
 
     def draw(seed):
