@@ -188,10 +188,11 @@ def product_over_rows(y: Tensor, x: Tensor, out: Optional[Tensor] = None) -> Ten
     Returns:
         ``[out, in]``; PyTorch's own product on a GPU, and where its gradient is wanted.
     """
-    if not _is_onednns(y, x, y.shape[1] * x.shape[1]):
+    if not len(x) or not _is_onednns(y, x, y.shape[1] * x.shape[1]):  # a sum over nothing has no oneDNN
         return torch.mm(y.t(), x, out=out)
     many = len(x) >= _MANY_ROWS and torch.get_num_threads() > 1
-    found = _filters_gradient(y, x) if many else _onednn(y.t(), x.t(), None, "none", [], "")
+    # It takes for granted that rows do not overlap.
+    found = _filters_gradient(y, x) if many else _onednn(y.t(), x.contiguous().t(), None, "none", [], "")
     return found if out is None else out.copy_(found)
 
 
@@ -201,7 +202,7 @@ def sum_over_rows(x: Tensor, dtype: torch.dtype, out: Optional[Tensor] = None) -
     PyTorch casts all of ``x`` first. On a CPU that is memory touched for the first time: of 1,996 x 2,304 values in bfloat16
     23 ms in a training step.
     """
-    if x.dtype == dtype or not is_cpu(x.device) or len(x) <= _ROWS_OF_A_SUM:
+    if x.dtype.itemsize >= dtype.itemsize or not is_cpu(x.device) or len(x) <= _ROWS_OF_A_SUM:
         return torch.sum(x, 0, dtype=dtype, out=out)
     first, *rest = x.split(_ROWS_OF_A_SUM)
     total = torch.sum(first, 0, dtype=dtype, out=out)

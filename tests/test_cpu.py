@@ -100,6 +100,9 @@ def test_products_over_rows_are_as_exact_as_pytorchs(monkeypatch, rows, dtype):
             assert error(found, exact) <= 1.5 * error(y.T @ x, exact) + 1e-7
         assert found is out
     assert torch.equal(cpu.product_over_rows(y[:0], x[:0]), torch.zeros(24, 40, dtype=dtype))
+    overlapping = torch.randn(7 * rows + 40, generator=generator).to(dtype).unfold(0, 40, 7)[:rows]
+    exact = y.double().T @ overlapping.double()
+    assert error(cpu.product_over_rows(y, overlapping), exact) <= 1.5 * error(y.T @ overlapping, exact) + 1e-7
 
 
 @pytest.mark.parametrize("rows", [0, 1, 256, 700])
@@ -111,6 +114,14 @@ def test_sums_over_rows_are_those_of_the_wider_dtype(rows, into):
     assert found.dtype == torch.float32 and (out is None or found is out)
     torch.testing.assert_close(found.double(), x.double().sum(0), rtol=1e-6, atol=1e-5)
     assert torch.equal(cpu.sum_over_rows(x, BFLOAT16), x.sum(0))
+    assert torch.equal(cpu.sum_over_rows(x, torch.float16), x.sum(0, dtype=torch.float16))
+
+
+def test_a_batch_without_a_row_to_predict_has_gradients():
+    for rows, width in ((0, 16), (0, 300)):
+        x, weight = torch.randn(rows, width, requires_grad=True), torch.randn(1024, width, requires_grad=True)
+        linear(x, [weight]).sum().backward()
+        assert torch.equal(weight.grad, torch.zeros_like(weight)) and x.grad.shape == x.shape
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["backward", "forward", "objection", "saved_tensors"]
 
+_ROWS = 1 << 32  # more than a batch has: a mask does not depend on how many rows there are
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -41,7 +42,7 @@ class _Masks(torch_backend.Masks):
         p = arguments.dropout_p
         kernels = extension.cpu()
         assert kernels is not None, extension.why_not("cpu")
-        self._drop, self._rows = kernels.drop, len(arguments.qkv)
+        self._drop = kernels.drop
         self._settings = {
             "seed": int(arguments.seed),
             "threshold": keep_threshold(p),
@@ -50,7 +51,7 @@ class _Masks(torch_backend.Masks):
         }
 
     def of(self, sequence: torch_backend._Sequence, group: slice) -> Drop:
-        queried, first = sequence.queried, group.start * self._rows
+        queried, first = sequence.queried, group.start * _ROWS
         index = queried.contiguous() if isinstance(queried, Tensor) else None
 
         def drop(x: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ class _Masks(torch_backend.Masks):
                 columns=columns,
                 index=index,
                 first=first + (queried.start if index is None else 0),
-                stride=self._rows,
+                stride=_ROWS,
                 **self._settings,
             )
             return x

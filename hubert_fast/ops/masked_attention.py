@@ -72,7 +72,8 @@ def masked_attention(
         max_frames: rows of the longest sequence, or more.
         dropout_p: probability that an attention weight is dropped, in [0, 1).
         seed: scalar int64 on the device of ``qkv``, from which the dropout mask follows. None: drawn from torch's default
-            generator, only where ``dropout_p > 0``. PyTorch's attention for GPUs (backend "torch") draws its mask itself.
+            generator, only where ``dropout_p > 0``. Backends make different masks of it, and PyTorch's attention for GPUs
+            (backend "torch") draws its mask itself.
         qkv_bias: ``[3, heads, head_dim]``, float: a bias that every row of ``qkv`` contains already. It is not added again; it
             gets its gradient, the sum of that of ``qkv`` over the rows, with which the caller needs no pass of its own.
         columns: what `dropout_columns` made of ``seed`` for as many frames or more. Only backend "triton" reads it. None: made

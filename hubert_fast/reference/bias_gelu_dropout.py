@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import Optional
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hubert_fast.reference.dropout import dropped
-from hubert_fast.reference.sums import biased
+from hubert_fast.reference.sums import biased, gelu_
 
 
 def bias_gelu_dropout(
@@ -22,7 +21,5 @@ def bias_gelu_dropout(
     kept: Optional[Tensor] = None,  # [rows, channels] bool
     scale: float = 1.0,  # of what is kept
 ) -> Tensor:  # [rows, channels], in the dtype of x
-    summed = biased(x, bias)
-    in_place = bias is not None and not torch.is_grad_enabled()
-    activated = torch.ops.aten.gelu_(summed) if in_place else F.gelu(summed)
+    activated = F.gelu(x) if bias is None else gelu_(biased(x, bias))
     return dropped(activated, kept, scale).to(x.dtype)

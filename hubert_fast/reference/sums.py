@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -21,6 +22,14 @@ def biased(x: Tensor, bias: Optional[Tensor]) -> Tensor:
 
 def plus_(fresh: Tensor, other: Tensor) -> Tensor:
     """``fresh + other`` in the memory of ``fresh``, which nobody else has; it is touched once then, and in cache."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return fresh + other  # `vmap` may have several of ``other`` for one ``fresh``
-    return fresh.add_(other)
+    return fresh.add_(other) if _is_eager() else fresh + other
+
+
+def gelu_(fresh: Tensor) -> Tensor:
+    """The exact GELU of ``fresh``, in its memory where no gradient is wanted."""
+    return torch.ops.aten.gelu_(fresh) if _is_eager() and not torch.is_grad_enabled() else F.gelu(fresh)
+
+
+def _is_eager() -> bool:
+    """Whether a tensor is what it seems to be: `vmap` may have several of one for one of another."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None

@@ -61,18 +61,19 @@ def forward(
     """Without dropout the log-sum-exp of the scores is saved. ``masks``: whose masks are taken."""
     dropout_p = arguments.dropout_p
     qkv = _operand(arguments.qkv)
+    drawn = masks(arguments) if dropout_p > 0.0 else None
+    grid = _grid(qkv, arguments) if drawn is None else None
+    if grid is not None:
+        result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*grid)
+        result, sums = (each.transpose(1, 2).flatten(0, 1) for each in (result, sums))
+        # `set_`: autograd would not let anybody change a view in place.
+        return (qkv.new_empty(0).set_(result).to(arguments.qkv.dtype),), [sums] if save else []
     out = qkv.new_empty(arguments.out_shape)
     count, heads, _ = out.shape
     lse = qkv.new_empty(count if dropout_p == 0.0 else 0, heads, dtype=torch.promote_types(qkv.dtype, torch.float32))
     dead = int(arguments.out_offsets[-1])  # from here on, rows of no sequence
     out[dead:] = 0
     lse[dead:] = 0
-    drawn = masks(arguments) if dropout_p > 0.0 else None
-    grid = _grid(qkv, arguments) if drawn is None else None
-    if grid is not None:
-        result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*grid)
-        out, lse = (each.transpose(1, 2).flatten(0, 1) for each in (result, sums))
-        return (out.to(arguments.qkv.dtype),), [lse] if save else []
     for sequence in _sequences(qkv, arguments):
         if drawn is None:
             _flash_forward(sequence, out, lse)

@@ -1,10 +1,12 @@
 """The table says what the report says."""
 
+from dataclasses import replace
+
 import torch
 
 from benchmarks.operators import OPERATORS, cases_of
 from benchmarks.sizes import SIZES
-from benchmarks.table import columns, render, speedup
+from benchmarks.table import columns, render, speedup, speedup_over_others
 from tests.benchmarks import fabricated
 
 
@@ -35,9 +37,26 @@ def test_operators_stand_in_a_table_with_their_floors():
     rows = [fabricated.row(median, implementation=name, **fields) for name, median in medians.items()]
     lines = render(fabricated.report(*rows)).splitlines()
     ours, torch_backend, plain, compiled = lines[lines.index("mask_fill: forward") + 1 :]
-    assert " ".join(ours.split()) == "hubert_fast float32 2.00 ms 1.80 ms 2.20 ms 1.00 ms 50% 2.50"
-    assert torch_backend.split()[-1] == "1.25"
-    assert plain.split()[-2:] == ["17%", "-"] and compiled.split()[-2:] == ["20%", "-"]
+    assert " ".join(ours.split()) == "hubert_fast float32 2.00 ms 1.80 ms 2.20 ms 1.00 ms 50% 2.50 -"
+    assert torch_backend.split()[-2:] == ["1.25", "-"]
+    assert plain.split()[-3:] == ["17%", "-", "-"] and compiled.split()[-3:] == ["20%", "-", "-"]
+
+
+def test_an_implementation_that_errs_more_is_shown_and_does_not_count():
+    sides = {"hubert_fast": (4e-3, 2e-3), "PyTorch": (6e-3, 2.9e-3), "PyTorch, 16-bit product": (1e-3, 3.1e-3)}
+    fields = {"kind": "operator", "case": "case", "dtype": "bfloat16", "limits": fabricated.LIMITS}
+    rows = [
+        fabricated.row(median, implementation=name, check={"results": error}, **fields)
+        for name, (median, error) in sides.items()
+    ]
+    lines = render(fabricated.report(*rows)).splitlines()
+    ours, plain, narrow = (line.split() for line in lines[lines.index("case") + 1 :])
+    assert ours[-2:] == ["1.50", "2.0e-03"] and plain[-1] == "2.9e-03" and narrow[-1] == "3.1e-03"
+    # Nor is anything as exact as what is rounded once too inexact.
+    exact = [replace(row, check={"results": 0.0}) if row.implementation == "hubert_fast" else row for row in rows]
+    assert speedup_over_others(exact[0], exact) is None
+    close = [replace(row, check={"results": 0.001}) for row in rows[2:]]
+    assert speedup_over_others(exact[0], [exact[0], *close]) == 0.25
 
 
 def test_lines_of_a_gpus_operators_fit_a_terminal():

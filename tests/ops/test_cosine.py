@@ -143,6 +143,15 @@ def test_zeros_of_either_sign_are_equal(name, dtype):
 
 
 @on_every_backend
+def test_equal_embeddings_without_a_finite_sum_are_equal(name):
+    x, embeddings, labels = inputs_of(4, 6, 64, dtype=torch.float32, device=device_of(name))
+    embeddings[1] = embeddings[3] = torch.tensor([3e38, -3e38]).repeat(32)
+    with backend.using(name, LOGITS):
+        logits = cosine_logits(x, embeddings, torch.tensor([1, 3, 0, 2], device=x.device))
+    assert logits[:2, [2, 4]].isneginf().all()
+
+
+@on_every_backend
 def test_nearly_equal_embeddings_are_not_equal(name):
     x, embeddings, _ = inputs_of(4, 3, dtype=torch.float32, device=device_of(name))
     embeddings[1] = embeddings[0]
