@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hubert_fast import extension
+from tests.ops import cpu_dropout_twin
 
 pytestmark = pytest.mark.skipif(extension.cpu() is None, reason=str(extension.why_not("cpu")))
 
@@ -33,6 +34,8 @@ def test_instruction_sets_drop_alike(instruction_set, columns, dtype):
     found = dropped(x)
     extension.cpu().use_instruction_set("baseline")
     assert torch.equal(found, dropped(x))
+    numbers = torch.arange(3)[:, None] * 10_000 + torch.arange(40)
+    assert torch.equal(found != 0, cpu_dropout_twin.keep(3, numbers, columns, 0.1) & (x != 0))
 
 
 def test_what_is_kept_is_scaled_and_rounded_once(instruction_set):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
 from typing import Optional
 from unittest import mock
 
@@ -15,6 +14,7 @@ from hubert_fast.kernels import dropout
 from hubert_fast.ops import bias_dropout_residual, bias_gelu_dropout, mask_fill, residual_layer_norm
 from hubert_fast.reference import masked_attention
 from tests.kernels.device import DEVICE
+from tests.ops.cpu_dropout_twin import attention_dropping
 
 _32 = 0xFFFFFFFF
 
@@ -41,28 +41,18 @@ def kept_values(seed: Optional[Tensor], rows: int, channels: int, p: float) -> O
     return keep(int(seed), torch.arange(rows)[:, None], torch.arange(channels), p).to(DEVICE)
 
 
-def _masked_attention(
-    qkv: Tensor, offsets: Tensor, key_lengths: Optional[Tensor], *, dropout_p: float, seed: Optional[Tensor]
-) -> Tensor:
-    """The reference with the kernels' mask: a row of it is a packed row and a head, a column a key."""
-    heads, outputs = torch.arange(qkv.shape[2]), []
-    for i, (start, stop) in enumerate(pairwise(offsets.tolist())):
-        query, key, value = qkv[start:stop].permute(1, 2, 0, 3)
-        keys = int(key_lengths[i]) if key_lengths is not None and key_lengths[i] > 0 else stop - start
-        weights = (query @ key[:, :keys].transpose(1, 2) / query.shape[-1] ** 0.5).softmax(-1)
-        if dropout_p:
-            rows = torch.arange(start, stop) * len(heads) + heads[:, None]
-            kept = keep(int(seed), rows[..., None], torch.arange(keys), dropout_p).to(qkv.device)
-            weights = weights * kept * dropout.scale(dropout_p)
-        outputs.append((weights @ value[:, :keys]).transpose(0, 1))
-    return torch.cat([*outputs, torch.zeros_like(qkv[int(offsets[-1]) :, 0])])
+def _kept_weights(seed: int, rows: range, heads: int, keys: int, p: float) -> Tensor:
+    """A row of the mask is a packed row and a head, a column a key."""
+    numbers = torch.tensor(rows, dtype=torch.int64) * heads + torch.arange(heads)[:, None]
+    return keep(seed, numbers[..., None], torch.arange(keys), p)
 
 
 @contextmanager
 def in_references() -> Iterator[None]:
     """Inside, references drop what the kernels drop."""
+    attention = attention_dropping(_kept_weights, dropout.scale)
     with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(masked_attention, "masked_attention", _masked_attention))
+        patches.enter_context(mock.patch.object(masked_attention, "masked_attention", attention))
         for module in (bias_dropout_residual, bias_gelu_dropout, mask_fill, residual_layer_norm):
             patches.enter_context(mock.patch.object(module, "kept_values", kept_values))
             patches.enter_context(mock.patch.object(module, "keep_scale", dropout.scale))

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from hubert_fast import backend
 from hubert_fast.cuda_backend import feed_forward
 from tests.kernels.device import DEVICE
-from tests.ops import products_twin
+from tests.ops import cpu_dropout_twin, products_twin
 from tests.ops.comparison import error
 from tests.ops.contract import OPERATORS, ROWS, backends, gradients, leaves, present, run, with_gradients
 
@@ -90,7 +90,8 @@ def test_16_bit_rows_meet_float32_parameters(case, name):
 
 def _truth(case, name, arguments):
     """Results and gradients of the reference in float64, with the masks of backend ``name``."""
-    with dropout_twin.in_references() if name == "triton" else nullcontext():
+    twin = dropout_twin if name == "triton" else cpu_dropout_twin if name == "cpu" else None
+    with nullcontext() if twin is None else twin.in_references():
         return run(case.operator, "reference", type(arguments)(*_widened(arguments)))
 
 
