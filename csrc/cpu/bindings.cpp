@@ -10,6 +10,7 @@
 
 #include "conv_frontend.h"
 #include "dispatch.h"
+#include "dropout.h"
 #include "parallel.h"
 
 namespace py = pybind11;

@@ -13,13 +13,7 @@ constexpr std::int64_t kForwardFrames = 64;      // of a task: enough to be wort
 constexpr std::int64_t kBackwardFrames = 256;    // fewer would mean more partial sums to add up
 constexpr std::int64_t kStatisticsFrames = 4096;
 
-constexpr std::int64_t kThreadValues = 1 << 15;  // that a thread is worth waking up for, as PyTorch's own passes count
-
 std::int64_t tasks(std::int64_t frames, std::int64_t each) { return (frames + each - 1) / each; }
-
-int worthwhile(int threads, std::int64_t values) {
-  return int(std::clamp<std::int64_t>(values / kThreadValues, 1, threads));
-}
 
 }  // namespace
 
@@ -50,15 +44,6 @@ void backward(const Backward& work, int threads) {
   });
   for (std::int64_t task = 0; task < count; ++task)
     for (std::int64_t i = 0; i < values; ++i) work.sums[i] += double(partial[std::size_t(task * values + i)]);
-}
-
-void drop(const Drop& work, int threads) {
-  const Kernels& kernels = selected();
-  const std::int64_t rows = work.groups * work.rows;
-  threads = worthwhile(threads, rows * work.columns);
-  const std::int64_t each = tasks(rows, 4 * std::int64_t(threads));  // of a task
-  parallel(int(tasks(rows, std::max<std::int64_t>(each, 1))), threads,
-           [&](int, int task) { kernels.drop(work, task * each, std::min((task + 1) * each, rows)); });
 }
 
 void first_layer_statistics(const FirstLayerStatistics& work, int threads) {

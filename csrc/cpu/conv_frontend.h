@@ -24,6 +24,4 @@ struct FirstLayerStatistics {
 
 void first_layer_statistics(const FirstLayerStatistics& work, int threads);
 
-void drop(const Drop& work, int threads);
-
 }  // namespace hubert_fast

@@ -4,9 +4,9 @@
 // preactivations, normalised where there is a norm, and leaves through GELU into the next GEMM's operand.
 #pragma once
 
-#include "dropout.h"
 #include "gelu.h"
 #include "kernels.h"
+#include "masks.h"
 #include "vector.h"
 
 #define HUBERT_FAST_STRING(name) #name

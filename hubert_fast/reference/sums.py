@@ -12,8 +12,8 @@ from torch import Tensor
 def biased(x: Tensor, bias: Optional[Tensor]) -> Tensor:
     """``x + bias``; ``x`` without one.
 
-    A bias that is wider than ``x`` widens the sum, and so what comes of it and every gradient, but for inference, where
-    it is rounded first, as autocast has it in a Linear: passes over 16 bits take half the time.
+    A bias that is wider than ``x`` widens the sum, what comes of it and every gradient. In inference it is rounded first, as
+    autocast has it in a Linear: passes over 16 bits take half the time.
     """
     if bias is None:
         return x

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def _build(folder: Path, sanitizers: list[str]) -> Path:
     defines = ["-DHUBERT_FAST_X86"] if X86 else []
     sources = {CPU / "instances" / f"{name}.cpp": [*_KERNELS, *flags] for name, flags in _INSTANCES.items()}
-    sources |= {CPU / f"{name}.cpp": defines for name in ("conv_frontend", "dispatch", "parallel")}
+    sources |= {CPU / f"{name}.cpp": defines for name in ("conv_frontend", "dispatch", "dropout", "parallel")}
     sources |= {ROOT / "tests" / "csrc" / "cpu" / "sanitize.cpp": []}
 
     def compile_(source: Path) -> Path:

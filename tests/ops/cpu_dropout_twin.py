@@ -1,4 +1,4 @@
-"""csrc/cpu/dropout.h again in PyTorch: the same mask from the same seed, so that the reference can use it."""
+"""csrc/cpu/masks.h again in PyTorch: the same mask from the same seed, so that the reference can use it."""
 
 from __future__ import annotations
 

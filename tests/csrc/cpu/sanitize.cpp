@@ -11,6 +11,7 @@
 
 #include "conv_frontend.h"
 #include "dispatch.h"
+#include "dropout.h"
 
 using namespace hubert_fast;
 
