@@ -77,9 +77,10 @@ _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 def prefers_channels_last(device: torch.device) -> bool:
     """Whether oneDNN's convolutions of many frames are fastest where the channels of each lie side by side.
 
-    On AMD's AVX-512 (2024) they then run at twice the rate in float32. On AVX2 the gradient of the rows took 1.2 times as long.
+    On AMD's AVX-512 (2024) they then run at twice the rate in float32. On AVX2 the gradient of the rows took 1.2 times as long;
+    on AVX-512 of 2022 nothing was measured.
     """
-    return _ONEDNN_WINS and is_cpu(device)
+    return _FULL_WIDTH and is_cpu(device)
 
 
 def in_forward_mode() -> bool:
@@ -188,7 +189,8 @@ def product_over_rows(y: Tensor, x: Tensor, out: Optional[Tensor] = None) -> Ten
     Returns:
         ``[out, in]``; PyTorch's own product on a GPU, and where its gradient is wanted.
     """
-    if not len(x) or not _is_onednns(y, x, y.shape[1] * x.shape[1]):  # a sum over nothing has no oneDNN
+    # oneDNN has no sum over nothing.
+    if not (_FULL_WIDTH and len(x) and _is_onednns(y, x, y.shape[1] * x.shape[1])):
         return torch.mm(y.t(), x, out=out)
     many = len(x) >= _MANY_ROWS and torch.get_num_threads() > 1
     # It takes for granted that rows do not overlap.

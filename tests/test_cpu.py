@@ -19,6 +19,7 @@ def whichever_wins(monkeypatch, request):
     monkeypatch.setattr(cpu, "_FEWEST_WEIGHTS", 1)
     monkeypatch.setattr(cpu, "_FEWEST_TO_LEARN", 1)
     monkeypatch.setattr(cpu, "_ONEDNN_WINS", request.param)
+    monkeypatch.setattr(cpu, "_FULL_WIDTH", request.param)
 
 
 def test_onednn_takes_what_it_was_measured_to_win(monkeypatch, whichever_wins):
