@@ -106,6 +106,18 @@ def test_products_over_rows_are_as_exact_as_pytorchs(monkeypatch, rows, dtype):
     assert error(cpu.product_over_rows(y, overlapping), exact) <= 1.5 * error(y.T @ overlapping, exact) + 1e-7
 
 
+def test_products_over_rows_are_onednns_on_processors_where_it_wins(monkeypatch, whichever_wins):
+    called = []
+    monkeypatch.setattr(cpu, "_onednn", lambda x, weight, *_: called.append("linear") or x @ weight.T)
+    monkeypatch.setattr(cpu, "_filters_gradient", lambda y, x: called.append("convolution") or y.T @ x)
+    for rows, threads in ((10, 2), (1500, 2), (1500, 1)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert torch.equal(
+            cpu.product_over_rows(torch.ones(rows, 4), torch.ones(rows, 5)), torch.full((4, 5), float(rows))
+        )
+    assert called == (["linear", "convolution", "linear"] if cpu._FULL_WIDTH else [])
+
+
 @pytest.mark.parametrize("rows", [0, 1, 256, 700])
 @pytest.mark.parametrize("into", [False, True])
 def test_sums_over_rows_are_those_of_the_wider_dtype(rows, into):
