@@ -10,6 +10,10 @@ from .quantities import digits, seconds, size
 from .report import NO_TIME, LeftOut, Report, Row
 
 _BASELINE, OURS = "torchaudio", "hubert_fast"
+_LEGEND = (
+    "error: the largest of a result's or gradient's differences from PyTorch's in float32, relative to its norm, dropout off.",
+    "x best other: of alternatives that err at most 1.5 times as much as ours; -: there is none.",
+)
 NOTHING = "-"  # in the place of a number that there is none of; a terminal may know no en dash
 
 
@@ -153,7 +157,8 @@ def _operators(rows: list[Row]) -> str:
             ]
         )
     lines = columns(cells, left=(0, 1)).split("\n")
-    return "\n".join(f"{titles[number]}\n{line}" if number in titles else line for number, line in enumerate(lines))
+    lines = [f"{titles[number]}\n{line}" if number in titles else line for number, line in enumerate(lines)]
+    return "\n".join([*lines, *_LEGEND])
 
 
 def left_out(entries: Iterable[LeftOut]) -> str:

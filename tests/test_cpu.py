@@ -87,6 +87,7 @@ def test_products_are_as_exact_as_pytorchs(sizes, gradient):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 7, 1500])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, BFLOAT16], ids=str)
 def test_products_over_rows_are_as_exact_as_pytorchs(monkeypatch, rows, dtype):
@@ -106,6 +107,7 @@ def test_products_over_rows_are_as_exact_as_pytorchs(monkeypatch, rows, dtype):
     assert error(cpu.product_over_rows(y, overlapping), exact) <= 1.5 * error(y.T @ overlapping, exact) + 1e-7
 
 
+@torch.no_grad()
 def test_products_over_rows_are_onednns_on_processors_where_it_wins(monkeypatch, whichever_wins):
     called = []
     monkeypatch.setattr(cpu, "_onednn", lambda x, weight, *_: called.append("linear") or x @ weight.T)

@@ -1,4 +1,4 @@
-// Dropout in place, for one instruction set. The mask follows from a seed and each value's row and column alone, not from the
+// Dropout of rows in place, compiled once for each instruction set. The mask follows from a seed and each value's row and column alone, not from the
 // instructions, the threads or the order of the rows.
 #pragma once
 

@@ -269,7 +269,7 @@ _operator = Operator(
     Arguments,
     backends={
         "triton": "flash attention on the packed rows, scores computed again in a deterministic backward",
-        "cpu": "as backend torch, with dropout's mask in C++ and never in memory",
+        "cpu": "PyTorch's flash kernel; with dropout a few heads at a time, dropped in C++ without a mask in memory",
         "torch": "CPU: PyTorch's flash kernel, with dropout a few heads at a time; GPU: scaled_dot_product_attention",
         "reference": "softmax(q k^T) v, a sequence at a time",
     },

@@ -1,4 +1,4 @@
-"""Sums of the row passes, in as little memory as PyTorch's functions allow."""
+"""Sums and GELU that the formulas of row passes share, in place where nobody else has the memory."""
 
 from __future__ import annotations
 
