@@ -68,8 +68,8 @@ _ROWS_OF_A_SUM = 256
 _ONEDNN_WINS = torch.backends.cpu.get_cpu_capability() == "AVX512" and _cpuinfo("vendor_id") == "AuthenticAMD"
 _FULL_WIDTH = _ONEDNN_WINS and int(_cpuinfo("cpu family") or 0) >= 26  # 2024
 
-# Of a matrix: what oneDNN needs to begin is a large part of a smaller product. Where there will be a gradient, autograd in
-# Python is another.
+# Values of the smallest weight whose products are oneDNN's: what it needs to begin is a large part of a smaller product. Where
+# there will be a gradient, autograd in Python is another.
 _FEWEST_WEIGHTS, _FEWEST_TO_LEARN = 1 << (14 if _FULL_WIDTH else 17), 1 << 17
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
@@ -193,7 +193,7 @@ def product_over_rows(y: Tensor, x: Tensor, out: Optional[Tensor] = None) -> Ten
     if not (_FULL_WIDTH and len(x) and _is_onednns(y, x, y.shape[1] * x.shape[1])):
         return torch.mm(y.t(), x, out=out)
     many = len(x) >= _MANY_ROWS and torch.get_num_threads() > 1
-    # It takes for granted that rows do not overlap.
+    # As a weight oneDNN takes no rows that overlap.
     found = _filters_gradient(y, x) if many else _onednn(y.t(), x.contiguous().t(), None, "none", [], "")
     return found if out is None else out.copy_(found)
 

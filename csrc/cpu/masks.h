@@ -1,5 +1,5 @@
-// Dropout of rows in place, compiled once for each instruction set. The mask follows from a seed and each value's row and column alone, not from the
-// instructions, the threads or the order of the rows.
+// Dropout of rows in place, compiled once for each instruction set. The mask follows from a seed and each value's row and column
+// alone, not from the instructions, the threads or the order of the rows.
 #pragma once
 
 #include "kernels.h"

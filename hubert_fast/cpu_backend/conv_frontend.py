@@ -357,7 +357,7 @@ class _Backward:
         )
 
     def gradients(self) -> Gradients:
-        """Of every parameter, in float32 or wider; that of a weight in the compute dtype where one chunk gave all of it."""
+        """The gradients of all parameters, in float32 or wider, or a weight's in the compute dtype, if one chunk gave it."""
         f = self.frontend
         weights, biases = [], []
         norm_weights, norm_biases = [], []

@@ -120,7 +120,7 @@ def test_backends_agree_where_heads_run_in_groups(head_dim, p, monkeypatch):
 
 
 class _GivenMasks:
-    """Those of backend "cpu", for PyTorch's operations in any dtype."""
+    """The dropout masks of backend "cpu", for PyTorch's operations in any dtype."""
 
     def __init__(self, arguments):
         self._masks = cpu_backend._Masks(arguments)
