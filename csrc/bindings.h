@@ -16,7 +16,7 @@ struct Buffer {
 
 // Goes up whenever a binding changes its name, arguments or meaning, together with INTERFACE in hubert_fast/extension.py:
 // the Python code refuses an extension that was built from other sources.
-inline constexpr int interface_version = 5;
+inline constexpr int interface_version = 6;
 
 // Adds the submodule `cpu` with the CPU kernels.
 void bind_cpu(pybind11::module_& module);

@@ -94,7 +94,7 @@ def onednn_wins(x: Tensor, weight: Tensor, *, learning: bool) -> bool:
     ``learning``: there will be a gradient, and autograd in Python takes what few rows gain.
     """
     out, depth = weight.shape
-    if not _onednn_can(x, weight, weight.numel()) or x.shape[1] != depth:
+    if not _onednn_can(x, weight, weight.numel()) or x.shape[1] != depth or not _lies_together(weight):
         return False
     if learning and weight.numel() < _FEWEST_TO_LEARN:
         return False
@@ -119,6 +119,14 @@ def _onednn_can(left: Tensor, right: Tensor, weights: int) -> bool:
     return left.layout == right.layout == torch.strided and _onednn_is_there()
 
 
+def _lies_together(weight: Tensor) -> bool:
+    """Whether the values of a weight, or of its transpose, lie side by side.
+
+    Others oneDNN multiplies by its reference loops: [768, 768] of [768, 3072], 500 rows, took 13.8 s, where MKL takes 13 ms.
+    """
+    return weight.is_contiguous() or weight.t().is_contiguous()
+
+
 def has_gelu(dtype: Optional[torch.dtype]) -> bool:
     """Whether `product` may have a GELU in ``dtype``, which in 16 bits is that of the sum before it is rounded."""
     if dtype == torch.float32:
@@ -141,7 +149,7 @@ def product(x: Tensor, weight: Tensor, bias: Optional[Tensor], *, gelu: bool = F
     """
     in_16_bits = gelu and x.dtype == torch.bfloat16 and has_gelu(x.dtype) and x.shape[1] == weight.shape[1]
     of_each_column = bias is None or bias.shape == weight.shape[:1]  # `F.linear` takes others too
-    if of_each_column and (in_16_bits or onednn_wins(x, weight, learning=learning)):
+    if of_each_column and (in_16_bits and _lies_together(weight) or onednn_wins(x, weight, learning=learning)):
         # It takes for granted that a bias lies together.
         bias = None if bias is None else bias.contiguous()
         return _onednn(x, weight, bias, "gelu" if gelu else "none", [], "none" if gelu else "")
@@ -172,7 +180,7 @@ def product_with(y: Tensor, weight: Tensor, total: Optional[Tensor] = None) -> T
     Returns:
         ``[rows, in]``; PyTorch's own product on a GPU, and where its gradient is wanted.
     """
-    if _is_onednns(y, weight, weight.numel()):
+    if _is_onednns(y, weight, weight.numel()) and _lies_together(weight):
         out = _onednn(y, weight.t(), None, "none", [], "")
         return out if total is None else total.add_(out)
     return y @ weight if total is None else total.addmm_(y, weight)

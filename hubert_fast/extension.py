@@ -18,7 +18,7 @@ from typing import Any, Optional
 from hubert_fast import source_tree
 
 # The version of the bindings that this package was written for: `interface_version` in csrc/bindings.h.
-INTERFACE = 5
+INTERFACE = 6
 
 _REBUILD = "rebuild it: `pip install .`, or `pip install -e .` in a source tree"
 

@@ -150,6 +150,25 @@ def test_a_bias_may_lie_apart(bias):
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_a_weight_that_lies_apart_stays_pytorchs(monkeypatch):
+    """oneDNN would multiply it by its reference loops, a thousand times slower."""
+    onednn, seen = cpu._onednn, []
+    monkeypatch.setattr(
+        cpu, "_onednn", lambda x, weight, *rest: (seen.append(weight.stride()), onednn(x, weight, *rest))[1]
+    )
+    x, y, wide = torch.randn(9, 16), torch.randn(9, 24), torch.randn(24, 48)
+    for weight in (wide[:, 16:32], wide[:, :32:2]):
+        assert error(cpu.product(x, weight, None), x.double() @ weight.T.double()) < 1e-6
+        assert error(cpu.product(x, weight, None, gelu=True), F.gelu(x.double() @ weight.T.double())) < 1e-6
+        with torch.no_grad():
+            assert error(cpu.product_with(y, weight), y.double() @ weight.double()) < 1e-6
+    assert not seen
+    monkeypatch.setattr(cpu, "_NARROW_GELU", {BFLOAT16})
+    cpu.product(x.bfloat16(), wide.bfloat16()[:, 16:32], None, gelu=True)
+    cpu.product(x, wide[:, :16].contiguous(), None)
+    assert seen == [(16, 1)]
+
+
 def test_what_pytorch_broadcasts_or_refuses_stays_its_own():
     x, weight = torch.randn(5, 16), torch.randn(48, 16)
     with torch.no_grad():

@@ -93,14 +93,13 @@ void call_statistics(Buffer<const float> signals, std::int64_t row_stride, int b
   first_layer_statistics({signals, row_stride, batch, taps, stride, frames, means, covariances}, threads);
 }
 
-void call_drop(const std::string& dtype, Buffer<void> values, std::int64_t groups, std::int64_t rows, std::int64_t columns,
+void call_drop(Buffer<const float> values, Buffer<float> out, std::int64_t groups, std::int64_t rows, std::int64_t columns,
                Buffer<const std::int64_t> index, std::int64_t first, std::int64_t stride, std::int64_t seed, int threshold,
                float scale, int threads) {
   require(threads >= 1, "threads must be positive; got " + std::to_string(threads));
   require(groups >= 0 && rows >= 0 && columns >= 0, "groups, rows and columns may not be negative");
   require(threshold >= 0 && threshold < 1 << 16, "threshold must be in 0..65535; got " + std::to_string(threshold));
-  drop({dtype_of(dtype), values, index, groups, rows, columns, first, stride, std::uint64_t(seed), std::uint32_t(threshold),
-        scale},
+  drop({values, out, index, groups, rows, columns, first, stride, std::uint64_t(seed), std::uint32_t(threshold), scale},
        threads);
 }
 
@@ -131,7 +130,7 @@ void bind_cpu(py::module_& module) {
           arg("sums") = py::none(), arg("threads"), Unlocked());
   cpu.def("first_layer_statistics", &call_statistics, py::kw_only(), arg("signals"), arg("row_stride"), arg("batch"),
           arg("taps"), arg("stride"), arg("frames"), arg("means"), arg("covariances"), arg("threads"), Unlocked());
-  cpu.def("drop", &call_drop, py::kw_only(), arg("dtype"), arg("values"), arg("groups"), arg("rows"), arg("columns"),
+  cpu.def("drop", &call_drop, py::kw_only(), arg("values"), arg("out"), arg("groups"), arg("rows"), arg("columns"),
           arg("index") = py::none(), arg("first"), arg("stride"), arg("seed"), arg("threshold"), arg("scale"),
           arg("threads"), Unlocked());
 }

@@ -1,4 +1,4 @@
-// Dropout in place over a whole call, on several threads.
+// Dropout over a whole call, on several threads.
 #pragma once
 
 #include "kernels.h"

@@ -65,11 +65,11 @@ struct Backward {
   double* sums;
 };
 
-// Dropout of values [groups * rows, columns] in place. Row i of group g has number first + g stride + i in the mask, or
-// first + g stride + index[i] where there is an index.
+// Dropout of values [groups * rows, columns] into out, which may be values itself. Row i of group g has number
+// first + g stride + i in the mask, or first + g stride + index[i] where there is an index.
 struct Drop {
-  Dtype dtype;
-  void* values;
+  const float* values;
+  float* out;
   const std::int64_t* index;  // [rows], or null
   std::int64_t groups, rows, columns, first, stride;
   std::uint64_t seed;

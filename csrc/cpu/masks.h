@@ -1,4 +1,4 @@
-// Dropout of rows in place, compiled once for each instruction set. The mask follows from a seed and each value's row and column
+// Dropout of rows, compiled once for each instruction set. The mask follows from a seed and each value's row and column
 // alone, not from the instructions, the threads or the order of the rows.
 #pragma once
 
@@ -24,8 +24,7 @@ inline Floats multipliers(Bits bits, std::uint32_t threshold, float scale) {
   return bit_cast<Floats>(bit_cast<Bits>(bits >= threshold) & bit_cast<Bits>(broadcast(scale)));
 }
 
-template <class T>
-inline void drop_block(T* values, std::uint32_t block, std::uint64_t key, std::uint32_t threshold, float scale) {
+inline void drop_block(const float* values, float* out, std::uint32_t block, std::uint64_t key, const Drop& work) {
   Bits lane{};
   for (int i = 0; i < kLanes; ++i) lane[i] = std::uint32_t(i);
   for (int i = 0; i < kHashes; i += kLanes) {
@@ -34,32 +33,27 @@ inline void drop_block(T* values, std::uint32_t block, std::uint64_t key, std::u
     bits = (bits ^ (bits >> 16)) * 0x21F0AAADu ^ std::uint32_t(key >> 32);
     bits = (bits ^ (bits >> 15)) * 0x735A2D97u;
     bits ^= bits >> 15;
-    store(values + i, load(values + i) * multipliers(bits & 0xFFFFu, threshold, scale));
-    store(values + kHashes + i, load(values + kHashes + i) * multipliers(bits >> 16, threshold, scale));
+    store(out + i, load(values + i) * multipliers(bits & 0xFFFFu, work.threshold, work.scale));
+    store(out + kHashes + i, load(values + kHashes + i) * multipliers(bits >> 16, work.threshold, work.scale));
   }
 }
 
-template <class T>
-void drop_rows(const Drop& work, std::int64_t start, std::int64_t stop) {
+void drop(const Drop& work, std::int64_t start, std::int64_t stop) {
   const std::int64_t whole = work.columns / kColumns, rest = work.columns % kColumns;
   for (std::int64_t place = start; place < stop; ++place) {
     const std::int64_t row = place % work.rows;
     const std::int64_t number = work.first + place / work.rows * work.stride + (work.index ? work.index[row] : row);
     const std::uint64_t key = mixed(work.seed + std::uint64_t(number) * 0x9E3779B97F4A7C15u);
-    T* values = static_cast<T*>(work.values) + place * work.columns;
+    const float* values = work.values + place * work.columns;
+    float* out = work.out + place * work.columns;
     for (std::int64_t block = 0; block < whole; ++block)
-      drop_block(values + block * kColumns, std::uint32_t(block), key, work.threshold, work.scale);
+      drop_block(values + block * kColumns, out + block * kColumns, std::uint32_t(block), key, work);
     if (rest == 0) continue;
-    T block[kColumns] = {};
-    T* tail = values + whole * kColumns;
-    std::memcpy(block, tail, std::size_t(rest) * sizeof(T));
-    drop_block(block, std::uint32_t(whole), key, work.threshold, work.scale);
-    std::memcpy(tail, block, std::size_t(rest) * sizeof(T));
+    float block[kColumns] = {};
+    std::memcpy(block, values + whole * kColumns, std::size_t(rest) * sizeof(float));
+    drop_block(block, block, std::uint32_t(whole), key, work);
+    std::memcpy(out + whole * kColumns, block, std::size_t(rest) * sizeof(float));
   }
-}
-
-void drop(const Drop& work, std::int64_t start, std::int64_t stop) {
-  work.dtype == Dtype::kFloat32 ? drop_rows<float>(work, start, stop) : drop_rows<BFloat16>(work, start, stop);
 }
 
 }  // namespace

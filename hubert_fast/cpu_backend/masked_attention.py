@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["backward", "forward", "objection", "saved_tensors"]
 
 _ROWS = 1 << 32  # more than a batch has: a mask does not depend on how many rows there are
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def objection(arguments: Arguments) -> Optional[str]:
@@ -30,8 +29,8 @@ def objection(arguments: Arguments) -> Optional[str]:
     qkv = arguments.qkv
     if not cpu.is_cpu(qkv.device):
         return f"it runs on a CPU, and qkv is on {qkv.device}"
-    if cpu.product_dtype(qkv.device, qkv.dtype) not in _DTYPES:
-        return f"it computes in {' or '.join(map(str, _DTYPES))}, not {qkv.dtype}"
+    if qkv.dtype == torch.float64:
+        return "it drops weights in float32; qkv is torch.float64"
     return None
 
 
@@ -54,11 +53,11 @@ class _Masks(torch_backend.Masks):
         queried, first = sequence.queried, group.start * _ROWS
         index = queried.contiguous() if isinstance(queried, Tensor) else None
 
-        def drop(x: Tensor) -> Tensor:
+        def drop(x: Tensor, out: Tensor) -> Tensor:
             groups, rows, columns = x.shape
             self._drop(
-                dtype=_DTYPES[x.dtype],
                 values=x,
+                out=out,
                 groups=groups,
                 rows=rows,
                 columns=columns,
@@ -67,7 +66,7 @@ class _Masks(torch_backend.Masks):
                 stride=_ROWS,
                 **self._settings,
             )
-            return x
+            return out
 
         return drop
 

@@ -10,13 +10,17 @@ pytestmark = pytest.mark.skipif(extension.cpu() is None, reason=str(extension.wh
 
 
 def dropped(x, *, seed=3, p=0.1, first=0, stride=10_000, index=None, threads=2):
-    x = x.clone()
+    x, out = x.contiguous(), torch.full(x.shape, float("nan"))
     groups, rows, columns = x.shape
-    extension.cpu().drop(
-        dtype=str(x.dtype).removeprefix("torch."), values=x, groups=groups, rows=rows, columns=columns, index=index,
-        first=first, stride=stride, seed=seed, threshold=round(p * 65536), scale=1 / (1 - p), threads=threads,
+    settings = dict(
+        groups=groups, rows=rows, columns=columns, index=index, first=first, stride=stride, seed=seed,
+        threshold=round(p * 65536), scale=1 / (1 - p), threads=threads,
     )  # fmt: skip
-    return x
+    extension.cpu().drop(values=x, out=out, **settings)
+    in_place = x.clone()
+    extension.cpu().drop(values=in_place, out=in_place, **settings)
+    assert torch.equal(in_place, out)
+    return out
 
 
 @pytest.fixture(params=extension.cpu().instruction_sets() if extension.cpu() else [])
@@ -28,9 +32,8 @@ def instruction_set(request):
 
 
 @pytest.mark.parametrize("columns", [1, 15, 16, 17, 32, 33, 499])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_instruction_sets_drop_alike(instruction_set, columns, dtype):
-    x = torch.randn(3, 40, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+def test_instruction_sets_drop_alike(instruction_set, columns):
+    x = torch.randn(3, 40, columns, generator=torch.Generator().manual_seed(0))
     found = dropped(x)
     extension.cpu().use_instruction_set("baseline")
     assert torch.equal(found, dropped(x))
@@ -38,13 +41,10 @@ def test_instruction_sets_drop_alike(instruction_set, columns, dtype):
     assert torch.equal(found != 0, cpu_dropout_twin.keep(3, numbers, columns, 0.1) & (x != 0))
 
 
-def test_what_is_kept_is_scaled_and_rounded_once(instruction_set):
+def test_what_is_kept_is_scaled(instruction_set):
     x = torch.randn(2, 30, 70, generator=torch.Generator().manual_seed(0))
     found, mask = dropped(x), dropped(torch.ones_like(x)) > 0
     torch.testing.assert_close(found, x * mask / 0.9, rtol=1e-6, atol=0)
-    narrow = dropped(x.bfloat16())
-    assert torch.equal(narrow != 0, found != 0)
-    torch.testing.assert_close(narrow.float(), x.bfloat16().float() * mask / 0.9, rtol=2**-8, atol=0)
 
 
 def test_the_number_of_a_row_says_what_is_dropped_of_it():

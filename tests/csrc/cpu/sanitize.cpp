@@ -117,20 +117,16 @@ void statistics_case() {
   }
 }
 
-template <class T>
 void dropout_case() {
   const std::int64_t groups = draw(0, 3), rows = draw(0, 40), columns = draw(0, 1) ? draw(0, 100) : draw(900, 1100);
-  const auto given = noise<T>(groups * rows * columns);
+  const auto given = noise<float>(groups * rows * columns);
   const std::unique_ptr<std::int64_t[]> index(new std::int64_t[std::size_t(rows)]);
   for (std::int64_t row = 0; row < rows; ++row) index[row] = draw(0, 100000);
   const bool indexed = draw(0, 1);
   const auto run = [&](int threads) {
-    const std::unique_ptr<T[]> values(new T[std::size_t(groups * rows * columns)]);
-    std::copy_n(given.get(), groups * rows * columns, values.get());
-    drop({sizeof(T) == 2 ? Dtype::kBFloat16 : Dtype::kFloat32, values.get(), indexed ? index.get() : nullptr, groups, rows,
-          columns, 7, 1000000, 3, 6554, 1.1f},
-         threads);
-    return std::vector<T>(values.get(), values.get() + groups * rows * columns);
+    std::vector<float> out(std::size_t(groups * rows * columns));
+    drop({given.get(), out.data(), indexed ? index.get() : nullptr, groups, rows, columns, 7, 1000000, 3, 6554, 1.1f}, threads);
+    return out;
   };
   if (run(1) != run(3)) {
     std::printf("%s: dropout differs between threads\n", selected().name);
@@ -145,12 +141,11 @@ int main(int argc, char** argv) {
   int count = 0;
   for (const std::string& name : available()) {
     select(name);
-    for (int i = 0; i < cases; ++i, count += 5) {
+    for (int i = 0; i < cases; ++i, count += 4) {
       one_case<float>();
       one_case<std::uint16_t>();
       statistics_case();
-      dropout_case<float>();
-      dropout_case<std::uint16_t>();
+      dropout_case();
     }
   }
   std::printf("%d cases\n", count);
