@@ -20,17 +20,24 @@ def whichever_wins(monkeypatch, request):
     monkeypatch.setattr(cpu, "_FEWEST_TO_LEARN", 1)
     monkeypatch.setattr(cpu, "_ONEDNN_WINS", request.param)
     monkeypatch.setattr(cpu, "_FULL_WIDTH", request.param)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # on one AVX2 leaves all to MKL
 
 
 def test_onednn_takes_what_it_was_measured_to_win(monkeypatch, whichever_wins):
     everything = cpu._ONEDNN_WINS
-    rows, wide, deep = torch.ones(1000, 48), torch.ones(96, 48), torch.ones(32, 48)
-    assert cpu.onednn_wins(rows, wide, learning=True) and cpu.onednn_wins(rows, deep, learning=True) is everything
+    rows, wide, deep = torch.ones(500, 48), torch.ones(96, 48), torch.ones(32, 48)
+    assert cpu.onednn_wins(rows, wide, learning=True) and cpu.onednn_wins(rows, deep, learning=False) is everything
+    assert cpu.onednn_wins(rows[:100], deep, learning=False)
+    assert cpu.onednn_wins(rows[:100], deep, learning=True) is everything
+    assert cpu.onednn_wins(rows.repeat(2, 1), wide, learning=True) is everything
     assert not cpu.onednn_wins(rows.double(), wide.double(), learning=True)
     assert not cpu.onednn_wins(torch.ones(5, 0), torch.ones(4, 0), learning=False)
     assert not cpu.onednn_wins(rows.to("meta"), wide.to("meta"), learning=True)
     monkeypatch.setattr(cpu, "_FEWEST_TO_LEARN", wide.numel() + 1)
     assert cpu.onednn_wins(rows, wide, learning=False) and not cpu.onednn_wins(rows, wide, learning=True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert cpu.onednn_wins(rows[:49], wide, learning=False) is everything
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(cpu, "_FEWEST_WEIGHTS", wide.numel() + 1)
     assert not cpu.onednn_wins(rows, wide, learning=False)
 

@@ -7,7 +7,7 @@ from typing import Optional
 from torch import Tensor
 
 from hubert_fast.reference.dropout import dropped
-from hubert_fast.reference.sums import biased, in_dtype, plus_
+from hubert_fast.reference.sums import biased, cast, plus_
 
 
 def bias_dropout_residual(
@@ -23,4 +23,4 @@ def bias_dropout_residual(
     if residual is not None:
         rows = residual if index is None else residual.index_select(0, index)
         out = rows + out if out is x else plus_(out, rows)
-    return in_dtype(out, x.dtype)
+    return cast(out, x.dtype)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hubert_fast.reference.dropout import dropped
-from hubert_fast.reference.sums import biased, gelu_, in_dtype
+from hubert_fast.reference.sums import biased, cast, gelu_
 
 
 def bias_gelu_dropout(
@@ -22,4 +22,4 @@ def bias_gelu_dropout(
     scale: float = 1.0,  # of what is kept
 ) -> Tensor:  # [rows, channels], in the dtype of x
     activated = F.gelu(x) if bias is None else gelu_(biased(x, bias))
-    return in_dtype(dropped(activated, kept, scale), x.dtype)
+    return cast(dropped(activated, kept, scale), x.dtype)

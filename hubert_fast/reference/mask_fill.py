@@ -10,7 +10,7 @@ from typing import Optional
 from torch import Tensor
 
 from hubert_fast.reference.dropout import dropped
-from hubert_fast.reference.sums import biased, in_dtype
+from hubert_fast.reference.sums import biased, cast
 
 
 def mask_fill(
@@ -26,4 +26,4 @@ def mask_fill(
     filled = dropped(biased(x, bias), kept, scale)
     if padding is not None:
         filled = filled.masked_fill(padding[:, None], 0.0)
-    return in_dtype(in_dtype(embedding, filled.dtype).where(mask[:, None], filled), x.dtype)
+    return cast(cast(embedding, filled.dtype).where(mask[:, None], filled), x.dtype)

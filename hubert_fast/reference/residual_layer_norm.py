@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hubert_fast.reference.bias_dropout_residual import bias_dropout_residual
 from hubert_fast.reference.dropout import dropped
-from hubert_fast.reference.sums import in_dtype
+from hubert_fast.reference.sums import cast
 
 
 def residual_sum(
@@ -45,5 +45,5 @@ def layer_norm_dropout(
         # In float32 on the way, and rounded once; but the gradients of its parameters are summed in the dtype of x.
         return F.layer_norm(x, x.shape[1:], weight, bias, eps)
     wide = x.to(weight.dtype) if weight.dtype.itemsize > x.dtype.itemsize else x
-    weight, bias = in_dtype(weight, wide.dtype), in_dtype(bias, wide.dtype)
-    return in_dtype(dropped(F.layer_norm(wide, wide.shape[1:], weight, bias, eps), kept, scale), x.dtype)
+    weight, bias = cast(weight, wide.dtype), cast(bias, wide.dtype)
+    return cast(dropped(F.layer_norm(wide, wide.shape[1:], weight, bias, eps), kept, scale), x.dtype)

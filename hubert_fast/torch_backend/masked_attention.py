@@ -103,10 +103,32 @@ def backward(
     wanted: list[bool],
     masks: Callable[[Arguments], Masks] = Masks,
 ) -> tuple[Optional[Tensor], ...]:
-    qkv, grad, qkv_bias = arguments.qkv, gradients[0], arguments.qkv_bias
+    qkv, grad = arguments.qkv, gradients[0]
     drawn = masks(arguments) if arguments.dropout_p > 0.0 else None
     if drawn is None:
         qkv, grad, *saved = (_operand(each) for each in (qkv, grad, *saved))
+    grid = _grid(qkv, arguments) if drawn is None else None
+    if grid is not None:
+        qkv_grad = _grid_backward(grid, grad, *saved)
+    else:
+        qkv_grad = _sequences_backward(arguments, qkv, grad, saved, drawn)
+    bias_grad = None
+    if wanted[1]:
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        bias_grad = cpu.sum_over_rows(qkv_grad, wide).to(arguments.qkv_bias.dtype)
+    return [qkv_grad.to(arguments.qkv.dtype), bias_grad]
+
+
+def _grid_backward(grid: Sequence[Tensor], grad: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    sequences, _, frames, _ = grid[0].shape
+    grad, out, lse = (each.unflatten(0, (sequences, frames)).transpose(1, 2) for each in (grad, out, lse))
+    results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, *grid, out, lse, 0.0, False)
+    return torch.stack([each.transpose(1, 2) for each in results], 2).flatten(0, 1)
+
+
+def _sequences_backward(
+    arguments: Arguments, qkv: Tensor, grad: Tensor, saved: list[Tensor], drawn: Optional[Masks]
+) -> Tensor:
     unwritten = arguments.key_lengths is not None or arguments.query_rows is not None  # below, of rows of sequences
     qkv_grad = (torch.zeros_like if unwritten else torch.empty_like)(qkv, memory_format=torch.contiguous_format)
     qkv_grad[int(arguments.offsets[-1]) :] = 0
@@ -122,12 +144,7 @@ def backward(
                 _group_backward(sequence, group, grads, out_grad, drawn.of(sequence, group))
         if isinstance(sequence.queried, Tensor):
             qkv_grad[sequence.queried, 0] = query_grad.transpose(0, 1)
-    if not wanted[1]:
-        return [qkv_grad.to(arguments.qkv.dtype), None]
-    return [
-        qkv_grad.to(arguments.qkv.dtype),
-        cpu.sum_over_rows(qkv_grad, torch.promote_types(qkv.dtype, torch.float32)).to(qkv_bias.dtype),
-    ]
+    return qkv_grad
 
 
 def _operand(x: Tensor) -> Tensor:
