@@ -216,13 +216,13 @@ def test_the_fresh_process_has_the_interpreters_flags():
 
 
 def test_turns_end_where_the_device_does_not_answer(losable):
-    def call(i):
-        return losable.lose() if i == 3 else None
+    def losing_in(turn):
+        return {"a": lambda i: None, "b": lambda i: losable.lose() if i == turn else None}
 
-    taken, errors = turns.in_turn({"a": lambda i: None, "b": call}, "cpu", repeats=20, seconds=60.0)
-    assert list(taken) == ["a"] and len(taken["a"]) == 3 and list(errors) == ["b"]
+    taken, errors = turns.in_turn(losing_in(4), "cpu", repeats=20, seconds=60.0)
+    assert list(taken) == ["a"] and len(taken["a"]) == 4 and list(errors) == ["b"]
     losable.is_lost = False
-    taken, errors = turns.in_turn({"b": call, "a": lambda i: None}, "cpu", repeats=20, seconds=60.0)
+    taken, errors = turns.in_turn(losing_in(3), "cpu", repeats=20, seconds=60.0)
     assert taken == {} and list(errors) == ["b"]  # another process times it anew
 
 
