@@ -139,8 +139,8 @@ def _what_runs(batch: int, seconds: float, dtype: torch.dtype) -> int:
         return 2
     _print_columns([("operator", "inference", "training", "why"), *lines])
     print(
-        "\n-: not called. Another operator does the work, or nobody (inference masks no frame), or, where nothing is dropped on a\n"
-        "CPU, PyTorch's own functions, of which the layer is then composed: nothing takes less time."
+        "\n-: not called. Another operator does the work, or there is none (inference masks no frame), or, on a CPU where\n"
+        "nothing is dropped, a layer is composed of PyTorch's own functions: nothing takes less time."
     )
     return 0
 
