@@ -130,7 +130,10 @@ def _lies_together(weight: Tensor) -> bool:
 
 
 def has_gelu(dtype: Optional[torch.dtype]) -> bool:
-    """Whether `product` may have a GELU in ``dtype``, which in 16 bits is that of the sum before it is rounded."""
+    """Whether `product` may have a GELU in ``dtype``.
+
+    In 16 bits it is that of the sum before it is rounded, unless the weight does not lie together.
+    """
     if dtype == torch.float32:
         return True
     return dtype in _NARROW_GELU and _onednn_is_there()

@@ -156,7 +156,6 @@ def test_a_bias_may_lie_apart(bias):
         torch.testing.assert_close(linear(x, [weight], [bias]), F.linear(x, weight, bias))
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_a_weight_that_lies_apart_stays_pytorchs(monkeypatch):
     """oneDNN would multiply it by its reference loops, a thousand times slower."""
     onednn, seen = cpu._onednn, []
@@ -176,6 +175,7 @@ def test_a_weight_that_lies_apart_stays_pytorchs(monkeypatch):
     assert seen == [(16, 1)]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_what_pytorch_broadcasts_or_refuses_stays_its_own():
     x, weight = torch.randn(5, 16), torch.randn(48, 16)
     with torch.no_grad():

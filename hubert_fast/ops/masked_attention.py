@@ -16,7 +16,7 @@ from torch import Tensor
 from hubert_fast import backend, extension
 from hubert_fast.cpu_backend import masked_attention as cpu_backend
 from hubert_fast.ops import triton_backend
-from hubert_fast.ops.arguments import dropout_seed
+from hubert_fast.ops.arguments import dropout_seed, without_autocast
 from hubert_fast.ops.host_tensors import to_device
 from hubert_fast.ops.operator import Operator
 from hubert_fast.reference import masked_attention as reference
@@ -233,19 +233,21 @@ def _objection(name: str, arguments: Arguments) -> backend.Objection:
 def _reference(arguments: Arguments) -> tuple[Tensor]:
     qkv, offsets, key_lengths, _, dropout_p, seed, qkv_bias = arguments[:7]
     qkv = _containing(qkv, qkv_bias)
-    out = reference.masked_attention(qkv, offsets, key_lengths, dropout_p=dropout_p, seed=seed)
+    with without_autocast(qkv.device):
+        out = reference.masked_attention(qkv, offsets, key_lengths, dropout_p=dropout_p, seed=seed)
     return (_wanted(out, arguments),)
 
 
 # Scores up to which keeping them costs less than computing them again: of one sequence of 49 frames and 12 heads the formula
 # takes 0.7 to 0.9 of the others' time, of one of 99 frames or 4 of 49 as long (benchmarks/NOTES.md, "Whole passes on a CPU").
+# In 16 bits it would round the scores.
 _FEW_SCORES = 1 << 17
 
 
 def _whole_passes_win(arguments: Arguments) -> bool:
     frames, heads = arguments.max_frames, arguments.qkv.shape[2]
     alone = arguments.dropout_p > 0.0 and arguments.offsets.shape[0] == 2
-    return alone and heads * frames**2 <= _FEW_SCORES
+    return alone and heads * frames**2 <= _FEW_SCORES and arguments.qkv.dtype.itemsize >= 4
 
 
 def _flops(arguments: Arguments, backward: bool) -> int:

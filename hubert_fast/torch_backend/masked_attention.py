@@ -111,7 +111,9 @@ def backward(
     if grid is not None:
         qkv_grad = _grid_backward(grid, grad, *saved)
     else:
-        qkv_grad = _sequences_backward(arguments, qkv, grad, saved, drawn)
+        # That of the bias is the sum of gradients that are not rounded, where products are not.
+        dtype = cpu.product_dtype(qkv.device, qkv.dtype) if wanted[1] else qkv.dtype
+        qkv_grad = _sequences_backward(arguments, qkv, grad, saved, drawn, dtype)
     bias_grad = None
     if wanted[1]:
         wide = torch.promote_types(qkv.dtype, torch.float32)
@@ -127,10 +129,10 @@ def _grid_backward(grid: Sequence[Tensor], grad: Tensor, out: Tensor, lse: Tenso
 
 
 def _sequences_backward(
-    arguments: Arguments, qkv: Tensor, grad: Tensor, saved: list[Tensor], drawn: Optional[Masks]
+    arguments: Arguments, qkv: Tensor, grad: Tensor, saved: list[Tensor], drawn: Optional[Masks], dtype: torch.dtype
 ) -> Tensor:
     unwritten = arguments.key_lengths is not None or arguments.query_rows is not None  # below, of rows of sequences
-    qkv_grad = (torch.zeros_like if unwritten else torch.empty_like)(qkv, memory_format=torch.contiguous_format)
+    qkv_grad = (qkv.new_zeros if unwritten else qkv.new_empty)(qkv.shape, dtype=dtype)
     qkv_grad[int(arguments.offsets[-1]) :] = 0
     for sequence in _sequences(qkv, arguments):
         query_grad = qkv_grad[sequence.queried, 0].transpose(0, 1)  # indexed by a tensor, a copy
@@ -243,7 +245,7 @@ def _group_backward(sequence: _Sequence, group: slice, grads: list[Tensor], out_
     grads[2][group, :keys] = dropped.transpose(1, 2) @ upstream
     scores_grad = torch.matmul(upstream, value.transpose(1, 2), out=dropped)
     drop(scores_grad, scores_grad)
-    # In place: it reads a row twice before it writes it.
+    # In place: a row is added up before any of it is written.
     _softmax_backward(scores_grad, weights, -1, weights.dtype, grad_input=scores_grad)
     grads[0][group] = (scores_grad @ key).mul_(scale)
     grads[1][group, :keys] = scores_grad.transpose(1, 2) @ query

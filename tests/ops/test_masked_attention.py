@@ -119,18 +119,19 @@ def test_backends_agree_where_heads_run_in_groups(head_dim, p, monkeypatch):
     assert_twins(OPERATOR, attend([90, 130, 1], p=p), [qkv_of(221, 5, head_dim)])
 
 
-@pytest.mark.parametrize("name", ["torch", *(["cpu"] if extension.cpu() is not None else [])])
+@pytest.mark.parametrize("name", ["auto", "torch", *(["cpu"] if extension.cpu() is not None else [])])
 @pytest.mark.parametrize("products", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("factor", [1.0, 9.0])
 def test_dropout_in_16_bits_is_as_exact_as_pytorchs(name, products, factor, monkeypatch):
     """Rounded to bfloat16, scores err 3 times as much as PyTorch's, and 10 times where they are large; weights 1.5 times."""
     monkeypatch.setattr(cpu, "_SLOW", {torch.bfloat16} if products == torch.float32 else set())
-    frames, heads, p = 120, 2, 0.125
+    frames, heads, p = 80, 2, 0.125  # few: "auto" would take the formula in float32
     qkv = qkv_of(frames, heads, 32) * torch.tensor([factor, 1.0, 1.0])[:, None, None]
     qkv = qkv.bfloat16()
     direction = torch.randn(frames, heads, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
     arguments = operator.Arguments(qkv, offsets_of([frames]), None, frames, p, torch.tensor(3))
-    masks = (cpu_backend._Masks if name == "cpu" else kernels.Masks)(arguments)
+    runs = operator._operator.choose(arguments) if name == "auto" else name
+    masks = (cpu_backend._Masks if runs == "cpu" else kernels.Masks)(arguments)
     sequence = kernels._sequences(qkv.float(), arguments)[0]
     ones = torch.ones(heads, frames, frames)
     kept = masks.of(sequence, slice(0, heads))(ones, ones) != 0
@@ -178,6 +179,37 @@ def test_dropout_in_c_is_the_formula_with_another_mask(wanted, dtype, monkeypatc
     truth = run(OPERATOR, "torch", function, [each.double() for each in inputs])
     for found, plain, exact, other in zip(ours, theirs, truth, other_mask):
         assert error(found, exact) <= 1.5 * error(plain, exact) and error(other, exact) > 0.1
+
+
+def test_few_scores_stay_the_formulas_unless_it_would_round_them():
+    arguments = operator.Arguments(qkv_of(49, dtype=torch.float32), offsets_of([49]), None, 49, 0.1, torch.tensor(1))
+    assert operator._operator.choose(arguments) == "reference"
+    assert operator._operator.choose(arguments._replace(qkv=arguments.qkv.bfloat16())) != "reference"
+
+
+@pytest.mark.parametrize("name", ["reference", "torch"])
+def test_autocast_rounds_no_float32(name):
+    qkv = qkv_of(30, dtype=torch.float32)
+    with backend.using(name, OPERATOR):
+        plain = attend([30], p=0.1)(qkv)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(plain, attend([30], p=0.1)(qkv))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_gradient_of_a_bias_is_summed_before_it_is_rounded_where_products_are_float32(dtype, monkeypatch):
+    monkeypatch.setattr(cpu, "_SLOW", {dtype})
+    qkv, bias = qkv_of(200).to(dtype), torch.zeros(3, 2, 8)
+
+    def gradient(dtype):
+        leaf = bias.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        with backend.using("torch", OPERATOR):
+            out = attend([200], p=0.1, qkv_bias=leaf)(qkv.to(dtype))
+        return torch.autograd.grad(out, leaf, torch.ones_like(out))[0]
+
+    exact = gradient(torch.float64)
+    for found, truth in zip(gradient(dtype)[::2], exact[::2]):  # that of the keys' bias is 0
+        assert error(found, truth) < 1e-5
 
 
 @pytest.mark.skipif(extension.cpu() is None, reason=str(extension.why_not("cpu")))
