@@ -11,8 +11,8 @@ from .table import NOTHING, OURS, fastest_other, left_out, limits, speedup, spee
 
 LEGEND = """\
 Medians, and the 20th and 80th percentile, of calls of all implementations in one process, in turn where memory holds them
-together, and none of them the first; every call of a case draws the same masks. A step is forward, backward and optimizer; the
-same loss from the same weights was checked before anything was timed. Seconds of audio are counted without padding.
+together; the first call of each is not timed. Every call of a case draws the same masks. A step is forward, backward and
+optimizer; the same loss from the same weights was checked before anything was timed. Seconds of audio are without padding.
 `x torchaudio` is torchaudio's median over this one's in the same case, `x fastest other` that of the fastest that is not ours.
 An operator's alternatives count where they err at most 1.5 times as much as ours, dropout off; – where none does.
 Memory is the peak, weights, gradients and optimizer included. MFU is the model's FLOPs, counted by formula, over the rate of a

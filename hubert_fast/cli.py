@@ -139,8 +139,8 @@ def _what_runs(batch: int, seconds: float, dtype: torch.dtype) -> int:
         return 2
     _print_columns([("operator", "inference", "training", "why"), *lines])
     print(
-        "\n-: not called. Another operator does the work, or there is none (inference masks no frame), or, on a CPU where\n"
-        "nothing is dropped, a layer is composed of PyTorch's own functions: nothing takes less time."
+        "\n-: not called. Another operator does its work, or, on a CPU where nothing is dropped, PyTorch's own functions do,\n"
+        "of which a layer is composed because that is fastest."
     )
     return 0
 

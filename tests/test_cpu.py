@@ -157,7 +157,7 @@ def test_a_bias_may_lie_apart(bias):
 
 
 def test_a_weight_that_lies_apart_stays_pytorchs(monkeypatch):
-    """oneDNN would multiply it by its reference loops, a thousand times slower."""
+    """oneDNN multiplies such a weight by its reference loops, a thousand times slower."""
     onednn, seen = cpu._onednn, []
     monkeypatch.setattr(
         cpu, "_onednn", lambda x, weight, *rest: (seen.append(weight.stride()), onednn(x, weight, *rest))[1]

@@ -1,7 +1,7 @@
 """Self-attention on a CPU with dropout in C++, so that no mask is in memory; the rest is `hubert_fast.torch_backend`'s.
 
 Drawing the masks from PyTorch's generator, forward and backward, took 12% of a training step in bfloat16 (4 x 10 s, base, two
-threads of an AMD EPYC of 2024): 0.5 of 3.6 s. The C++ pass takes 0.02 s of it, or did where weights were bfloat16.
+threads of an AMD EPYC of 2024): 0.5 of 3.6 s. The C++ pass took 0.02 s of it, when weights were still bfloat16.
 """
 
 from __future__ import annotations

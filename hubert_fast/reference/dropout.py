@@ -21,7 +21,7 @@ SECOND_MASK = 0x2545F4914F6CDD1D
 
 
 def keep_threshold(p: float) -> int:
-    """A 16-bit draw below this is dropped: ``p`` to within 2^-16, and not all of them."""
+    """A 16-bit draw below this is dropped: ``p`` to within 2^-16, and always less than 1."""
     return min(round(p * _LEVELS), _LEVELS - 1)
 
 

@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x.to(dtype)``, without the call where ``x`` has that dtype. A pass would have five such calls, of 1 to 2 us each."""
+    """``x.to(dtype)``, without the call where ``x`` has that dtype.
+
+    A pass would have five such calls, of 1 to 2 us each.
+    """
     return x if x.dtype == dtype else x.to(dtype)
 
 

@@ -123,7 +123,7 @@ def test_backends_agree_where_heads_run_in_groups(head_dim, p, monkeypatch):
 @pytest.mark.parametrize("products", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("factor", [1.0, 9.0])
 def test_dropout_in_16_bits_is_as_exact_as_pytorchs(name, products, factor, monkeypatch):
-    """Rounded to bfloat16, scores err 3 times as much as PyTorch's, and 10 times where they are large; weights 1.5 times."""
+    """Scores rounded to bfloat16 make the error 3 times PyTorch's, 10 times where they are large; rounded weights 1.5 times."""
     monkeypatch.setattr(cpu, "_SLOW", {torch.bfloat16} if products == torch.float32 else set())
     frames, heads, p = 80, 2, 0.125  # few: "auto" would take the formula in float32
     qkv = qkv_of(frames, heads, 32) * torch.tensor([factor, 1.0, 1.0])[:, None, None]
