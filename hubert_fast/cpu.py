@@ -21,9 +21,9 @@ In float32 PyTorch calls MKL. Its time over oneDNN's for x weight^T, weights out
     all of these, y weight    1.7-2.5             1.9-2.3             1.9-2.3
     all of these, y^T x       1.8-2.2             1.9-2.4             1.6-1.8
 
-For the gradient of a weight, y^T x, both take about the same time on those of 2021 and 2022. MKL does not use AVX-512 on AMD's
-processors; since 2024, when their vector units got its full width, that halves its rate. On Intel's own processors nothing was
-measured.
+For the gradient of a weight, y^T x, both take about the same time on those of 2021 and 2022. On AMD's processors MKL does not use
+AVX-512. Those of 2024 have vector units of its full width, so there MKL runs at half of their rate. On Intel's own processors
+nothing was measured.
 
 So oneDNN takes all products of those of 2024, all but y^T x of those of 2022, and on AVX2, with two threads or more, products of
 up to 512 rows that widen them and, in inference, of up to 128 rows.

@@ -105,13 +105,14 @@ def backward(
 ) -> tuple[Optional[Tensor], ...]:
     qkv, grad = arguments.qkv, gradients[0]
     drawn = masks(arguments) if arguments.dropout_p > 0.0 else None
+    grid = None
     if drawn is None:
         qkv, grad, *saved = (_operand(each) for each in (qkv, grad, *saved))
-    grid = _grid(qkv, arguments) if drawn is None else None
+        grid = _grid(qkv, arguments)
     if grid is not None:
         qkv_grad = _grid_backward(grid, grad, *saved)
     else:
-        # That of the bias is the sum of gradients that are not rounded, where products are not.
+        # The gradient of the bias is a sum over rows: of rows in float32 where products are float32.
         dtype = cpu.product_dtype(qkv.device, qkv.dtype) if wanted[1] else qkv.dtype
         qkv_grad = _sequences_backward(arguments, qkv, grad, saved, drawn, dtype)
     bias_grad = None
