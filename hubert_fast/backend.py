@@ -132,7 +132,7 @@ def choose(operator: str, objection: Callable[[str], Objection]) -> str:
 
 def is_automatic(operator: str) -> bool:
     """Whether nobody asked for a backend of ``operator`` by name."""
-    return _operators[operator].chosen == AUTO
+    return operator not in _by_name
 
 
 def all_automatic() -> bool:

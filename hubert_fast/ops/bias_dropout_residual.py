@@ -9,7 +9,7 @@ from torch import Tensor
 from hubert_fast.ops.arguments import check_channels, check_residual, check_rows, dropout_seed
 from hubert_fast.ops.operator import Operator
 from hubert_fast.reference import bias_dropout_residual as reference
-from hubert_fast.reference.dropout import keep_scale, kept_values
+from hubert_fast.reference.dropout import kept_values
 
 
 class Arguments(NamedTuple):
@@ -62,7 +62,7 @@ def bias_dropout_residual(
 def _reference(arguments: Arguments) -> tuple[Tensor]:
     x, bias, residual, index, dropout_p, seed = arguments
     kept = kept_values(seed, *x.shape, dropout_p)
-    return (reference.bias_dropout_residual(x, bias, residual, index, kept=kept, scale=keep_scale(dropout_p)),)
+    return (reference.bias_dropout_residual(x, bias, residual, index, kept=kept),)
 
 
 _operator = Operator(

@@ -10,7 +10,7 @@ from torch import Tensor
 from hubert_fast.ops.arguments import check_channels, check_rows, dropout_seed, without_autocast
 from hubert_fast.ops.operator import Operator
 from hubert_fast.reference import bias_gelu_dropout as reference
-from hubert_fast.reference.dropout import keep_scale, kept_values
+from hubert_fast.reference.dropout import kept_values
 
 
 class Arguments(NamedTuple):
@@ -66,7 +66,7 @@ def _reference(arguments: Arguments) -> tuple[Tensor]:
     x, bias, dropout_p, seed = arguments
     kept = kept_values(seed, *x.shape, dropout_p)
     with without_autocast(x.device):
-        return (reference.bias_gelu_dropout(x, bias, kept=kept, scale=keep_scale(dropout_p)),)
+        return (reference.bias_gelu_dropout(x, bias, kept=kept),)
 
 
 _operator = Operator(

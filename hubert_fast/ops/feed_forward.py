@@ -14,7 +14,7 @@ from hubert_fast.ops.bias_gelu_dropout import bias_gelu_dropout
 from hubert_fast.ops.linear import linear
 from hubert_fast.ops.operator import Operator, is_plain_call
 from hubert_fast.reference import feed_forward as reference
-from hubert_fast.reference.dropout import keep_scale, kept_values
+from hubert_fast.reference.dropout import kept_values
 from hubert_fast.switches import switches
 from hubert_fast.weights import is_lent
 
@@ -99,7 +99,7 @@ def _objection(name: str, arguments: Arguments) -> backend.Objection:
 def _reference(arguments: Arguments) -> tuple[Tensor]:
     x, weight1, bias1, weight2, dropout_p, seed, _ = arguments
     kept = kept_values(seed, len(x), len(weight1), dropout_p)
-    return (reference.feed_forward(x, weight1, bias1, weight2, kept=kept, scale=keep_scale(dropout_p)),)
+    return (reference.feed_forward(x, weight1, bias1, weight2, kept=kept),)
 
 
 def _flops(arguments: Arguments, backward: bool) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from hubert_fast.ops.arguments import check_channels, check_rows, dropout_seed
 from hubert_fast.ops.operator import Operator
 from hubert_fast.reference import mask_fill as reference
-from hubert_fast.reference.dropout import keep_scale, kept_values
+from hubert_fast.reference.dropout import kept_values
 
 
 class Arguments(NamedTuple):
@@ -61,7 +61,7 @@ def mask_fill(
 def _reference(arguments: Arguments) -> tuple[Tensor]:
     *tensors, dropout_p, seed = arguments
     kept = kept_values(seed, *arguments.x.shape, dropout_p)
-    return (reference.mask_fill(*tensors, kept=kept, scale=keep_scale(dropout_p)),)
+    return (reference.mask_fill(*tensors, kept=kept),)
 
 
 _operator = Operator(

@@ -40,7 +40,8 @@ Results = Tuple[Optional[Tensor], ...]
 
 _ROOMS = {"triton": "kernels", "cuda": "cuda_backend", "cpu": "cpu_backend", "torch": "torch_backend"}
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+# Types of arguments at which nobody but autograd looks.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype})
 _NOTHING = nullcontext()
 # Names what runs inside for profilers, and costs nothing where there is none.
 _titled = torch._C._profiler._RecordFunctionFast

@@ -19,7 +19,7 @@ from hubert_fast.ops.arguments import (
 )
 from hubert_fast.ops.operator import Operator
 from hubert_fast.reference import residual_layer_norm as reference
-from hubert_fast.reference.dropout import SECOND_MASK, keep_scale, kept_values
+from hubert_fast.reference.dropout import SECOND_MASK, kept_values
 from hubert_fast.reference.sums import cast
 
 # A row of the "triton" backend lies in the registers of one program.
@@ -165,10 +165,9 @@ def _reference(arguments: Arguments) -> tuple[Tensor, Optional[Tensor], Optional
     with without_autocast(residual.device):
         kept = kept_values(seed, *arguments.shape, update_p)
         update = None if update is None else cast(update, dtype)
-        summed = reference.residual_sum(residual, update, update_bias, index, kept=kept, scale=keep_scale(update_p))
+        summed = reference.residual_sum(residual, update, update_bias, index, kept=kept)
         kept = kept_values(None if seed is None else seed ^ SECOND_MASK, *arguments.shape, output_p)
-        scale = keep_scale(output_p)
-        normed = reference.layer_norm_dropout(summed, weight, bias, eps=eps, kept=kept, scale=scale)
+        normed = reference.layer_norm_dropout(summed, weight, bias, eps=eps, kept=kept)
         normed = cast(normed, dtype)
     return normed, None if narrow is None else normed.to(narrow), None if update is None else summed
 

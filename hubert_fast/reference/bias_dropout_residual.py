@@ -6,7 +6,7 @@ from typing import Optional
 
 from torch import Tensor
 
-from hubert_fast.reference.dropout import dropped
+from hubert_fast.reference.dropout import Kept, dropped
 from hubert_fast.reference.sums import biased, cast, plus_
 
 
@@ -16,10 +16,9 @@ def bias_dropout_residual(
     residual: Optional[Tensor],  # [positions, channels]
     index: Optional[Tensor],  # [rows] int64: the position of each row
     *,
-    kept: Optional[Tensor] = None,  # [rows, channels] bool
-    scale: float = 1.0,  # of what is kept
+    kept: Optional[Kept] = None,
 ) -> Tensor:  # [rows, channels], in the dtype of x
-    out = dropped(biased(x, bias), kept, scale)
+    out = dropped(biased(x, bias), kept)
     if residual is not None:
         rows = residual if index is None else residual.index_select(0, index)
         out = rows + out if out is x else plus_(out, rows)

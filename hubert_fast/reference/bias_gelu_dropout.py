@@ -10,7 +10,7 @@ from typing import Optional
 import torch.nn.functional as F
 from torch import Tensor
 
-from hubert_fast.reference.dropout import dropped
+from hubert_fast.reference.dropout import Kept, dropped
 from hubert_fast.reference.sums import biased, cast, gelu_
 
 
@@ -18,8 +18,7 @@ def bias_gelu_dropout(
     x: Tensor,  # [rows, channels]
     bias: Optional[Tensor],  # [channels]
     *,
-    kept: Optional[Tensor] = None,  # [rows, channels] bool
-    scale: float = 1.0,  # of what is kept
+    kept: Optional[Kept] = None,
 ) -> Tensor:  # [rows, channels], in the dtype of x
     activated = F.gelu(x) if bias is None else gelu_(biased(x, bias))
-    return cast(dropped(activated, kept, scale), x.dtype)
+    return cast(dropped(activated, kept), x.dtype)

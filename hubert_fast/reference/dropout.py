@@ -6,7 +6,7 @@ A seed starts a generator of its own, so the mask depends on nothing else, and f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ _CHUNK_ELEMENTS = 1 << 19
 
 # Seed XOR this: another mask of the same seed.
 SECOND_MASK = 0x2545F4914F6CDD1D
+
+
+class Kept(NamedTuple):
+    """What dropout keeps of rows, and what that is multiplied by."""
+
+    values: Tensor  # [rows, channels] bool
+    scale: float
 
 
 def keep_threshold(p: float) -> int:
@@ -40,9 +47,9 @@ def keep_mask(generator: torch.Generator, groups: int, numel: int, p: float) -> 
     return (numbers.view(torch.int16) >= keep_threshold(p) - (_LEVELS >> 1))[:, :numel]
 
 
-def dropped(x: Tensor, kept: Optional[Tensor], scale: float) -> Tensor:
-    """``x`` with 0 where ``kept`` (bool, in its shape) is False and times ``scale`` elsewhere; ``x`` where it is None."""
-    return x if kept is None else (x * kept).mul_(scale)
+def dropped(x: Tensor, kept: Optional[Kept]) -> Tensor:
+    """``x`` (``[rows, channels]``) after dropout; ``x`` itself where nothing is dropped."""
+    return x if kept is None else (x * kept.values).mul_(kept.scale)
 
 
 def row_chunks(x: Tensor) -> list[slice]:
@@ -75,9 +82,9 @@ def kept_chunks(
             yield _hashed_mask(seed, rows, channels, p)
 
 
-def kept_values(seed: Optional[Tensor], rows: int, channels: int, p: float) -> Optional[Tensor]:
-    """`kept_chunks` of all rows at once."""
-    return None if p == 0.0 else next(kept_chunks(seed, [slice(0, rows)], channels, p))
+def kept_values(seed: Optional[Tensor], rows: int, channels: int, p: float) -> Optional[Kept]:
+    """`kept_chunks` of all rows at once; None where ``p`` is 0."""
+    return None if p == 0.0 else Kept(next(kept_chunks(seed, [slice(0, rows)], channels, p)), keep_scale(p))
 
 
 def _hashed_mask(seed: Tensor, rows: slice, channels: int, p: float) -> Tensor:

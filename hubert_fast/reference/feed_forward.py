@@ -10,7 +10,7 @@ from typing import Optional
 import torch.nn.functional as F
 from torch import Tensor
 
-from hubert_fast.reference.dropout import dropped
+from hubert_fast.reference.dropout import Kept, dropped
 
 
 def feed_forward(
@@ -19,7 +19,6 @@ def feed_forward(
     bias1: Tensor,  # [hidden]
     weight2: Tensor,  # [dim, hidden]
     *,
-    kept: Optional[Tensor] = None,  # [rows, hidden] bool
-    scale: float = 1.0,  # of what is kept
+    kept: Optional[Kept] = None,  # of [rows, hidden]
 ) -> Tensor:  # [rows, dim]
-    return F.linear(dropped(F.gelu(F.linear(x, weight1, bias1)), kept, scale), weight2)
+    return F.linear(dropped(F.gelu(F.linear(x, weight1, bias1)), kept), weight2)

@@ -9,7 +9,7 @@ from typing import Optional
 
 from torch import Tensor
 
-from hubert_fast.reference.dropout import dropped
+from hubert_fast.reference.dropout import Kept, dropped
 from hubert_fast.reference.sums import biased, cast
 
 
@@ -20,10 +20,9 @@ def mask_fill(
     mask: Tensor,  # [rows] bool
     padding: Optional[Tensor],  # [rows] bool
     *,
-    kept: Optional[Tensor] = None,  # [rows, channels] bool
-    scale: float = 1.0,  # of what is kept
+    kept: Optional[Kept] = None,
 ) -> Tensor:  # [rows, channels], in the dtype of x
-    filled = dropped(biased(x, bias), kept, scale)
+    filled = dropped(biased(x, bias), kept)
     if padding is not None:
         filled = filled.masked_fill(padding[:, None], 0.0)
     return cast(cast(embedding, filled.dtype).where(mask[:, None], filled), x.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 from hubert_fast.kernels import dropout
 from hubert_fast.ops import bias_dropout_residual, bias_gelu_dropout, mask_fill, residual_layer_norm
 from hubert_fast.reference import masked_attention
+from hubert_fast.reference.dropout import Kept
 from tests.kernels.device import DEVICE
 from tests.ops.cpu_dropout_twin import attention_dropping
 
@@ -34,11 +35,12 @@ def _bits(seed: int, counter: Tensor) -> Tensor:
     return bits ^ (bits >> 16)
 
 
-def kept_values(seed: Optional[Tensor], rows: int, channels: int, p: float) -> Optional[Tensor]:
-    """The mask that a kernel's dropout of [rows, channels] keeps, bool; None where ``p`` is 0."""
+def kept_values(seed: Optional[Tensor], rows: int, channels: int, p: float) -> Optional[Kept]:
+    """What a kernel's dropout of [rows, channels] keeps; None where ``p`` is 0."""
     if p == 0.0:
         return None
-    return keep(int(seed), torch.arange(rows)[:, None], torch.arange(channels), p).to(DEVICE)
+    kept = keep(int(seed), torch.arange(rows)[:, None], torch.arange(channels), p)
+    return Kept(kept.to(DEVICE), dropout.scale(p))
 
 
 def _kept_weights(seed: int, rows: range, heads: int, keys: int, p: float) -> Tensor:
@@ -55,5 +57,4 @@ def in_references() -> Iterator[None]:
         patches.enter_context(mock.patch.object(masked_attention, "masked_attention", attention))
         for module in (bias_dropout_residual, bias_gelu_dropout, mask_fill, residual_layer_norm):
             patches.enter_context(mock.patch.object(module, "kept_values", kept_values))
-            patches.enter_context(mock.patch.object(module, "keep_scale", dropout.scale))
         yield
