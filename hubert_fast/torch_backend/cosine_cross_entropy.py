@@ -8,6 +8,7 @@ Gradients are made in the forward, where a chunk's scores are at hand: the loss 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Optional
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from hubert_fast import cpu
 from hubert_fast.reference.cosine_logits import TEMPERATURE
-from hubert_fast.torch_backend.cosine_logits import class_groups, fill_equal_, unit_rows, unit_rows_backward
+from hubert_fast.torch_backend.cosine_logits import Unit, class_groups, fill_equal_, unit_rows, unit_rows_backward
 
 if TYPE_CHECKING:
     from hubert_fast.ops.cosine_cross_entropy import Arguments
@@ -25,30 +26,44 @@ _CHUNK_ROWS = 2048
 
 def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
     """Gradients of a loss whose own gradient is 1 are saved: those of the selected frames, and of the embeddings."""
-    frames, label_embeddings, labels, index = arguments
-    groups, embeddings = class_groups(label_embeddings), unit_rows(label_embeddings)
-    loss, correct = embeddings.direction.new_zeros(()), labels.new_zeros(())
-    frames_grad = embeddings.direction.new_empty(_selected(arguments), frames.shape[1]) if save else None
-    direction_grad = torch.zeros_like(embeddings.direction) if save else None
-    for start in range(0, _selected(arguments), _CHUNK_ROWS):
-        rows = slice(start, start + _CHUNK_ROWS)
-        chunk, own = (each[rows] if index is None else each.index_select(0, index[rows]) for each in (frames, labels))
-        counted, own = own >= 0, own.clamp(min=0)[:, None]
-        x = unit_rows(chunk)
-        scores = cpu.product(x.direction, embeddings.direction, None).div_(TEMPERATURE)
-        positive = scores.gather(1, own)
-        if groups is not None:
-            fill_equal_(scores, own.squeeze(1), groups, float("-inf")).scatter_(1, own, positive)
-        log_shares = scores.log_softmax(1)
-        loss -= log_shares.gather(1, own).squeeze(1).where(counted, 0).sum()
-        correct += ((positive.squeeze(1) >= scores.amax(1)) & counted).sum()
-        if save:
-            scores_grad = log_shares.exp_()
-            scores_grad.scatter_add_(1, own, scores_grad.new_full((), -1.0).expand_as(own))
-            scores_grad.mul_((counted / TEMPERATURE)[:, None])
-            direction_grad += cpu.product_over_rows(scores_grad, x.direction)
-            frames_grad[rows] = unit_rows_backward(cpu.product_with(scores_grad, embeddings.direction), x)
-    return (loss, correct), [frames_grad, unit_rows_backward(direction_grad, embeddings)] if save else []
+    groups, embeddings = class_groups(arguments.label_embeddings), unit_rows(arguments.label_embeddings)
+    # Of no frame one chunk too: there is a loss of 0.
+    starts = range(0, max(_selected(arguments), 1), _CHUNK_ROWS)
+    chunks = (slice(start, start + _CHUNK_ROWS) for start in starts)
+    losses, correct, *gradients = zip(*(_chunk(arguments, rows, embeddings, groups, save) for rows in chunks))
+    results = _total(losses), _total(correct)
+    if not save:
+        return results, []
+    frames_grads, direction_grads = gradients
+    frames_grad = frames_grads[0] if len(frames_grads) == 1 else torch.cat(frames_grads)
+    return results, [frames_grad, unit_rows_backward(_total(direction_grads), embeddings)]
+
+
+def _chunk(
+    arguments: Arguments, rows: slice, embeddings: Unit, groups: Optional[Tensor], save: bool
+) -> tuple[Tensor, ...]:
+    """Of the selected frames in ``rows``: loss, how many are right; with ``save`` the gradients of frames and directions."""
+    frames, _, labels, index = arguments
+    chosen, own = (each[rows] if index is None else each.index_select(0, index[rows]) for each in (frames, labels))
+    counted, own = own >= 0, own.clamp(min=0)[:, None]
+    x = unit_rows(chosen)
+    scores = cpu.product(x.direction, embeddings.direction, None).div_(TEMPERATURE)
+    positive = scores.gather(1, own)
+    if groups is not None:
+        fill_equal_(scores, own.squeeze(1), groups, float("-inf")).scatter_(1, own, positive)
+    log_shares, counted = scores.log_softmax(1), counted[:, None]
+    loss = -log_shares.gather(1, own).where(counted, 0).sum()
+    correct = ((positive >= scores.amax(1, keepdim=True)) & counted).sum()
+    if not save:
+        return loss, correct
+    scores_grad = log_shares.exp_()
+    scores_grad.scatter_add_(1, own, scores_grad.new_full((), -1.0).expand_as(own)).mul_(counted / TEMPERATURE)
+    frames_grad = unit_rows_backward(cpu.product_with(scores_grad, embeddings.direction), x)
+    return loss, correct, frames_grad, cpu.product_over_rows(scores_grad, x.direction)
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    return sum(parts[1:], parts[0])
 
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
