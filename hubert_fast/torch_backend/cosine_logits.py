@@ -78,10 +78,8 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
     frames, label_embeddings, labels = arguments
     embeddings = unit_rows(label_embeddings)
     similarity = cpu.product(unit_rows(frames).direction, embeddings.direction, None).div_(TEMPERATURE)
-    logits = similarity.new_empty(len(labels), 1 + len(label_embeddings))
-    logits[:, :1] = similarity.gather(1, labels[:, None])
-    groups = class_groups(label_embeddings)
-    logits[:, 1:] = fill_equal_(similarity, labels, groups, float("-inf"))
+    positive, groups = similarity.gather(1, labels[:, None]), class_groups(label_embeddings)
+    logits = torch.cat([positive, fill_equal_(similarity, labels, groups, float("-inf"))], 1)
     return (logits.to(frames.dtype),), []
 
 
