@@ -110,11 +110,14 @@ class Result(NamedTuple):
         return [each for each in self.seconds if each != _OURS]
 
 
-def cases(kinds: Sequence[str], dtypes: Sequence[str], threads: Sequence[int], most_seconds: float) -> Iterator[Case]:
-    """Cases of at most ``most_seconds`` of audio, the shortest first."""
-    chosen = [each for each in _SHAPES if each[0][0] * each[0][1] <= most_seconds]
-    chosen.sort(key=lambda each: each[0][0] * each[0][1])
-    for ((utterances, seconds), padded), kind, dtype, count in product(chosen, kinds, dtypes, threads):
+def cases(
+    kinds: Sequence[str], dtypes: Sequence[str], threads: Sequence[int], most_seconds: float, least_seconds: float = 0.0
+) -> Iterator[Case]:
+    """Cases of at least and at most so many seconds of audio, the shortest first."""
+    shapes = sorted(_SHAPES, key=lambda each: each[0][0] * each[0][1])
+    for ((utterances, seconds), padded), kind, dtype, count in product(shapes, kinds, dtypes, threads):
+        if not least_seconds <= utterances * seconds <= most_seconds:
+            continue
         yield Case(kind, utterances, seconds, padded, dtype, count)
 
 
@@ -215,6 +218,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
     parser.add_argument("--threads", nargs="+", type=int, default=(1, 2), metavar="N", help="(default: 1 2)")
     parser.add_argument("--peers", nargs="+", choices=list(_PEERS), default=list(_PEERS), help="(default: both)")
     parser.add_argument("--most-seconds", type=float, default=120.0, help="of audio in a batch (default: 120)")
+    parser.add_argument("--least-seconds", type=float, default=0.0, help="of audio in a batch (default: 0)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of a case's turns (default: 20)")
     parser.add_argument("--fewest", type=int, default=3, help="turns of a case (default: 3)")
     parser.add_argument("--at-least", type=float, default=0.97, help="worst ratio for exit status 0 (default: 0.97)")
@@ -222,9 +226,10 @@ def main(arguments: Optional[list[str]] = None) -> int:
     options = parser.parse_args(arguments)
     if min(options.classes, options.fewest, *options.threads) < 1:
         parser.error("--classes, --fewest and --threads must be at least 1")
-    chosen = list(cases(options.kinds, options.dtypes, options.threads, options.most_seconds))
+    limits = options.most_seconds, options.least_seconds
+    chosen = list(cases(options.kinds, options.dtypes, options.threads, *limits))
     if not chosen:
-        parser.error(f"--most-seconds must leave a case; got {options.most_seconds}")
+        parser.error("--most-seconds and --least-seconds must leave a case; got {:g} and {:g}".format(*limits))
     swap = Swap(
         ARCHITECTURES[options.model],
         options.classes,

@@ -32,6 +32,7 @@ def test_cases_go_from_the_shortest_batch_to_the_longest_in_every_setting():
         for padded in (False, True)
     }
     assert {each.utterances * each.seconds for each in cases(("training",), ("float32",), (1,), 5.0)} == {1, 4, 5}
+    assert {each.utterances * each.seconds for each in cases(("training",), ("float32",), (1,), 20.0, 15)} == {15, 20}
 
 
 def test_padding_is_a_quarter_of_the_shortest_utterance():
