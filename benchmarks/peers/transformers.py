@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hubert_fast.interop.transformers import to_transformers
 
+from .. import torchaudio_peer
 from ..architecture import Architecture
 from ..batches import Batch
 from .peer import Peer, PeerModel, Setting
@@ -91,6 +92,8 @@ class TransformersSdpa(Peer):
         return None if importlib.util.find_spec("transformers") else "transformers is not installed"
 
     def build(self, setting: Setting, weights: Mapping[str, Tensor]) -> PeerModel:
+        if torchaudio_peer.installed():
+            torchaudio_peer.import_models()  # transformers imports it, and fails where its library does not load
         from transformers import AutoModel
 
         config = hubert_config(setting.architecture)

@@ -52,7 +52,7 @@ def _chunk(
     if groups is not None:
         fill_equal_(scores, own.squeeze(1), groups, float("-inf")).scatter_(1, own, positive)
     log_shares, counted = scores.log_softmax(1), counted[:, None]
-    loss = -log_shares.gather(1, own).where(counted, 0).sum()
+    loss = log_shares.gather(1, own).neg_().where(counted, 0).sum()
     correct = ((positive >= scores.amax(1, keepdim=True)) & counted).sum()
     if not save:
         return loss, correct
