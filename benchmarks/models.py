@@ -17,12 +17,16 @@ from .training import TrainingStep
 
 
 class Models:
-    """Models on one device, by peer, architecture and number of classes; all of one architecture have the same weights."""
+    """Models on one device, by peer, architecture and number of classes; all of one architecture have the same weights.
+
+    Attributes:
+        checked: what `peers.agreement.check` said, by peer, architecture and dtype.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._weights: dict[tuple[Architecture, int], dict[str, Tensor]] = {}
-        self._checked: dict[tuple[str, Architecture, torch.dtype], dict[str, float]] = {}
+        self.checked: dict[tuple[str, Architecture, torch.dtype], dict[str, float]] = {}
         self._rejected: dict[tuple[str, Architecture, torch.dtype], DifferentWork] = {}
         self._built: dict[tuple[str, Architecture, int], tuple[PeerModel, TrainingStep]] = {}
 
@@ -34,7 +38,7 @@ class Models:
             if key in self._rejected:
                 raise self._rejected[key]
             try:
-                known = self._checked[key] = check(peer, setting)
+                known = self.checked[key] = check(peer, setting)
             except DifferentWork as error:
                 self._rejected[key] = error
                 raise
@@ -47,7 +51,7 @@ class Models:
         dtypes = [setting.dtype]
         if setting.dtype == torch.float32 and not peer.compiled:
             dtypes += [torch.bfloat16, torch.float16]
-        found = (self._checked.get((peer.name, setting.architecture, dtype)) for dtype in dtypes)
+        found = (self.checked.get((peer.name, setting.architecture, dtype)) for dtype in dtypes)
         return next((each for each in found if each is not None), None)
 
     def build(self, peer: Peer, setting: Setting) -> tuple[PeerModel, TrainingStep]:

@@ -7,8 +7,10 @@
 A case is timed with all sides in turn, in a process of its own; none of the calls is the first. Inference is
 ``extract_features``, of transformers its like; training is forward, backward and AdamW, with torchaudio's recipe's loss, of
 transformers with the same head written as a good user would. Dropout is on where a side trains; LayerDrop is off. The table has
-the worst ratio last. The exit status is 1 where ours is slower than the fraction ``--at-least`` of a peer's speed, or a case's
-process died: training of 8 x 15 s takes more than 24 GiB where both peers take part.
+the worst ratio last.
+
+The exit status is 1 where ours is slower than the fraction ``--at-least`` of a peer's speed or a case was not measured, and 2
+where no peer is installed. Training of 8 x 15 s in float32 takes more than 24 GiB with both peers, and less with one.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -42,10 +43,7 @@ from .table import columns
 from .training import infer, seconds_of
 
 _OURS = "hubert_fast swapped in"
-_PEERS = {
-    "torchaudio": "torchaudio",
-    "transformers": "transformers sdpa",
-}  # as the command line and as `peers` name them
+_NAMES = {"torchaudio": "torchaudio", "transformers": "transformers sdpa"}  # on the command line, and among `PEERS`
 _KINDS = "inference", "training"
 _DTYPES = "float32", "bfloat16"
 _CPU = torch.device("cpu")
@@ -113,7 +111,7 @@ class Result(NamedTuple):
 def cases(
     kinds: Sequence[str], dtypes: Sequence[str], threads: Sequence[int], most_seconds: float, least_seconds: float = 0.0
 ) -> Iterator[Case]:
-    """Cases of at least and at most so many seconds of audio, the shortest first."""
+    """Cases whose batch, padding included, has at least and at most so many seconds of audio, the shortest first."""
     shapes = sorted(_SHAPES, key=lambda each: each[0][0] * each[0][1])
     for ((utterances, seconds), padded), kind, dtype, count in product(shapes, kinds, dtypes, threads):
         if not least_seconds <= utterances * seconds <= most_seconds:
@@ -139,15 +137,15 @@ class Swap:
         *,
         seconds: float,
         fewest: int,
-        peers: Sequence[str] = tuple(_PEERS),
+        peers: Sequence[str] = tuple(_NAMES),
     ) -> None:
         self._architecture, self._num_classes = architecture, num_classes
-        self._chosen = [_PEERS[each] for each in peers]
+        self._chosen = [_NAMES[each] for each in peers]
         self._seconds, self._fewest = seconds, fewest
-        self._models = Models(_CPU)
+        self.models = Models(_CPU)
 
     def peers(self) -> list[str]:
-        """Peers that are installed."""
+        """Those of the chosen peers that are installed."""
         return [name for name in self._chosen if PEERS[name].why_not(self._setting(torch.float32)) is None]
 
     def measure(self, case: Case) -> Result:
@@ -178,8 +176,8 @@ class Swap:
     def _call(self, name: str, case: Case) -> Callable[[], None]:
         dtype = getattr(torch, case.dtype)
         setting = self._setting(dtype, case.padded)
-        self._models.check(PEERS[name], setting)
-        model, step = self._models.build(PEERS[name], setting)
+        self.models.check(PEERS[name], setting)
+        model, step = self.models.build(PEERS[name], setting)
         batch = batches.make(case.lengths(), self._architecture, self._num_classes)
 
         def call() -> None:
@@ -216,12 +214,22 @@ def main(arguments: Optional[list[str]] = None) -> int:
     parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=_KINDS, help="(default: both)")
     parser.add_argument("--dtypes", nargs="+", choices=_DTYPES, default=_DTYPES, help="(default: both)")
     parser.add_argument("--threads", nargs="+", type=int, default=(1, 2), metavar="N", help="(default: 1 2)")
-    parser.add_argument("--peers", nargs="+", choices=list(_PEERS), default=list(_PEERS), help="(default: both)")
-    parser.add_argument("--most-seconds", type=float, default=120.0, help="of audio in a batch (default: 120)")
-    parser.add_argument("--least-seconds", type=float, default=0.0, help="of audio in a batch (default: 0)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of a case's turns (default: 20)")
-    parser.add_argument("--fewest", type=int, default=3, help="turns of a case (default: 3)")
-    parser.add_argument("--at-least", type=float, default=0.97, help="worst ratio for exit status 0 (default: 0.97)")
+    parser.add_argument("--peers", nargs="+", choices=list(_NAMES), default=list(_NAMES), help="(default: both)")
+    parser.add_argument(
+        "--most-seconds", type=float, default=120.0, help="of a batch, padding included, at most (default: 120)"
+    )
+    parser.add_argument(
+        "--least-seconds", type=float, default=0.0, help="of a batch, padding included, at least (default: 0)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="after which no more turns of a case begin (default: 20)"
+    )
+    parser.add_argument(
+        "--fewest", type=int, default=3, help="turns of a case at least; short batches want ten (default: 3)"
+    )
+    parser.add_argument(
+        "--at-least", type=float, default=0.97, help="the least ratio for which the exit status is 0 (default: 0.97)"
+    )
     parser.add_argument("--out", type=Path, help="a JSON file for all times")
     options = parser.parse_args(arguments)
     if min(options.classes, options.fewest, *options.threads) < 1:
@@ -240,15 +248,17 @@ def main(arguments: Optional[list[str]] = None) -> int:
     if not swap.peers():
         print(f"benchmarks.swap: not installed: {', '.join(options.peers)}", file=sys.stderr)
         return 2
+    for missing in {_NAMES[each] for each in options.peers} - {*swap.peers()}:
+        print(f"benchmarks.swap: {missing} is not installed and takes no part", file=sys.stderr)
     results: list[Result] = []
+    _save(options.out, results)
     for case in chosen:
-        result = _apart(swap, case)
-        said = "its process died" if result is None else f"{result.worst:.2f}"
-        print(f"{case.name}: {said}", file=sys.stderr, flush=True)
-        if result is None:
-            continue
-        results.append(result)
-        if options.out is not None:
+        try:
+            results.append(_apart(swap, case))
+        except Exception as error:  # a case that fails must not keep the others from being measured
+            print(f"{case.name}: not measured: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        else:
+            print(f"{case.name}: {results[-1].worst:.2f} of a peer's speed", file=sys.stderr, flush=True)
             _save(options.out, results)
     if results:
         print(table(results))
@@ -257,10 +267,10 @@ def main(arguments: Optional[list[str]] = None) -> int:
     ]
     if training:
         print(f"\ntraining: median x torchaudio {statistics.median(training):.2f}")
-    died = len(chosen) - len(results)
-    if died:
+    failed = len(chosen) - len(results)
+    if failed:
         print(
-            f"benchmarks.swap: {died} of {len(chosen)} cases died, for want of memory? --peers takes one",
+            f"benchmarks.swap: {failed} of {len(chosen)} cases not measured; one of --peers takes less memory",
             file=sys.stderr,
         )
     slower = sum(each.worst < options.at_least for each in results)
@@ -268,19 +278,27 @@ def main(arguments: Optional[list[str]] = None) -> int:
         print(
             f"benchmarks.swap: {slower} of {len(results)} cases below --at-least {options.at_least:g}", file=sys.stderr
         )
-    return 1 if died or slower else 0
+    return 1 if failed or slower else 0
 
 
-def _apart(swap: Swap, case: Case) -> Optional[Result]:
-    """The case measured in a process of its own, or None where that died: the system kills what takes too much memory."""
+def _apart(swap: Swap, case: Case) -> Result:
+    """`Swap.measure` in a process of its own, to which `swap` tells what it knows, and which tells it what was checked.
+
+    Raises:
+        BrokenProcessPool: where that dies. The system kills what takes too much memory.
+    """
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(swap.measure, case).result()
-        except BrokenProcessPool:
-            return None
+        result, swap.models.checked = pool.submit(_measure, swap, case).result()
+    return result
 
 
-def _save(path: Path, results: Sequence[Result]) -> None:
+def _measure(swap: Swap, case: Case) -> tuple[Result, dict]:
+    return swap.measure(case), swap.models.checked
+
+
+def _save(path: Optional[Path], results: Sequence[Result]) -> None:
+    if path is None:
+        return
     lines = [{**asdict(each.case), "times": each.seconds} for each in results]
     write_text(path, json.dumps({"machine": describe(_CPU), "cases": lines}, indent=1) + "\n")
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.ops.bench_cosine_cross_entropy
 
-Loss of the masked frames of a batch, and how many are right, which a compiler of the other sides leaves out. All sides are given
-all frames and the masked ones' index. "16-bit products" normalises in float32 and multiplies in the frames' dtype, which is less
-precise than the other sides. Where torchaudio's broadcasts would not fit into memory it is left out.
+Loss of the masked frames of a batch, and how many are right; where another side is compiled, the compiler leaves the latter out.
+All sides are given all frames and the masked ones' index. "16-bit products" normalises in float32 and multiplies in the frames'
+dtype, which is less precise than the other sides. torchaudio takes no part where its broadcasts would not fit into memory.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def _draw(size: Size, dtype: torch.dtype, device: str, classes: int, seed: int) 
 
 
 def _loss(tensors: Tensors, dropout_p: float, *, logits: cosine.Logits) -> Tensors:
-    """Summed cross-entropy against column 0 and the count of correct frames, as torchaudio's recipe computes them."""
+    """The summed cross-entropy against column 0; correct frames are counted too, as a recipe does for its log."""
     frames, label_embeddings, labels, index = tensors
     selected = logits(frames[index], label_embeddings, labels[index]).float()
-    (selected[:, 0] >= selected[:, 1:].amax(1)).sum()  # which goes into a log
+    (selected[:, 0] >= selected[:, 1:].amax(1)).sum()
     return (F.cross_entropy(selected, torch.zeros_like(index), reduction="sum"),)
 
 

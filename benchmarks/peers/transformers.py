@@ -93,7 +93,7 @@ class TransformersSdpa(Peer):
 
     def build(self, setting: Setting, weights: Mapping[str, Tensor]) -> PeerModel:
         if torchaudio_peer.installed():
-            torchaudio_peer.import_models()  # transformers imports it, and fails where its library does not load
+            torchaudio_peer.import_models()  # or transformers would import torchaudio with the library that may not load
         from transformers import AutoModel
 
         config = hubert_config(setting.architecture)

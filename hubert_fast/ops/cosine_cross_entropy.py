@@ -62,7 +62,7 @@ _operator = Operator(
     Arguments,
     backends={
         "triton": "scores in registers, forward and backward; norms, selection and count in the same kernels",
-        "torch": "normalise and multiply in chunks of frames, gradients in the same pass",
+        "torch": "normalise and multiply in chunks of frames, gradients in the forward",
         "reference": "cosine_logits, then log-sum-exp",
     },
     reference=lambda arguments: reference.cosine_cross_entropy(*arguments),

@@ -40,7 +40,7 @@ Results = Tuple[Optional[Tensor], ...]
 
 _ROOMS = {"triton": "kernels", "cuda": "cuda_backend", "cpu": "cpu_backend", "torch": "torch_backend"}
 
-# Types of arguments at which nobody but autograd looks.
+# Types of arguments that make no call other than plain: tensors of no subclass, and settings.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype})
 _NOTHING = nullcontext()
 # Names what runs inside for profilers, and costs nothing where there is none.

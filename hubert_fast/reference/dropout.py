@@ -21,9 +21,9 @@ SECOND_MASK = 0x2545F4914F6CDD1D
 
 
 class Kept(NamedTuple):
-    """What dropout keeps of rows, and what that is multiplied by."""
+    """The mask of a dropout, and the factor of the values that it keeps."""
 
-    values: Tensor  # [rows, channels] bool
+    mask: Tensor  # [rows, channels] bool: True is kept
     scale: float
 
 
@@ -49,7 +49,7 @@ def keep_mask(generator: torch.Generator, groups: int, numel: int, p: float) -> 
 
 def dropped(x: Tensor, kept: Optional[Kept]) -> Tensor:
     """``x`` (``[rows, channels]``) after dropout; ``x`` itself where nothing is dropped."""
-    return x if kept is None else (x * kept.values).mul_(kept.scale)
+    return x if kept is None else (x * kept.mask).mul_(kept.scale)
 
 
 def row_chunks(x: Tensor) -> list[slice]:
@@ -83,7 +83,7 @@ def kept_chunks(
 
 
 def kept_values(seed: Optional[Tensor], rows: int, channels: int, p: float) -> Optional[Kept]:
-    """`kept_chunks` of all rows at once; None where ``p`` is 0."""
+    """The mask of all rows, and its scale; None where ``p`` is 0."""
     return None if p == 0.0 else Kept(next(kept_chunks(seed, [slice(0, rows)], channels, p)), keep_scale(p))
 
 

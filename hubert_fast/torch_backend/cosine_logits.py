@@ -40,8 +40,9 @@ def unit_rows_backward(grad: Tensor, unit: Unit) -> Tensor:
 def class_groups(label_embeddings: Tensor) -> Optional[Tensor]:
     """For each class a number that classes with an equal embedding, and no others, share: [classes] int64.
 
-    None on a CPU where no two are equal, as norms of the rows mostly tell. Elsewhere rows are brought together by a 64-bit hash
-    of their bits and compared with their neighbours: linear in the size of the embeddings, and without a host synchronisation.
+    None on a CPU where no two are equal, as their norms mostly tell. Where these do not, and on other devices, a 64-bit hash of
+    their bits brings equal rows together, and each is compared with its neighbour. That is linear in the size of the embeddings,
+    and the host waits for nothing.
     """
     if cpu.is_cpu(label_embeddings.device) and _differ(label_embeddings):
         return None
@@ -59,9 +60,10 @@ def class_groups(label_embeddings: Tensor) -> Optional[Tensor]:
 
 
 def _differ(rows: Tensor) -> bool:
-    """Whether norms tell that no two ``rows`` are equal. Equal rows are added up in one order, so theirs are equal.
+    """Whether norms tell that no two ``rows`` are equal.
 
-    Norms in float64 of rows in float32 or 16 bits are next to exact: those of other rows are hardly ever equal.
+    Equal rows are added up in one order, so their norms are equal. In float64 the norms of rows in float32 or 16 bits are next to
+    exact: two rows that differ hardly ever have the same.
     """
     norms = torch.linalg.vector_norm(rows.contiguous(), dim=1, dtype=torch.float64).tolist()
     return len(set(norms)) == len(norms)

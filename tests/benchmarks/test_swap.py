@@ -2,6 +2,8 @@
 
 import json
 import os
+from concurrent.futures.process import BrokenProcessPool
+from unittest import mock
 
 import pytest
 import torch
@@ -35,7 +37,7 @@ def test_cases_go_from_the_shortest_batch_to_the_longest_in_every_setting():
     assert {each.utterances * each.seconds for each in cases(("training",), ("float32",), (1,), 20.0, 15)} == {15, 20}
 
 
-def test_padding_is_a_quarter_of_the_shortest_utterance():
+def test_padding_is_a_quarter_of_the_longest_utterance():
     lengths = Case("training", 4, 5, True, "float32", 1).lengths()
     assert lengths[0] == 80_000 and lengths[-1] == 60_000 and lengths == sorted(lengths, reverse=True)
     assert Case("training", 4, 5, False, "float32", 1).lengths() == [80_000] * 4
@@ -75,7 +77,7 @@ def test_the_exit_status_says_whether_ours_is_slower(monkeypatch, capsys, tmp_pa
     options = "--model tiny --classes 7 --kinds training --dtypes float32 --threads 1 --seconds 0 --fewest 1".split()
     out = tmp_path / "swap.json"
     assert main([*options, "--at-least", "0", "--out", str(out)]) == 0
-    alone = installed[-1].split()[0]  # transformers imports torchaudio, whose library may not load
+    alone = installed[-1].split()[0]  # in a new process, where transformers is then imported first
     assert main([*options, "--at-least", "1000", "--peers", alone]) == 1
     assert "training, 2 x 0.5 s, float32, 1 thread" in capsys.readouterr().out
     assert json.loads(out.read_text())["cases"][0]["utterances"] == 2
@@ -83,25 +85,58 @@ def test_the_exit_status_says_whether_ours_is_slower(monkeypatch, capsys, tmp_pa
         main([*options, "--most-seconds", "0.1"])
 
 
-def test_a_case_whose_process_dies_is_reported_and_the_others_are_measured(monkeypatch, capsys):
+def test_a_case_that_fails_is_reported_and_the_others_are_measured(monkeypatch, capsys):
     found = result([1.0], [2.0], [3.0])
-    measured = {"inference": found, "training": None}
-    monkeypatch.setattr(swap, "_apart", lambda swap, case: measured[case.kind])
+
+    def measure(swap, case):
+        if case.kind == "training":
+            raise RuntimeError("out of memory")
+        return found
+
+    monkeypatch.setattr(swap, "_apart", measure)
     monkeypatch.setattr(Swap, "peers", lambda self: [TORCHAUDIO])
     options = "--model tiny --dtypes float32 --threads 1 --most-seconds 1".split()
     assert main(options) == 1
     said = capsys.readouterr()
-    assert found.case.name in said.out and "1 of 2 cases died" in said.err
+    assert found.case.name in said.out
+    assert "not measured: RuntimeError: out of memory" in said.err and "1 of 2 cases not measured" in said.err
     assert main([*options, "--kinds", "inference"]) == 0
     assert main([*options, "--kinds", "training"]) == 1
 
 
+def test_options_choose_peers_and_cases(monkeypatch):
+    found = []
+
+    def measure(swap, case):
+        found.append((tuple(swap.peers()), case.utterances * case.seconds))
+        return result([1.0], [2.0], [3.0])
+
+    monkeypatch.setattr(swap, "_apart", measure)
+    monkeypatch.setattr(swap, "PEERS", dict.fromkeys(swap.PEERS, mock.Mock(why_not=lambda setting: None)))
+    main(
+        "--kinds inference --dtypes float32 --threads 1 --least-seconds 4 --most-seconds 5 --peers transformers".split()
+    )
+    assert {peers for peers, _ in found} == {(TRANSFORMERS,)} and {seconds for _, seconds in found} == {4, 5}
+
+
+def test_what_one_process_checked_the_next_one_knows():
+    measuring = Swap(swap.ARCHITECTURES["tiny"], 7, seconds=0.0, fewest=1)
+    measuring.models.checked = {"a peer": {}}
+    case = Case("inference", 1, 0.5, False, "float32", 1)
+    with mock.patch.object(Swap, "measure", lambda self, case: found):
+        found = result([1.0], [2.0], [3.0], seconds=0.5)
+        assert swap._measure(measuring, case) == (found, {"a peer": {}})
+
+
 class Deadly:
-    """A measurement that the system kills."""
+    """A measurement whose process dies."""
+
+    models = None
 
     def measure(self, case):
         os._exit(9)
 
 
 def test_what_kills_a_case_does_not_kill_the_benchmark():
-    assert swap._apart(Deadly(), None) is None
+    with pytest.raises(BrokenProcessPool):
+        swap._apart(Deadly(), None)

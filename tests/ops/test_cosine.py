@@ -143,12 +143,34 @@ def test_zeros_of_either_sign_are_equal(name, dtype):
 
 
 @on_every_backend
-def test_equal_embeddings_without_a_finite_sum_are_equal(name):
+def test_equal_embeddings_whose_norms_float32_cannot_hold_are_equal(name):
     x, embeddings, labels = inputs_of(4, 6, 64, dtype=torch.float32, device=device_of(name))
     embeddings[1] = embeddings[3] = torch.tensor([3e38, -3e38]).repeat(32)
     with backend.using(name, LOGITS):
         logits = cosine_logits(x, embeddings, torch.tensor([1, 3, 0, 2], device=x.device))
     assert logits[:2, [2, 4]].isneginf().all()
+
+
+def test_the_loss_never_holds_the_scores_of_all_frames(monkeypatch):
+    monkeypatch.setattr(chunked, "_CHUNK_ROWS", 64)
+    x, embeddings, labels = inputs_of(2048, 500, 8, dtype=torch.float32)
+    x.requires_grad_()
+    with backend.using("torch", LOSS), torch.profiler.profile(profile_memory=True) as profiler:
+        cosine_cross_entropy(x, embeddings, labels)[0].backward()
+    held = most = 0
+    events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
+    for each in sorted(events, key=lambda event: event.start_ns()):
+        held += each.nbytes()
+        most = max(most, held)
+    assert 0 < most < 2048 * 500 * 4 / 4
+
+
+def test_gradients_of_transposed_frames_lie_as_the_compiler_expects():
+    x, embeddings, labels = inputs_of(8, 5, 3)
+    x, index = x.t().contiguous().t().requires_grad_(), torch.tensor([1, 6])
+    with backend.using("torch", LOSS):
+        (grad,) = torch.autograd.grad(cosine_cross_entropy(x, embeddings, labels, index)[0], [x])
+    assert grad.is_contiguous()
 
 
 @on_every_backend
