@@ -140,7 +140,8 @@ def _what_runs(batch: int, seconds: float, dtype: torch.dtype) -> int:
     _print_columns([("operator", "inference", "training", "why"), *lines])
     print(
         "\n-: not called. Another operator does its work, or, on a CPU where nothing is dropped, PyTorch's own functions do,\n"
-        "of which a layer is composed because that is fastest."
+        "of which a layer is composed because that is fastest. Training is the objective's; a model that is called itself,\n"
+        "with labels, makes logits there as in inference, by cosine_logits."
     )
     return 0
 
