@@ -258,7 +258,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
         except Exception as error:  # a case that fails must not keep the others from being measured
             print(f"{case.name}: not measured: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         else:
-            print(f"{case.name}: {results[-1].worst:.2f} of a peer's speed", file=sys.stderr, flush=True)
+            print(f"{case.name}: {results[-1].worst:.2f} times a peer's speed", file=sys.stderr, flush=True)
             _save(options.out, results)
     if results:
         print(table(results))
