@@ -19,6 +19,7 @@ import argparse
 import gc
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -128,6 +129,9 @@ class Swap:
         seconds: of a case's timed turns, after which no more are begun.
         fewest: turns of a case, however long they take.
         peers: of "torchaudio" and "transformers", those that take part where they are installed.
+
+    Attributes:
+        models: of all sides.
     """
 
     def __init__(
@@ -145,7 +149,7 @@ class Swap:
         self.models = Models(_CPU)
 
     def peers(self) -> list[str]:
-        """Those of the chosen peers that are installed."""
+        """Names of the chosen peers that are installed."""
         return [name for name in self._chosen if PEERS[name].why_not(self._setting(torch.float32)) is None]
 
     def measure(self, case: Case) -> Result:
@@ -234,6 +238,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
     options = parser.parse_args(arguments)
     if min(options.classes, options.fewest, *options.threads) < 1:
         parser.error("--classes, --fewest and --threads must be at least 1")
+    if options.out is not None and not os.access(options.out.parent, os.W_OK):
+        parser.error(f"--out must be a file in a folder that can be written to; got {options.out}")
     limits = options.most_seconds, options.least_seconds
     chosen = list(cases(options.kinds, options.dtypes, options.threads, *limits))
     if not chosen:
@@ -251,7 +257,6 @@ def main(arguments: Optional[list[str]] = None) -> int:
     for missing in {_NAMES[each] for each in options.peers} - {*swap.peers()}:
         print(f"benchmarks.swap: {missing} is not installed and takes no part", file=sys.stderr)
     results: list[Result] = []
-    _save(options.out, results)
     for case in chosen:
         try:
             results.append(_apart(swap, case))
@@ -259,7 +264,8 @@ def main(arguments: Optional[list[str]] = None) -> int:
             print(f"{case.name}: not measured: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         else:
             print(f"{case.name}: {results[-1].worst:.2f} times a peer's speed", file=sys.stderr, flush=True)
-            _save(options.out, results)
+            if options.out is not None:
+                _save(options.out, results)
     if results:
         print(table(results))
     training = [
@@ -282,7 +288,7 @@ def main(arguments: Optional[list[str]] = None) -> int:
 
 
 def _apart(swap: Swap, case: Case) -> Result:
-    """`Swap.measure` in a process of its own, to which `swap` tells what it knows, and which tells it what was checked.
+    """Measure a case in a process of its own, which knows what those before it have checked.
 
     Raises:
         BrokenProcessPool: where that dies. The system kills what takes too much memory.
@@ -296,9 +302,7 @@ def _measure(swap: Swap, case: Case) -> tuple[Result, dict]:
     return swap.measure(case), swap.models.checked
 
 
-def _save(path: Optional[Path], results: Sequence[Result]) -> None:
-    if path is None:
-        return
+def _save(path: Path, results: Sequence[Result]) -> None:
     lines = [{**asdict(each.case), "times": each.seconds} for each in results]
     write_text(path, json.dumps({"machine": describe(_CPU), "cases": lines}, indent=1) + "\n")
 

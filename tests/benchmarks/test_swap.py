@@ -83,6 +83,9 @@ def test_the_exit_status_says_whether_ours_is_slower(monkeypatch, capsys, tmp_pa
     assert json.loads(out.read_text())["cases"][0]["utterances"] == 2
     with pytest.raises(SystemExit):
         main([*options, "--most-seconds", "0.1"])
+    with pytest.raises(SystemExit):
+        main([*options, "--out", str(tmp_path / "nowhere" / "swap.json")])
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_a_case_that_fails_is_reported_and_the_others_are_measured(monkeypatch, capsys):

@@ -36,7 +36,7 @@ def _bits(seed: int, counter: Tensor) -> Tensor:
 
 
 def kept_values(seed: Optional[Tensor], rows: int, channels: int, p: float) -> Optional[Kept]:
-    """What a kernel's dropout of [rows, channels] keeps; None where ``p`` is 0."""
+    """The mask and the scale of a kernel's dropout of [rows, channels]; None where ``p`` is 0."""
     if p == 0.0:
         return None
     kept = keep(int(seed), torch.arange(rows)[:, None], torch.arange(channels), p)
