@@ -1,4 +1,4 @@
-"""From a cut to its waveform: 16 kHz, mono, float32.
+"""From an utterance to its waveform: 16 kHz, mono, float32.
 
 Files are decoded by libsndfile (soundfile) alone, at the scan and ever after, because decoders differ by a few samples
 at the edges of mp3 and ogg files, and the number of samples decides the number of frames.
@@ -7,17 +7,19 @@ at the edges of mp3 and ogg files, and the number of samples decides the number 
 from __future__ import annotations
 
 from math import gcd
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import soundfile
 from scipy.signal import resample_poly
 
+from hubert_fast.pretrain.file_state import is_unchanged
 from hubert_fast.pretrain.frames import SAMPLE_RATE
 
 if TYPE_CHECKING:
-    from lhotse.cut import Cut
+    from hubert_fast.pretrain.manifest import Utterance
+
+Length = TypeVar("Length", int, np.ndarray)
 
 
 class AudioError(ValueError):
@@ -32,33 +34,33 @@ class AudioError(ValueError):
         return f"{self.path}: {self.reason}"
 
 
-def resampled_length(samples: int, rate: int) -> int:
-    """Samples at 16 kHz of ``samples`` samples at ``rate`` Hz, as `load_audio` returns them."""
+def resampled_length(samples: Length, rate: Length) -> Length:
+    """Samples at 16 kHz of ``samples`` samples at ``rate`` Hz (ints, or int64 arrays), as `load_audio` returns them."""
     return -(-samples * SAMPLE_RATE // rate)
 
 
-def utterance_samples(cut: Cut) -> int:
-    """Samples of a cut at 16 kHz: exactly what `load_audio` returns, without reading the file."""
-    return cut.custom["samples_16k"]
-
-
-def load_audio(cut: Cut) -> np.ndarray:
-    """The waveform of a cut.
+def load_audio(utterance: Utterance) -> np.ndarray:
+    """The waveform of an utterance.
 
     Returns:
-        float32 ``[samples]`` at 16 kHz, the mean of the cut's channels, nominally in [-1, 1]; ``samples`` is
-        `utterance_samples` of the cut.
+        float32 ``[samples]`` at 16 kHz, the mean of the channels, nominally in [-1, 1]; ``samples`` is that of the utterance.
 
     Raises:
         AudioError: the file is gone, cannot be decoded, is not the one that was scanned, or holds a NaN or an infinity.
     """
-    path = cut.recording.sources[0].source
-    waveform = _decode(path, round(cut.start * cut.sampling_rate), cut.num_samples, cut.sampling_rate)
+    path = utterance.path
+    try:
+        if not is_unchanged(path, utterance.state):
+            raise AudioError(path, "the file changed since the scan")
+        waveform = _decode(path, utterance.start, utterance.length, utterance.rate)
+    except FileNotFoundError as error:
+        raise AudioError(path, "there is no such file (it was there when the manifest was made)") from error
+    except (soundfile.SoundFileError, OSError) as error:
+        raise AudioError(path, f"unreadable ({error})") from error
     if not np.isfinite(waveform).all():
         row = int(np.argmin(np.isfinite(waveform).all(axis=1)))
-        raise AudioError(path, f"utterance {cut.id!r} holds a NaN or an infinity at sample {row}")
-    channels = [cut.channel] if isinstance(cut.channel, int) else list(cut.channel)
-    return resample(waveform[:, channels].mean(axis=1), cut.sampling_rate)
+        raise AudioError(path, f"utterance {utterance.id!r} holds a NaN or an infinity at sample {row}")
+    return resample(waveform.mean(axis=1), utterance.rate)
 
 
 def resample(waveform: np.ndarray, rate: int) -> np.ndarray:
@@ -77,20 +79,15 @@ def normalized(waveform: np.ndarray) -> np.ndarray:
 
 def _decode(path: str, start: int, samples: int, rate: int) -> np.ndarray:
     """float32 ``[samples, channels]`` of a file, from sample ``start`` on."""
-    if not Path(path).is_file():
-        raise AudioError(path, "there is no such file (it was there when the manifest was made)")
-    try:
-        with soundfile.SoundFile(path) as file:
-            found_rate = file.samplerate
-            if start:
-                file.seek(start)
-            waveform = file.read(samples, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise AudioError(path, f"unreadable ({error})") from error
+    with soundfile.SoundFile(path) as file:
+        found_rate = file.samplerate
+        if start:
+            file.seek(start)
+        waveform = file.read(samples, dtype="float32", always_2d=True)
     if found_rate != rate or len(waveform) != samples:
         raise AudioError(
             path,
             f"the manifest says {samples} samples from sample {start} on at {rate} Hz, "
-            f"the file gives {len(waveform)} at {found_rate} Hz: it changed, scan again",
+            f"the file gives {len(waveform)} at {found_rate} Hz",
         )
     return waveform

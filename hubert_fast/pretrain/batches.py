@@ -8,22 +8,22 @@ resuming change how it is computed, never its numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lhotse.cut import Cut
 from torch.utils.data import DataLoader
 
 from hubert_fast import Capacities
-from hubert_fast.pretrain.audio import AudioError
 from hubert_fast.pretrain.config import DataConfig
 from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.epoch_plan import largest_parts, plan_epoch, smallest_batch
 from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
+from hubert_fast.pretrain.left_out import LeftOut
 from hubert_fast.pretrain.like_length import batches_of_like_length
+from hubert_fast.pretrain.manifest import Manifest
 from hubert_fast.pretrain.units import Units
 from hubert_fast.pretrain.utterances import TRAINING, VALIDATION, Batch, Place, Utterances
 
@@ -42,30 +42,38 @@ class GlobalBatches:
     Every epoch holds every utterance once. Rows are dealt as evenly as can be over the ``world_size * accumulate``
     micro-batches. For a GPU their tensors are page-locked.
 
+    An utterance whose audio cannot be read, or that ``left_out`` has by the time its batch is handed out, is not in it: the
+    plan of the batches, crops and masks of the others stay as they are.
+
     Args:
-        cuts: utterances with at least one frame each.
-        units: of every cut.
+        manifest: where the audio is.
+        units: of the utterances to train on.
         masks: the model's mask generator.
+        left_out: utterances that are not read. Those without units or audio are added here; whoever iterates adds those that
+            failed (`Batch.failed`), on all ranks alike.
         accumulate: micro-batches of each rank.
 
     Raises:
-        ValueError: units that are missing or of another length; fewer utterances than micro-batches, or a
-            ``batch_seconds`` in which fewer of the longest fit.
-        AudioError: while iterating, at the utterance that cannot be used.
+        ValueError: fewer utterances than micro-batches, or a ``batch_seconds`` in which fewer of the longest fit.
+        TooManyBadUtterancesError: too many utterances have no units or no audio.
     """
 
     def __init__(
         self,
-        cuts: Sequence[Cut],
+        manifest: Manifest,
         units: Units,
         config: DataConfig,
         masks: MaskGenerator,
+        left_out: LeftOut,
         *,
         seed: int,
         accumulate: int = 1,
         process: Process,
     ) -> None:
-        self._utterances = Utterances(cuts, units, config, masks, seed=seed, purpose=TRAINING, parts=[])
+        options = {"seed": seed, "purpose": TRAINING, "left_out": left_out}
+        self._utterances = Utterances(manifest, units, config, masks, parts=[], **options)
+        self.left_out = left_out
+        left_out.add(self._utterances.unusable(), quiet=not process.is_main)
         self._batch_seconds, self._process = config.batch_seconds, process
         self._seed, self._workers = seed, config.workers
         self._epoch = self._batch = 0
@@ -112,25 +120,15 @@ class GlobalBatches:
         return largest_seconds(self.largest_sizes(self.accumulate))
 
     def largest_micro_batch(self) -> Batch:
-        """One of the largest micro-batches that the stream may come to, the same on every rank.
-
-        Raises:
-            AudioError: at an utterance that cannot be used.
-        """
-        lengths = self._utterances.samples
+        """A micro-batch as large as any that the stream may come to, the same on every rank; it holds noise."""
         rows, samples = max(self.largest_sizes(self.accumulate), key=math.prod)
-        short_enough = np.flatnonzero(lengths <= samples)
-        longest_first = short_enough[np.argsort(-lengths[short_enough], kind="stable")]
-        _, loaded = self._utterances.in_parts([slice(None)])[Place(0, 0, last=False), longest_first[:rows]]
-        if isinstance(loaded, AudioError):
-            raise loaded
-        return loaded[0]
+        return self._utterances.noise(rows, samples)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         for place, micro_batches in _load(self._utterances, self._places(), self._workers, self._process.device):
             # The place after the batch that the caller gets now; the workers are further ahead.
             self._epoch, self._batch = (place.epoch + 1, 0) if place.last else (place.epoch, place.batch + 1)
-            yield micro_batches
+            yield [self._utterances.without(batch) for batch in micro_batches]
 
     def state_dict(self) -> dict[str, int]:
         """The place of the next global batch: those before it have been handed out."""
@@ -141,7 +139,7 @@ class GlobalBatches:
         self._epoch, self._batch = state["epoch"], state["batch"]
 
     def epoch_plan(self, epoch: int) -> list[np.ndarray]:
-        """Indices into ``cuts`` of the rows of each global batch of an epoch."""
+        """Indices of the utterances in the rows of each global batch of an epoch."""
         return plan_epoch(self._utterances.samples, self._budget, seed=self._seed, epoch=epoch)
 
     def _places(self) -> Iterator[tuple[Place, np.ndarray]]:
@@ -163,16 +161,19 @@ class ValidationBatches:
 
     def __init__(
         self,
-        cuts: Sequence[Cut],
+        manifest: Manifest,
         units: Units,
         config: DataConfig,
         masks: MaskGenerator,
+        left_out: LeftOut,
         *,
         seed: int,
         process: Process,
     ) -> None:
-        whole = [slice(None)]
-        self._utterances = Utterances(cuts, units, config, masks, seed=seed, purpose=VALIDATION, parts=whole)
+        options = {"seed": seed, "purpose": VALIDATION, "left_out": left_out}
+        self._utterances = Utterances(manifest, units, config, masks, parts=[slice(None)], **options)
+        self.left_out = left_out
+        left_out.add(self._utterances.unusable(), quiet=not process.is_main)
         # A batch has its masks drawn together: what followed from the machine would give each machine masks of its own.
         budget = round(min(config.batch_seconds, _VALIDATION_SECONDS) * SAMPLE_RATE)
         plan = batches_of_like_length(self._utterances.samples, budget)
@@ -182,7 +183,7 @@ class ValidationBatches:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         for _, micro_batches in _load(self._utterances, self._places, self._workers, self._device):
-            yield micro_batches
+            yield [self._utterances.without(batch) for batch in micro_batches]
 
 
 def largest_seconds(sizes: Iterable[tuple[int, int]]) -> float:
@@ -221,10 +222,7 @@ def _load(
         # A loader draws a seed for its workers as it starts: not from the generator that dropout draws from.
         generator=torch.Generator(),
     )
-    for place, loaded in loader:
-        if isinstance(loaded, AudioError):
-            raise loaded
-        yield place, loaded
+    return iter(loader)
 
 
 def _unchanged(loaded: Any) -> Any:

@@ -97,6 +97,9 @@ class DataConfig:
     """shorter utterances are left out by the scan"""
     valid_fraction: float = 0.05
     """share of the utterances that is held out where the corpus does not name its own split"""
+    max_bad_utterances: float = 0.01
+    """share of the utterances that a run goes past where their audio cannot be read any more, or is not what was scanned;
+    those of one recording in any case. 0: the first one stops it"""
     workers: int = 4
     """data-loader worker processes of each rank"""
     normalize_audio: bool = False

@@ -13,7 +13,7 @@ from hubert_fast.pretrain.config import (
     PretrainConfig,
     UnitsConfig,
 )
-from hubert_fast.pretrain.manifest import LONGEST_SECONDS
+from hubert_fast.pretrain.scan import LONGEST_SECONDS
 
 _SIZES = ("encoder_num_layers", "encoder_num_heads", "encoder_pos_conv_groups", "final_dim", "mask_length")
 _DROPOUTS = ("projection_dropout", "attention_dropout", "ff_interm_dropout", "dropout", "layer_drop")
@@ -51,6 +51,8 @@ def _check_data(data: DataConfig) -> None:
     in_range = 0 <= data.min_seconds < LONGEST_SECONDS
     _require(in_range, "data.min_seconds", data.min_seconds, f"in [0, {LONGEST_SECONDS:g})")
     _require(0 <= data.valid_fraction < 1, "data.valid_fraction", data.valid_fraction, "in [0, 1)")
+    bad = data.max_bad_utterances
+    _require(0 <= bad <= 1, "data.max_bad_utterances", bad, "in [0, 1]")
     _at_least(0, "data", data, "workers")
 
 

@@ -1,251 +1,208 @@
-"""From a folder of audio to a manifest: lhotse cuts of the utterances to train on and of those held out.
+"""The manifest: the utterances of a split, as a table that serves millions of them.
 
-``summary.json`` is written last: a manifest directory with it is complete, one without it is made anew.
+``RUN/manifest/<split>.safetensors`` has a row for each recording and one for each utterance (see `columns`). A recording
+longer than a minute is several utterances. An utterance's id is its recording's path relative to the folder of audio,
+suffix included, with ``#<number>`` where the recording has several.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from math import ceil
+import re
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from lhotse import AudioSource, CutSet, MonoCut, MultiCut, Recording
-from lhotse.cut import Cut
-from tqdm import tqdm
+import numpy as np
 
-from hubert_fast.pretrain.alignments import Alignments
-from hubert_fast.pretrain.atomic import write_text, write_with
-from hubert_fast.pretrain.audio import AudioError, resampled_length, utterance_samples
-from hubert_fast.pretrain.config import DataConfig
-from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
-from hubert_fast.pretrain.probe import AudioInfo, probe
-from hubert_fast.pretrain.run_summary import read_json
-from hubert_fast.pretrain.splits import held_out_files
+from hubert_fast.pretrain.audio import resampled_length
+from hubert_fast.pretrain.columns import Columns, Strings, write_columns
+from hubert_fast.pretrain.file_state import FileState
+from hubert_fast.pretrain.phones import Phone, PhoneColumns
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
 SPLITS = ("train", "valid")
-LONGEST_SECONDS = 60.0
-"""longer recordings become several cuts"""
+_PART = re.compile(r"#\d{4,}$")
 
 
-def scan(
-    audio: Path,
-    out: Path,
-    config: DataConfig,
-    *,
-    seed: int,
-    longest_seconds: float = LONGEST_SECONDS,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Decode every audio file below ``audio`` once and write the manifest of the usable ones to ``out``; returns its summary.
+class Recordings:
+    """Files of audio as the scan decoded them, in its order; few bytes for each, because there may be millions."""
 
-    Files that are unreadable, truncated, empty, shorter than ``min_seconds`` or hold a NaN or an infinity are left out,
-    counted, and listed with the reason in ``out/skipped.jsonl``. A recording longer than ``longest_seconds`` becomes
-    several cuts of equal length. A cut's id is the file's path relative to ``audio``, suffix included, with
-    ``#<number>`` for such a part.
+    def __init__(self) -> None:
+        self.paths: list[str] = []  # relative to the folder of audio
+        self._numbers = array("q")
 
-    Held out are the files that ``audio/splits.json`` names (``{"valid": [relative path, ...]}``); without that file,
-    those whose path hashes below ``valid_fraction``, and at least one file where there are two. A complete manifest
-    made with the same settings is kept as it is (remove ``out`` to scan again).
+    def __len__(self) -> int:
+        return len(self.paths)
 
-    Args:
-        config: its ``min_seconds`` and ``valid_fraction`` decide; as many threads decode as it has ``workers``, one
-            where it has none.
-        seed: varies which files are held out.
+    def add(self, path: str, *, rate: int, channels: int, samples: int, state: FileState) -> None:
+        """``rate`` in Hz, ``samples`` of each channel."""
+        self.paths.append(path)
+        self._numbers.extend((rate, channels, samples, *state))
+
+    def numbers(self) -> np.ndarray:
+        """int64 ``[recordings, 6]``: rate, channels, samples, size, time of the last change, crc32."""
+        return np.array(self._numbers, dtype=np.int64).reshape(-1, 6)
+
+
+class Utterance(NamedTuple):
+    """A recording or a part of one."""
+
+    id: str
+    path: str  # absolute
+    start: int  # samples at ``rate``
+    length: int  # samples at ``rate``
+    rate: int  # Hz
+    channels: int
+    state: FileState
+
+    @property
+    def samples(self) -> int:
+        """Samples at 16 kHz."""
+        return resampled_length(self.length, self.rate)
+
+
+class Manifest(Sequence[Utterance]):
+    """The utterances of a split, in the order of their ids.
 
     Raises:
-        ValueError: no file is usable, or an alignment or ``splits.json`` is malformed.
+        FileNotFoundError: there is no such file.
+        DamagedFileError: it is not what the scan wrote.
     """
-    audio, out = Path(audio).resolve(), Path(out)
-    settings = {
-        "audio": str(audio),
-        "min_seconds": config.min_seconds,
-        "valid_fraction": config.valid_fraction,
-        "seed": seed,
-        "longest_seconds": longest_seconds,
-    }
-    done = read_json(out / "summary.json")
-    if done is not None and done["settings"] == settings:
-        return done
-    (out / "summary.json").unlink(missing_ok=True)
 
-    files = find_audio(audio)
-    usable, skipped = _probe_all(audio, files, config, progress)
-    write_text(out / "skipped.jsonl", "".join(json.dumps(line) + "\n" for line in skipped))
-    if not usable:
-        raise ValueError(
-            f"audio={str(audio)!r}: none of its {len(files)} audio files is usable; the first, {skipped[0]['path']}: "
-            f"{skipped[0]['reason']}. {out / 'skipped.jsonl'} lists all."
+    def __init__(self, path: Path) -> None:
+        columns = Columns(path)
+        columns.verify()
+        self.path, self.sha256 = Path(path), columns.sha256
+        self.audio = Path(columns.metadata["audio"])
+        self._columns = columns
+        self._paths = Strings(columns["paths"], columns["path_ends"])
+        self._recordings, self._parts = columns["recordings"], columns["parts"]
+        rates = columns["rates"][self._recordings].astype(np.int64)
+        self.samples: np.ndarray = resampled_length(columns["lengths"], rates)
+        """int64 ``[utterances]``, at 16 kHz"""
+        self._phones = PhoneColumns.read(columns)
+
+    def __reduce__(self) -> tuple[type[Manifest], tuple[Path]]:
+        return Manifest, (self.path,)  # memory maps would be sent as the numbers in them
+
+    def __len__(self) -> int:
+        return len(self._recordings)
+
+    def __getitem__(self, index: int) -> Utterance:
+        columns, recording = self._columns, int(self._recordings[index])
+        state = FileState(*(int(columns[name][recording]) for name in ("sizes", "changed", "crc32")))
+        return Utterance(
+            id=self.id(index),
+            path=f"{self.audio}/{self._paths[recording]}",
+            start=int(columns["starts"][index]),
+            length=int(columns["lengths"][index]),
+            rate=int(columns["rates"][recording]),
+            channels=int(columns["channels"][recording]),
+            state=state,
         )
-    held_out = held_out_files(audio, list(usable), config.valid_fraction, seed)
-    alignments = Alignments(audio)
-    cuts: dict[str, list[Cut]] = {split: [] for split in SPLITS}
-    for relative, info in usable.items():
-        split = "valid" if relative in held_out else "train"
-        cuts[split].extend(_cuts(audio, relative, info, alignments, longest_seconds))
-    for split in SPLITS:
-        write_with(out / f"{split}.jsonl.gz", CutSet.from_cuts(cuts[split]).to_file)
-    summary = _summary(settings, cuts, usable.values(), len(skipped))
-    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary
+
+    def __iter__(self) -> Iterator[Utterance]:
+        return (self[index] for index in range(len(self)))
+
+    def id(self, index: int) -> str:
+        return _id(self._paths[self._recordings[index]], int(self._parts[index]))
+
+    def ids(self) -> Strings:
+        """The ids of all utterances, made anew."""
+        paths = list(self._paths)
+        return Strings.of(
+            [_id(paths[each], part) for each, part in zip(self._recordings.tolist(), self._parts.tolist())]
+        )
+
+    def recording_paths(self) -> Strings:
+        """The paths of all recordings, relative to ``audio``."""
+        return self._paths
+
+    def recordings(self, indices: np.ndarray) -> np.ndarray:
+        """The places in `recording_paths` of utterances."""
+        return self._recordings[indices]
+
+    @property
+    def has_phones(self) -> np.ndarray:
+        """Which utterances have a phone alignment: bool ``[utterances]``."""
+        return self._phones.counts > 0
+
+    def phones(self, index: int) -> list[Phone]:
+        """The phones of an utterance, times from its start; none where it has no alignment."""
+        return self._phones[index]
 
 
-def load_manifest(directory: Path, split: str) -> CutSet:
-    """The cuts of ``split`` ("train" or "valid") of a manifest directory; it may have none.
+def load_manifest(directory: Path, split: str) -> Manifest:
+    """The utterances of ``split`` ("train" or "valid") of a manifest directory; there may be none.
 
     Raises:
         FileNotFoundError: there is no such manifest.
     """
-    path = Path(directory) / f"{split}.jsonl.gz"
+    path = manifest_path(directory, split)
     if not path.is_file():
         raise FileNotFoundError(f"directory={str(directory)!r} holds no {path.name}: `hubert-fast scan` makes it")
-    # An empty file tells lhotse nothing about the type of manifest it holds.
-    return CutSet.from_cuts(CutSet.from_jsonl_lazy(path))
+    return Manifest(path)
 
 
-def fingerprint(cuts: Iterable[Cut]) -> str:
-    """A hash of the utterances (ids, order and samples) and of their files as they are now (size and time of the last
-    change): equal where units and features of one fit the other.
+def manifest_path(directory: Path, split: str) -> Path:
+    return Path(directory) / f"{split}.safetensors"
 
-    A file that is gone has a state of its own: whoever reads the audio will say so.
+
+def write_manifest(
+    path: Path,
+    audio: Path,
+    recordings: Recordings,
+    chosen: np.ndarray,  # [recordings] bool
+    phones_of: Callable[[str], list[Phone]],
+    *,
+    longest_seconds: float,
+) -> Manifest:
+    """Write the manifest of the ``chosen`` recordings, which lie in the folder ``audio``, and return it.
+
+    A recording longer than ``longest_seconds`` becomes several utterances of equal length. ``phones_of`` gives the phone
+    alignment of a recording by its path, empty where it has none.
     """
-    digest = hashlib.sha256()
-    states: dict[str, str] = {}  # several cuts may be of one file
-    for cut in cuts:
-        for source in cut.recording.sources:
-            if source.source not in states:
-                states[source.source] = _state(source.source)
-            digest.update(f"{cut.id}\t{utterance_samples(cut)}\t{states[source.source]}\n".encode())
-    return digest.hexdigest()
-
-
-def _state(path: str) -> str:
-    try:
-        file = os.stat(path)
-    except FileNotFoundError:
-        return "gone"
-    return f"{file.st_size} {file.st_mtime_ns}"
-
-
-def find_audio(folder: Path) -> list[str]:
-    """Audio files below ``folder``, as sorted relative paths. Links to folders are followed, hidden names are not.
-
-    Raises:
-        ValueError: ``folder`` is no folder or holds no audio.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"audio={str(folder)!r} is not a folder")
-    found = []
-    seen = set()
-    for directory, subfolders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(directory)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in names:
-            if name.lower().endswith(AUDIO_SUFFIXES) and not name.startswith("."):
-                found.append((Path(directory) / name).relative_to(folder).as_posix())
-    if not found:
-        raise ValueError(
-            f"audio={str(folder)!r} holds no audio: files ending in {', '.join(AUDIO_SUFFIXES)} are accepted"
-        )
-    return sorted(found)
-
-
-def _probe_all(
-    audio: Path, files: list[str], config: DataConfig, progress: bool
-) -> tuple[dict[str, AudioInfo], list[dict[str, str]]]:
-    """What each usable file holds, and the others with the reason; both in the order of ``files``."""
-    usable: dict[str, AudioInfo] = {}
-    skipped: list[dict[str, str]] = []
-    seconds, began = 0.0, time.monotonic()
-
-    def examine(relative: str) -> AudioInfo | str:
-        return _examine(audio / relative, config.min_seconds)
-
-    bar = tqdm(total=len(files), desc="scan", unit=" files", disable=not progress)
-    # libsndfile decodes without Python's lock, so threads are enough.
-    with bar, ThreadPoolExecutor(max(1, config.workers)) as pool:
-        for relative, result in zip(files, pool.map(examine, files), strict=True):
-            if isinstance(result, str):
-                skipped.append({"path": _printable(audio / relative), "reason": result})
-            else:
-                usable[relative] = result
-                seconds += result.seconds
-            bar.update()
-            rate = seconds / (time.monotonic() - began)
-            bar.set_postfix_str(f"{rate:.0f} audio-s/s, {len(skipped)} skipped", refresh=False)
-    return usable, skipped
-
-
-def _examine(path: Path, min_seconds: float) -> AudioInfo | str:
-    if _printable(path) != str(path):
-        return "the name of the file is not UTF-8"
-    try:
-        info = probe(path)
-    except AudioError as error:
-        return error.reason
-    if info.seconds < min_seconds:
-        return f"too short: {info.seconds:.3f} s, min_seconds is {min_seconds}"
-    if num_frames(resampled_length(info.samples, info.rate)) == 0:
-        return f"too short: {info.seconds:.3f} s is less than one frame of 0.025 s"
-    return info
-
-
-def _printable(path: Path) -> str:
-    return str(path).encode(errors="backslashreplace").decode()
-
-
-def _cuts(audio: Path, relative: str, info: AudioInfo, alignments: Alignments, longest_seconds: float) -> Iterator[Cut]:
-    channels = list(range(info.channels))
-    # Not Recording.from_file: it may ask another decoder for the number of samples.
-    recording = Recording(
-        id=relative,
-        sources=[AudioSource(type="file", channels=channels, source=str(audio / relative))],
-        sampling_rate=info.rate,
-        num_samples=info.samples,
-        duration=info.seconds,
-    )
-    parts = ceil(info.seconds / longest_seconds)
-    for part in range(parts):
-        first, last = info.samples * part // parts, info.samples * (part + 1) // parts
-        start, duration = first / info.rate, (last - first) / info.rate
-        cut_id = relative if parts == 1 else f"{relative}#{part:04d}"
-        supervision = alignments.supervision(relative, cut_id=cut_id, start=start, duration=duration)
-        kind = MonoCut if info.channels == 1 else MultiCut
-        yield kind(
-            id=cut_id,
-            start=start,
-            duration=duration,
-            channel=0 if info.channels == 1 else channels,
-            recording=recording,
-            supervisions=[] if supervision is None else [supervision],
-            custom={"samples_16k": resampled_length(last - first, info.rate)},
-        )
-
-
-def _summary(
-    settings: dict[str, Any], cuts: dict[str, list[Cut]], infos: Iterable[AudioInfo], skipped: int
-) -> dict[str, Any]:
-    """Summary of a scan: counts and seconds of audio by split, counts by sampling rate (Hz)."""
-    seconds = {split: sum(map(utterance_samples, part)) / SAMPLE_RATE for split, part in cuts.items()}
-    rates = Counter(info.rate for info in infos)
-    supervisions = (supervision for part in cuts.values() for cut in part for supervision in cut.supervisions)
-    return {
-        "settings": settings,
-        "utterances": {split: len(part) for split, part in cuts.items()},
-        "seconds": seconds,
-        "hours": {split: value / 3600 for split, value in seconds.items()},
-        "sampling_rates": {str(rate): rates[rate] for rate in sorted(rates)},
-        "skipped": skipped,
-        "has_alignments": any(supervision.alignment for supervision in supervisions),
+    names = [path for path, wanted in zip(recordings.paths, chosen.tolist(), strict=True) if wanted]
+    rates, channels, samples, sizes, changed, crc32 = recordings.numbers()[chosen].T
+    parts = np.ceil(samples / rates / longest_seconds).astype(np.int64)
+    of = np.repeat(np.arange(len(names)), parts)  # the recording of each utterance
+    part = np.arange(len(of)) - np.repeat(np.cumsum(parts) - parts, parts)
+    first, last = samples[of] * part // parts[of], samples[of] * (part + 1) // parts[of]
+    bounds = zip((first / rates[of]).tolist(), (last / rates[of]).tolist())
+    paths = Strings.of(names)
+    columns = {
+        "paths": paths.text,
+        "path_ends": paths.ends,
+        "rates": rates.astype(np.int32),
+        "channels": channels.astype(np.int32),
+        "sizes": sizes,
+        "changed": changed,
+        "crc32": crc32.astype(np.uint32),
+        "recordings": of.astype(np.int32),
+        "parts": np.where(parts[of] == 1, -1, part).astype(np.int32),
+        "starts": first,
+        "lengths": last - first,
+        **PhoneColumns.of(_phones_of_parts(names, parts.tolist(), bounds, phones_of)).columns(),
     }
+    write_columns(path, columns, {"audio": str(audio)})
+    return Manifest(path)
+
+
+def _phones_of_parts(
+    names: list[str], parts: list[int], bounds: Iterator[tuple[float, float]], phones_of: Callable[[str], list[Phone]]
+) -> Iterator[list[Phone]]:
+    """The phones of each utterance, given how many each recording has and their first and last seconds."""
+    for name, count in zip(names, parts, strict=True):
+        phones = phones_of(name)
+        for first, last in islice(bounds, count):
+            yield [part for phone in phones if (part := phone.within(first, last)) is not None]
+
+
+def recording_of(utterance: str) -> str:
+    """The path of the recording of an utterance, given the utterance's id."""
+    return _PART.sub("", utterance)
+
+
+def _id(path: str, part: int) -> str:
+    return path if part < 0 else f"{path}#{part:04d}"

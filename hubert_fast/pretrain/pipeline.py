@@ -17,13 +17,14 @@ from hubert_fast.pretrain.config_file import read_config, write_config
 from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.evaluate import evaluate
 from hubert_fast.pretrain.features import FeatureSource, HubertFeatures, MfccFeatures
-from hubert_fast.pretrain.manifest import find_audio, scan
+from hubert_fast.pretrain.forget import forgotten
+from hubert_fast.pretrain.make_units import make_units
 from hubert_fast.pretrain.report import write_report
-from hubert_fast.pretrain.resume_checks import require_resumable
+from hubert_fast.pretrain.resume_checks import is_trained, require_resumable
 from hubert_fast.pretrain.run_record import record, recorded
+from hubert_fast.pretrain.scan import find_audio, scan
 from hubert_fast.pretrain.tensor_files import naming
 from hubert_fast.pretrain.trainer import train, weights_path
-from hubert_fast.pretrain.units import make_units
 
 EMBEDDED_CORPUS = Path(__file__).parent / "embedded_corpus"
 """The folder of the speech that comes with the package: 16 kHz mono Ogg Vorbis files, ``alignments.jsonl`` and
@@ -67,20 +68,33 @@ class Run:
         """The manifest of the audio."""
         config = self.config
         self.process.on_main(
-            lambda: scan(self.audio, self.manifest, config.data, seed=config.seed, progress=self.progress)
+            lambda: scan(
+                self.audio,
+                self.manifest,
+                config.data,
+                seed=config.seed,
+                forgotten=forgotten(self.directory),
+                progress=self.progress,
+            )
         )
 
     def units(self, number: int) -> None:
         """The units that iteration ``number`` predicts."""
         settings, config = self.settings(number), self.config
         units = self.iteration_directory(number) / "units"
-        options = {"seed": config.seed, "workers": config.data.workers, "progress": self.progress}
+        options = {
+            "seed": config.seed,
+            "max_bad_utterances": config.data.max_bad_utterances,
+            "trained": is_trained(units.parent),
+            "workers": config.data.workers,
+            "progress": self.progress,
+        }
 
         def work() -> None:
             self._require(self.manifest / "summary.json", "scan")
             source = self._features(number)
             with naming(units):
-                make_units(self.manifest, source, settings.units, units, **options)
+                make_units(self.manifest, source, settings.units, units, forgotten=forgotten(self.directory), **options)
 
         self.process.on_main(work)
 
@@ -99,6 +113,7 @@ class Run:
             units_dir=directory / "units",
             out=directory / "train",
             process=self.process,
+            forgotten=self.process.on_main(lambda: forgotten(self.directory)),
             resume=self.process.on_main(resumes),
             progress=self.progress,
         )
@@ -111,7 +126,7 @@ class Run:
 
         def work() -> None:
             self._require(weights_path(directory / "train"), "train")
-            options = {"device": self.process.device, "progress": self.progress}
+            options = {"device": self.process.device, "progress": self.progress, "forgotten": forgotten(self.directory)}
             evaluate(directory, self.manifest, self.config, settings, **options)
 
         self.process.on_main(work)

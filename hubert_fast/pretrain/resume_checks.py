@@ -9,7 +9,8 @@ from hubert_fast.pretrain.config import PretrainConfig
 from hubert_fast.pretrain.config_file import differences
 
 # An evaluation with other settings is made anew; the others decide no number of the result, or its rounding alone.
-_ALWAYS_FREE = ("device", "graphs", "logging.", "data.workers", "data.micro_batch_seconds", "evaluation.")
+_ALWAYS_FREE = ("device", "graphs", "logging.", "evaluation.")
+_ALWAYS_FREE += tuple(f"data.{name}" for name in ("workers", "micro_batch_seconds", "max_bad_utterances"))
 _OF_THE_SCAN = ("seed", "data.min_seconds", "data.valid_fraction")
 _ITERATIONS = ("first", "second", "third")
 
@@ -39,7 +40,7 @@ def _is_free(name: str, before: object, now: object, stored: PretrainConfig, run
         return not (run / "manifest" / "summary.json").exists()
     part, _, rest = name.partition(".")
     if part not in _ITERATIONS:  # data.* and autocast: every iteration reads them
-        return not _is_trained(run / "iteration1")
+        return not is_trained(run / "iteration1")
     earlier = _ITERATIONS[: _ITERATIONS.index(part)]
     number = 1 + sum(getattr(stored, each).optimizer.steps > 0 for each in earlier)
     directory = run / f"iteration{number}"
@@ -47,10 +48,10 @@ def _is_free(name: str, before: object, now: object, stored: PretrainConfig, run
     moves = rest == "optimizer.steps" and 0 in (before, now)
     if rest.startswith("units.") or moves:
         return not (directory / "units" / "summary.json").exists()
-    return not _is_trained(directory)
+    return not is_trained(directory)
 
 
-def _is_trained(iteration: Path) -> bool:
-    """Whether there is something that training would go on from."""
+def is_trained(iteration: Path) -> bool:
+    """Whether an iteration's directory holds something that training would go on from."""
     train = iteration / "train"
     return (train / "model.safetensors").exists() or bool(list_checkpoints(train / "checkpoints"))

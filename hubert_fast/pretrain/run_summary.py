@@ -112,7 +112,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def parsed_lines(path: Path, parse: Callable[[str], Any], expected: str) -> Iterator[Any]:
     """Parse each line of a file that is not blank with ``parse``; ValueError names a line that is not as ``expected``."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error})") from error
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: a text may hold its other separators
         try:
             if line.strip():
                 yield parse(line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from hubert_fast.pretrain.checkpoint import (
 )
 from hubert_fast.pretrain.config import IterationConfig, PretrainConfig
 from hubert_fast.pretrain.distributed import Process
-from hubert_fast.pretrain.features import file_sha256
-from hubert_fast.pretrain.manifest import load_manifest
+from hubert_fast.pretrain.forget import forgotten_ids
+from hubert_fast.pretrain.left_out import LeftOut
+from hubert_fast.pretrain.manifest import SPLITS, load_manifest
 from hubert_fast.pretrain.metrics_log import metrics_path
 from hubert_fast.pretrain.micro_batches import divide, follow_from_memory
 from hubert_fast.pretrain.run_summary import training_metrics
@@ -43,33 +44,37 @@ def train(
     units_dir: Path,
     out: Path,
     process: Process,
+    forgotten: Collection[str] = (),
     resume: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train a new model on the units of ``units_dir`` and write ``out``/model.safetensors, metrics and checkpoints.
 
     Under ``torchrun`` every rank calls it; ``process`` is that of `distributed.joined`. With ``resume``, goes on from the
-    newest good checkpoint, or from the start where there is none, and does nothing where the weights are there. Returns
-    what the training came to (`Metrics.outcome`).
+    newest good checkpoint, or from the start where there is none, and does nothing where the weights are there. ``forgotten``:
+    paths of recordings that are not read any more. Returns what the training came to (`Metrics.outcome`).
 
     Raises:
         FileExistsError: without ``resume``, if ``out`` holds an earlier run.
         CheckpointMismatchError: with ``resume``, if ``out`` holds a run of another model, other settings or
             other units.
         FileNotFoundError: the weights are there but not their metrics.
-        CorruptCheckpointError, NonFiniteTrainingError, DiskFullError, TrainingInterrupted: see `Trainer.fit`.
+        DamagedFileError: the units are not what was written.
+        CorruptCheckpointError, NonFiniteTrainingError, DiskFullError, TooManyBadUtterancesError, TrainingInterrupted: see
+            `Trainer.fit`.
     """
     out = Path(out)
-    units_path = Path(units_dir) / "train.safetensors"
-    num_classes = Units(units_path).num_classes
-    description = _description(config, iteration, num_classes, process.on_main(lambda: file_sha256(units_path)))
+    units = {split: Units(Path(units_dir) / f"{split}.safetensors") for split in SPLITS}
+    num_classes = units["train"].num_classes
+    description = _description(config, iteration, num_classes, units["train"].sha256)
     process.on_main(lambda: _require_free_or_resumed(out, description, resume))
     if not process.from_main(weights_path(out).exists()):
+        process.on_main(lambda: _verify(units.values()))
         torch.manual_seed(config.seed)
         model = iteration.model.build(num_classes)
         trainer = Trainer(
             PretrainingObjective(model, **dataclasses.asdict(iteration.objective)).to(process.device),
-            *_batches(manifest_dir, units_dir, config, iteration, model, process),
+            *_batches(manifest_dir, units, config, iteration, model, process, forgotten),
             config,
             iteration,
             process=process,
@@ -107,25 +112,31 @@ def _description(
     return {"model_config": iteration.model.to_json(), "num_classes": num_classes, "settings": json.dumps(settings)}
 
 
+def _verify(files: Iterable[Units]) -> None:
+    for units in files:
+        units.verify()
+
+
 def _batches(
     manifest_dir: Path,
-    units_dir: Path,
+    units: Mapping[str, Units],
     config: PretrainConfig,
     iteration: IterationConfig,
     model: nn.Module,
     process: Process,
+    forgotten: Collection[str],
 ) -> tuple[GlobalBatches, ValidationBatches | None]:
     """The training batches and, where utterances are held out, the validation batches."""
-    cuts = {split: list(load_manifest(manifest_dir, split)) for split in ("train", "valid")}
 
     def stream(kind: type[GlobalBatches | ValidationBatches], split: str) -> Any:
-        units = Units(Path(units_dir) / f"{split}.safetensors")
-        own = config.data_of(iteration)
-        return kind(cuts[split], units, own, model.mask_generator, seed=config.seed, process=process)
+        own, of_split = config.data_of(iteration), units[split]
+        left_out = LeftOut(len(of_split), own.max_bad_utterances, forgotten_ids(of_split.ids, forgotten))
+        options = {"seed": config.seed, "process": process}
+        return kind(load_manifest(manifest_dir, split), of_split, own, model.mask_generator, left_out, **options)
 
     batches = stream(GlobalBatches, "train")
     divide(batches, config, iteration, model, process)
-    return batches, stream(ValidationBatches, "valid") if cuts["valid"] else None
+    return batches, stream(ValidationBatches, "valid") if len(units["valid"]) else None
 
 
 def _require_free_or_resumed(out: Path, description: Mapping[str, Any], resume: bool) -> None:

@@ -26,6 +26,7 @@ from hubert_fast.pretrain.config import IterationConfig, ModelConfig, PretrainCo
 from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.finite import FiniteGuard
 from hubert_fast.pretrain.interrupts import StopRequest, TrainingInterrupted
+from hubert_fast.pretrain.left_out import LeftOut, write_left_out
 from hubert_fast.pretrain.metrics_log import Clock, Meter, metrics_log
 from hubert_fast.pretrain.micro_batches import halve_until_they_fit, run_largest
 from hubert_fast.pretrain.random_state import (
@@ -113,6 +114,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.batches.load_state_dict(state["batches"])
+        for part, batches in self._parts():
+            batches.left_out.load_state_dict(state["left_out"][part])
         self.position = state["batches"]
         self.step = self._saved_step = state["step"]
         self.clock = Clock(seconds=state["seconds"], audio_seconds=state["audio_seconds"])
@@ -135,9 +138,11 @@ class Trainer:
         Raises:
             NonFiniteTrainingError: for a loss or gradient that is not finite.
             DiskFullError: when a checkpoint does not fit; the one before it survives.
+            TooManyBadUtterancesError: more audio cannot be read than the settings let it go past; no checkpoint is saved.
             TrainingInterrupted: on SIGTERM or SIGINT, after saving a checkpoint.
             RuntimeError: where no micro-batch is small enough for the memory.
         """
+        self._list_left_out()
         with StopRequest() as stop, self._metrics_log() as log, self._progress_bar() as bar:
             if self.halve and self.step < self.steps:
                 halve_until_they_fit(self.batches, self._gradients, self.optimizer, self.process)
@@ -148,15 +153,19 @@ class Trainer:
             updates = iter(self.batches)
             while self.step < self.steps:
                 update = _next_unless_stopped(updates, stop)
-                masked_frames, audio_seconds, stopping = self.process.sum_on_host(
+                failed = _failed(update)
+                masked_frames, audio_seconds, failures, stopping = self.process.sum_on_host(
                     [
                         sum(int(batch.mask.sum()) for batch in update),
                         sum(batch.seconds for batch in update),
+                        len(failed),
                         stop.signum > 0,
                     ]
                 )
                 if stopping:
                     self._interrupt(stop.signum)
+                if failures:
+                    self._leave_out(self.batches.left_out, failed)
                 self._update(step, update, masked_frames)
                 self.clock.add_audio(audio_seconds)
                 self.position = self.batches.state_dict()
@@ -170,6 +179,22 @@ class Trainer:
                     self._save()
             if self.process.sum_on_host([stop.signum > 0])[0]:
                 self._interrupt(stop.signum)
+
+    def _leave_out(self, left_out: LeftOut, failed: Mapping[str, str]) -> None:
+        """Take note of what failed on any rank, on all of them: they must leave out the same from here on."""
+        of_ranks = self.process.from_main(self.process.gather(failed))
+        merged = {utterance: reason for each in of_ranks for utterance, reason in each.items()}
+        left_out.add(merged, step=self.step + 1, quiet=not self.process.is_main)
+        self._list_left_out()
+
+    def _list_left_out(self) -> None:
+        if self.process.is_main:
+            write_left_out(self.out, *(batches.left_out for _, batches in self._parts()))
+
+    def _parts(self) -> list[tuple[str, Any]]:
+        """The parts of the corpus and their batches."""
+        parts = [("train", self.batches), ("valid", self.valid_batches)]
+        return [(name, batches) for name, batches in parts if batches is not None]
 
     def _due(self, every: int) -> bool:
         return self.step == self.steps or (every > 0 and self.step % every == 0)
@@ -260,6 +285,8 @@ class Trainer:
         values = self.meter.read(self.process)
         values |= {"lr": self.learning_rate, "x_realtime": self.clock.audio_seconds_per_second()}
         values |= {"audio_seconds": self.clock.audio_seconds, "seconds": self.clock.seconds()}
+        if self.batches.left_out.bad:
+            values["left_out"] = len(self.batches.left_out.bad)
         if log is not None:
             log(self.step, values)
         self.clock.restart_window()
@@ -267,14 +294,17 @@ class Trainer:
     @torch.no_grad()
     def _validate(self, log: Log | None) -> None:
         """Loss and accuracy on the held-out utterances, with the same crops and masks every time."""
-        meter = Meter(self.process.device)
+        meter, failed = Meter(self.process.device), {}
         self.objective.eval()
         with preserved_random_state():
             seed_everything(self.seed, self.process.rank)
             for update in self.valid_batches:
+                failed |= _failed(update)
                 for batch in update:
                     meter.add_micro_batch(self._forward(self.objective, batch))
         self.objective.train()
+        if self.process.sum_on_host([len(failed)])[0]:
+            self._leave_out(self.valid_batches.left_out, failed)
         means = meter.read(self.process)
         if log is not None:
             log(
@@ -298,6 +328,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "batches": self.position,
+                "left_out": {part: batches.left_out.state_dict() for part, batches in self._parts()},
                 "ranks": ranks,
                 "audio_seconds": self.clock.audio_seconds,
                 "seconds": self.clock.seconds(),
@@ -330,6 +361,11 @@ def _data_parallel(objective: nn.Module, model: ModelConfig) -> DistributedDataP
         find_unused_parameters=model.encoder_layer_drop > 0 or model.mask_prob == 0,
         gradient_as_bucket_view=True,
     )
+
+
+def _failed(update: list[Batch]) -> dict[str, str]:
+    """What could not be read of an update: ids of utterances, and the reasons."""
+    return {utterance: reason for batch in update for utterance, reason in batch.failed.items()}
 
 
 def _next_unless_stopped(updates: Iterator[list[Batch]], stop: StopRequest) -> list[Batch]:

@@ -6,18 +6,19 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import numpy as np
 import torch
-from lhotse.cut import Cut
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hubert_fast.pretrain.audio import AudioError, load_audio, normalized, utterance_samples
+from hubert_fast.pretrain.audio import AudioError, load_audio, normalized
 from hubert_fast.pretrain.config import DataConfig
 from hubert_fast.pretrain.frames import FRAME_SHIFT, SAMPLE_RATE, num_frames, num_samples
+from hubert_fast.pretrain.left_out import LeftOut
+from hubert_fast.pretrain.manifest import Manifest
 from hubert_fast.pretrain.units import Units
 
 if TYPE_CHECKING:
@@ -30,25 +31,48 @@ TRAINING, VALIDATION = 2, 3
 
 @dataclass
 class Batch:
-    """A micro-batch: rows of a global batch, padded to the longest row of all of it."""
+    """A micro-batch: rows of a global batch, padded to the longest row of all of it.
+
+    Rows whose audio cannot be read are left out. Where none is left, one of no length stands in, whose loss is 0: other ranks
+    wait for the gradients of this one.
+    """
 
     waveforms: Tensor  # [batch, samples] float32, 0 beyond a row's length
     audio_lengths: Tensor  # [batch] int64, samples
     labels: Tensor  # [batch, frames] int64, 0 beyond a row's frames
     mask: Tensor  # [batch, frames] bool
     ids: list[str]
-    seconds: float
-    """audio, without padding"""
+    channel_mask: Optional[Tensor] = None  # [batch, dim] bool, where ``planned`` is made with one
+    failed: dict[str, str] = field(default_factory=dict)
+    """rows that are not there because their audio could not be read: their ids, and the reasons"""
     planned: Optional[MicroBatch] = None
     """the same for a `hubert_fast.GraphedStep`"""
+
+    @property
+    def seconds(self) -> float:
+        """Audio, without padding."""
+        return float(self.audio_lengths.sum()) / SAMPLE_RATE
+
+    def rows(self, chosen: list[int]) -> Batch:
+        """Some of the rows, in their order, without a plan."""
+        if chosen:
+            tensors = [each if each is None else each[chosen] for each in self._tensors()]
+        else:
+            tensors = [each if each is None else torch.zeros_like(each[:1]) for each in self._tensors()]
+        waveforms, lengths, labels, mask, channel_mask = tensors
+        ids = [self.ids[row] for row in chosen]
+        return Batch(waveforms, lengths, labels, mask, ids, channel_mask, self.failed)
 
     def pin_memory(self) -> Batch:
         """Page-locked copies, which a GPU fetches by itself. (The data loader calls it.)"""
         if self.planned is not None:  # all that is copied to the GPU then
             planned = self.planned.pin_memory()
             return dataclasses.replace(self, waveforms=planned.waveforms, planned=planned)
-        tensors = (tensor.pin_memory() for tensor in (self.waveforms, self.audio_lengths, self.labels, self.mask))
-        return Batch(*tensors, self.ids, self.seconds)
+        waveforms, lengths, labels, mask, _ = (each if each is None else each.pin_memory() for each in self._tensors())
+        return dataclasses.replace(self, waveforms=waveforms, audio_lengths=lengths, labels=labels, mask=mask)
+
+    def _tensors(self) -> list[Optional[Tensor]]:
+        return [self.waveforms, self.audio_lengths, self.labels, self.mask, self.channel_mask]
 
 
 class Place(NamedTuple):
@@ -60,18 +84,20 @@ class Place(NamedTuple):
 
 
 class Utterances(Dataset):
-    """Maps ``(place, indices of the utterances)`` to ``(place, this rank's micro-batches)``, or to an `AudioError` in
-    their stead: raised in a worker it would reach the user wrapped in the worker's traceback.
+    """Maps ``(place, indices of the utterances)`` to ``(place, this rank's micro-batches)``.
+
+    The utterances are those of ``units``, by their places there; ``manifest`` says where their audio is.
 
     Args:
         purpose: `TRAINING` crops what is longer than ``max_seconds`` on a frame boundary, anew for every place;
             `VALIDATION` never crops.
         parts: the rows of a global batch that each micro-batch of this rank takes.
+        left_out: utterances whose audio is not read any more.
     """
 
     def __init__(
         self,
-        cuts: Sequence[Cut],
+        manifest: Manifest,
         units: Units,
         config: DataConfig,
         masks: MaskGenerator,
@@ -79,17 +105,17 @@ class Utterances(Dataset):
         seed: int,
         purpose: int,
         parts: Sequence[slice],
+        left_out: LeftOut,
     ) -> None:
-        self._cuts = list(cuts)
-        self._units = units
+        self._manifest, self._units, self._left_out = manifest, units, left_out
+        self._place_in_manifest = units.places_in(manifest)
         # A copy on the CPU: the model's own may be on a GPU, which a forked worker must not touch.
         self._masks = copy.deepcopy(masks).cpu()
         self._seed, self._purpose, self._parts = seed, purpose, parts
         self.planner: Optional[MicroBatchPlanner] = None
         self._normalize = config.normalize_audio
-        whole = np.array([utterance_samples(cut) for cut in self._cuts])
-        _check_units(self._cuts, whole, units)
-        whole_frames = _frames(whole)
+        whole = np.array(units.samples)
+        whole_frames = num_frames(whole)
         limit = round(config.max_seconds * SAMPLE_RATE) if purpose == TRAINING else int(whole.max())
         most_frames = num_frames(limit)
         self.samples: np.ndarray = np.where(whole > limit, num_samples(most_frames), whole)
@@ -103,47 +129,83 @@ class Utterances(Dataset):
         other._parts = parts
         return other
 
-    def __getitem__(self, wanted: tuple[Place, np.ndarray]) -> tuple[Place, list[Batch] | AudioError]:
-        place, rows = wanted
-        try:
-            return place, self._global_batch(place, rows)
-        except AudioError as error:
-            return place, error
+    def unusable(self) -> dict[str, str]:
+        """The utterances that have no units or no audio in the manifest: ids and reasons."""
+        ids, known = self._units.ids, self._units.known
+        reasons = {ids[row]: "its audio could not be read when the units were made" for row in np.flatnonzero(~known)}
+        gone = np.flatnonzero(known & (self._place_in_manifest < 0))
+        return reasons | {
+            ids[row]: "the manifest has no such utterance any more, or one of another length" for row in gone
+        }
 
-    def _global_batch(self, place: Place, rows: np.ndarray) -> list[Batch]:
+    def __getitem__(self, wanted: tuple[Place, np.ndarray]) -> tuple[Place, list[Batch]]:
+        place, rows = wanted
         rng = np.random.default_rng([self._seed, self._purpose, place.epoch, place.batch])
         starts = rng.integers(0, self._spare_frames[rows], endpoint=True)
         mask = _draw(self._masks, self._frames[rows], seed=int(rng.integers(2**63)))
         longest = int(self.samples[rows].max())
-        batches = [self._micro_batch(rows[part], starts[part], mask[part], longest) for part in self._parts]
+        channels = None
         if self.planner is not None:
             channels = _draw_channels(self._masks, len(rows), seed=int(rng.integers(2**63)))
-            for batch, part in zip(batches, self._parts, strict=True):
-                of_part = None if channels is None else channels[part]
-                batch.planned = self.planner(
-                    batch.waveforms, batch.labels, batch.audio_lengths, mask=batch.mask, channel_mask=of_part
-                )
-        return batches
+        return place, [
+            self._micro_batch(
+                rows[part], starts[part], mask[part], None if channels is None else channels[part], longest
+            )
+            for part in self._parts
+        ]
 
-    def _micro_batch(self, rows: np.ndarray, starts: np.ndarray, mask: Tensor, longest: int) -> Batch:
-        lengths = self.samples[rows]
+    def noise(self, rows: int, samples: int) -> Batch:
+        """A micro-batch of ``rows`` rows of ``samples`` samples, of no audio: to learn how much memory it takes."""
+        frames = np.full(rows, num_frames(samples))
+        mask = _draw(self._masks, frames, seed=0)
+        lengths = torch.full((rows,), samples)
+        waveforms = torch.randn(rows, samples, generator=torch.Generator().manual_seed(0))
+        return Batch(waveforms, lengths, torch.zeros(mask.shape, dtype=torch.int64), mask, ids=[])
+
+    def without(self, batch: Batch) -> Batch:
+        """``batch`` without the rows that were left out since it was read: workers are ahead."""
+        chosen = [row for row, each in enumerate(batch.ids) if each not in self._left_out]
+        if len(chosen) == len(batch.ids):
+            return batch
+        rest = self._planned(batch.rows(chosen))
+        return rest.pin_memory() if batch.waveforms.is_pinned() else rest
+
+    def _micro_batch(
+        self, rows: np.ndarray, starts: np.ndarray, mask: Tensor, channel_mask: Optional[Tensor], longest: int
+    ) -> Batch:
         waveforms = torch.zeros(len(rows), longest)
         labels = torch.zeros(mask.shape, dtype=torch.int64)
+        ids = [self._units.ids[row] for row in rows]
+        chosen, failed = [], {}
         for position, (row, start) in enumerate(zip(rows, starts, strict=True)):
-            waveform, units = self._crop(row, start)
+            if ids[position] in self._left_out:
+                continue
+            try:
+                waveform, units = self._crop(row, start)
+            except AudioError as error:
+                failed[ids[position]] = error.reason
+                continue
             waveforms[position, : len(waveform)] = torch.from_numpy(waveform)
-            labels[position, : len(units)] = torch.from_numpy(units)
-        ids = [self._cuts[row].id for row in rows]
-        return Batch(waveforms, torch.from_numpy(lengths), labels, mask, ids, float(lengths.sum()) / SAMPLE_RATE)
+            labels[position, : len(units)] = torch.from_numpy(units.astype(np.int64))
+            chosen.append(position)
+        batch = Batch(waveforms, torch.from_numpy(self.samples[rows]), labels, mask, ids, channel_mask, failed)
+        return self._planned(batch if len(chosen) == len(rows) else batch.rows(chosen))
+
+    def _planned(self, batch: Batch) -> Batch:
+        if self.planner is None:
+            return batch
+        planned = self.planner(
+            batch.waveforms, batch.labels, batch.audio_lengths, mask=batch.mask, channel_mask=batch.channel_mask
+        )
+        return dataclasses.replace(batch, planned=planned)
 
     def _crop(self, row: int, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Audio and units from frame ``start`` on: frame t begins at sample 320 t, so they stay aligned."""
-        cut = self._cuts[row]
-        waveform = load_audio(cut)
+        waveform = load_audio(self._manifest[self._place_in_manifest[row]])
         if self._normalize:
             waveform = normalized(waveform)
         first = start * FRAME_SHIFT
-        return waveform[first : first + self.samples[row]], self._units[cut.id][start : start + self._frames[row]]
+        return waveform[first : first + self.samples[row]], self._units[row][start : start + self._frames[row]]
 
 
 def _draw(masks: MaskGenerator, frames: np.ndarray, *, seed: int) -> Tensor:
@@ -163,23 +225,3 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
-
-
-def _frames(samples: np.ndarray) -> np.ndarray:
-    return np.array([num_frames(int(count)) for count in samples])
-
-
-def _check_units(cuts: list[Cut], samples: np.ndarray, units: Units) -> None:
-    known = set(units.ids)
-    missing = [cut.id for cut in cuts if cut.id not in known]
-    if missing:
-        raise ValueError(
-            f"units: {len(missing)} of {len(cuts)} utterances have none, the first is {missing[0]!r}; "
-            "they were made from another manifest"
-        )
-    for cut, frames in zip(cuts, _frames(samples), strict=True):
-        if units.frames(cut.id) != frames:
-            raise ValueError(
-                f"units: utterance {cut.id!r} has {units.frames(cut.id)} units, its audio has {frames} frames; "
-                "they were made from another version of the audio"
-            )

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from safetensors.numpy import save_file
 
 from hubert_fast.pretrain.config import DataConfig
 from hubert_fast.pretrain.frames import FRAME_SHIFT, num_frames
-from hubert_fast.pretrain.manifest import scan
+from hubert_fast.pretrain.manifest import load_manifest
+from hubert_fast.pretrain.scan import scan
+from hubert_fast.pretrain.units import new_units
 
 
 def write_audio(
@@ -35,12 +36,9 @@ def numbered_folder(folder: Path, lengths: list[int]) -> None:
         numbers = (1 + np.arange(samples) // FRAME_SHIFT).astype(np.int16)
         soundfile.write(folder / "audio" / f"{index:03d}.wav", numbers, 16_000, subtype="PCM_16")
     scan_folder(folder, valid_fraction=0.0)
-    units = [np.arange(num_frames(samples), dtype=np.int32) for samples in lengths]
-    write_units(folder / "units.safetensors", {f"{index:03d}.wav": each for index, each in enumerate(units)})
-
-
-def write_units(path: Path, units: dict[str, np.ndarray], num_classes: int = 1000) -> None:
-    save_file(units, path, metadata={"num_classes": str(num_classes)})
+    with new_units(folder / "units.safetensors", load_manifest(folder / "manifest", "train"), 1000) as units:
+        for index, samples in enumerate(lengths):
+            units.put(index, np.arange(num_frames(samples)))
 
 
 def scan_folder(folder: Path, *, seed: int = 0, longest_seconds: float = 60.0, **changes) -> dict:

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 
@@ -7,13 +9,12 @@ from hubert_fast.pretrain.audio import (
     normalized,
     resample,
     resampled_length,
-    utterance_samples,
 )
 from hubert_fast.pretrain.manifest import load_manifest
 from tests.pretrain.speech_folder import scan_folder, write_audio
 
 
-def only_cut(folder):
+def only_utterance(folder):
     return next(iter(load_manifest(folder / "manifest", "train")))
 
 
@@ -31,10 +32,10 @@ def only_cut(folder):
 def test_any_format_rate_and_channel_count_becomes_16_khz_mono_of_the_scanned_length(tmp_path, suffix, rate, channels):
     audio = write_audio(tmp_path / "audio" / f"a.{suffix}", 1.237, rate=rate, channels=channels)
     scan_folder(tmp_path)
-    cut = only_cut(tmp_path)
-    waveform = load_audio(cut)
+    utterance = only_utterance(tmp_path)
+    waveform = load_audio(utterance)
     assert waveform.dtype == np.float32 and waveform.ndim == 1
-    assert len(waveform) == utterance_samples(cut) == cut.custom["samples_16k"]
+    assert len(waveform) == utterance.samples
     assert len(waveform) == pytest.approx(1.237 * 16_000, abs=1200 if suffix == "mp3" else 2)
     if suffix in ("wav", "flac") and rate == 16_000:
         np.testing.assert_allclose(waveform, audio.mean(axis=1), atol=1e-4)
@@ -59,15 +60,27 @@ def test_a_file_that_changed_or_vanished_since_the_scan_is_named(tmp_path):
     path = tmp_path / "audio" / "a.wav"
     write_audio(path, 0.5)
     scan_folder(tmp_path)
-    write_audio(path, 0.4)
-    with pytest.raises(AudioError, match="8000 samples .* gives 6400 .* scan again"):
-        load_audio(only_cut(tmp_path))
-    path.write_bytes(b"no audio")
+    original, state = path.read_bytes(), path.stat()
+    for other in (original[:-100], original[:-1] + b"x", original + b"x"):
+        path.write_bytes(other)
+        with pytest.raises(AudioError, match="a.wav: the file changed since the scan"):
+            load_audio(only_utterance(tmp_path))
+    path.write_bytes(b"no audio".ljust(len(original)))  # decay that leaves no trace but in the bytes
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
     with pytest.raises(AudioError, match="unreadable"):
-        load_audio(only_cut(tmp_path))
+        load_audio(only_utterance(tmp_path))
     path.unlink()
     with pytest.raises(AudioError, match="no such file"):
-        load_audio(only_cut(tmp_path))
+        load_audio(only_utterance(tmp_path))
+
+
+def test_a_file_that_was_copied_or_touched_is_the_same_file(tmp_path):
+    path = tmp_path / "audio" / "a.wav"
+    write_audio(path, 0.5)
+    scan_folder(tmp_path)
+    before = load_audio(only_utterance(tmp_path))
+    os.utime(path, ns=(0, 0))
+    np.testing.assert_array_equal(load_audio(only_utterance(tmp_path)), before)
 
 
 def test_normalized_has_zero_mean_and_unit_variance_and_leaves_silence():

@@ -1,6 +1,8 @@
 import dataclasses
 import itertools
+import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -8,19 +10,19 @@ import soundfile
 import torch
 
 from hubert_fast.models.masking import MaskGenerator
-from hubert_fast.pretrain.audio import AudioError
 from hubert_fast.pretrain.batches import Batch, GlobalBatches, ValidationBatches
 from hubert_fast.pretrain.config import DataConfig
 from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.frames import num_frames
+from hubert_fast.pretrain.left_out import LeftOut, TooManyBadUtterancesError
 from hubert_fast.pretrain.manifest import load_manifest
 from hubert_fast.pretrain.units import Units
-from tests.pretrain.speech_folder import numbered_folder, write_units
+from tests.pretrain.speech_folder import numbered_folder, scan_folder
 
 LENGTHS = [4000, 4321, 5000, 6400, 7000, 8000, 8123, 9000, 9600, 10_000, 12_000, 16_000, 20_000]
 NAMES = [f"{index:03d}.wav" for index in range(len(LENGTHS))]
 MASKS = MaskGenerator(8, 0.5, "static", 0.0, 2, False, 1, 0.0, "static", 0.0, 2, False, 1)
-CONFIG = DataConfig(batch_seconds=2.0, max_seconds=0.5, min_seconds=0.1, workers=0)
+CONFIG = DataConfig(batch_seconds=2.0, max_seconds=0.5, min_seconds=0.1, max_bad_utterances=0.5, workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,9 @@ def parts(folder):
 def stream(folder, *, kind=GlobalBatches, seed=0, rank=0, world_size=1, accumulate=None, **changes):
     config, process = dataclasses.replace(CONFIG, **changes), Process(rank=rank, world_size=world_size)
     split = {} if accumulate is None else {"accumulate": accumulate}
-    return kind(*parts(folder), config, MASKS, seed=seed, process=process, **split)
+    manifest, units = parts(folder)
+    left_out = LeftOut(len(units), config.max_bad_utterances)
+    return kind(manifest, units, config, MASKS, left_out, seed=seed, process=process, **split)
 
 
 def take(batches, count):
@@ -191,27 +195,72 @@ def test_normalised_audio_is_scaled_over_the_whole_utterance_before_the_crop(fol
                 np.testing.assert_allclose(batch.waveforms[row, :length], expected[start : start + length], atol=1e-4)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [GlobalBatches, ValidationBatches])
+def test_what_cannot_be_read_is_left_out_and_changes_nothing_of_the_others(folder, kind, workers, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy2)
+    scan_folder(copy, valid_fraction=0.0, seed=1)
+    (copy / "audio" / "003.wav").unlink()
+    audio, _ = soundfile.read(copy / "audio" / "011.wav")
+    soundfile.write(copy / "audio" / "011.wav", np.append(audio, 0.1), 16_000)
+    expected, found = (take(stream(each, kind=kind, workers=workers), 12) for each in (folder, copy))
+    bad = {"003.wav": "no such file", "011.wav": "changed since the scan"}
+    for (whole,), (batch,) in zip(expected, found, strict=True):
+        assert {name: row for name, row in rows([whole]).items() if name not in bad} == rows([batch])
+        assert set(batch.failed) == set(whole.ids) & set(bad)
+        assert all(bad[name] in reason for name, reason in batch.failed.items())
+        assert batch.seconds == pytest.approx(int(batch.audio_lengths.sum()) / 16_000)
+
+
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
-def test_audio_that_is_not_finite_names_utterance_and_file(tmp_path, workers, bad):
-    numbered_folder(tmp_path, [8000, 8000, 8000])
+def test_audio_that_is_not_finite_names_utterance_and_file(tmp_path, bad):
     audio = np.full(8000, 0.1)
-    audio[4567] = bad
-    soundfile.write(tmp_path / "audio" / "001.wav", audio, 16_000, subtype="FLOAT")
-    message = r"audio/001.wav: utterance '001.wav' holds a NaN or an infinity at sample 4567"
-    with pytest.raises(AudioError, match=message) as error:
-        take(stream(tmp_path, workers=workers), 3)
-    assert "Traceback" not in str(error.value)
+    numbered_folder(tmp_path, [8000, 8000, 8000])
+    path = tmp_path / "audio" / "001.wav"
+    soundfile.write(path, audio, 16_000, subtype="FLOAT")
+    scan_folder(tmp_path, valid_fraction=0.0, seed=1)
+    audio[4567], state = bad, path.stat()
+    soundfile.write(path, audio, 16_000, subtype="FLOAT")
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    failed = {name: reason for (batch,) in take(stream(tmp_path), 3) for name, reason in batch.failed.items()}
+    assert failed == {"001.wav": "utterance '001.wav' holds a NaN or an infinity at sample 4567"}
 
 
-def test_units_of_another_manifest_or_length_are_refused(tmp_path):
-    numbered_folder(tmp_path, [8000, 8320])
-    write_units(tmp_path / "units.safetensors", {"000.wav": np.zeros(24, dtype=np.int32)})
-    with pytest.raises(ValueError, match="units: 1 of 2 utterances have none, the first is '001.wav'"):
-        stream(tmp_path)
-    write_units(tmp_path / "units.safetensors", {"000.wav": np.zeros(24, np.int32), "001.wav": np.zeros(24, np.int32)})
-    with pytest.raises(ValueError, match="utterance '001.wav' has 24 units, its audio has 25 frames"):
-        stream(tmp_path)
+def test_a_micro_batch_of_which_nothing_is_left_has_a_row_of_no_length(folder):
+    batches = stream(folder, world_size=2, batch_seconds=1.0)
+    batches.left_out.add(dict.fromkeys(NAMES[2:6], "bad"), quiet=True)
+    blank = [batch for (batch,) in take(batches, 20) if not batch.ids]
+    assert blank
+    for batch in blank:
+        assert batch.audio_lengths.tolist() == [0] and batch.seconds == 0
+        assert not batch.waveforms.any() and not batch.mask.any() and not batch.labels.any()
+        assert batch.labels.shape == batch.mask.shape == (1, num_frames(batch.waveforms.shape[1]))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_left_out_on_the_way_is_missing_from_the_next_batch_on(folder, workers):
+    expected = contents(take(stream(folder), 12))
+    batches = stream(folder, workers=workers)
+    for step, update in enumerate(itertools.islice(batches, 12)):
+        assert rows(update) == {
+            name: row for name, row in expected[step].items() if step <= 5 or name not in ("002.wav", "004.wav")
+        }
+        if step == 5:
+            batches.left_out.add({"002.wav": "bad", "004.wav": "bad"}, quiet=True)
+
+
+def test_utterances_without_units_or_audio_are_left_out_from_the_start_and_bounded(tmp_path, capsys):
+    numbered_folder(tmp_path, [8000] * 5)
+    (tmp_path / "audio" / "001.wav").unlink()
+    scan_folder(tmp_path, valid_fraction=0.0, seed=1)
+    batches = stream(tmp_path, max_bad_utterances=0.01)
+    assert batches.left_out.bad["001.wav"].reason.startswith("the manifest has no such utterance")
+    assert "going on without utterance '001.wav': the manifest has no such utterance" in capsys.readouterr().err
+    assert {name for (batch,) in take(batches, 3) for name in batch.ids} == {f"00{n}.wav" for n in (0, 2, 3, 4)}
+    (tmp_path / "audio" / "002.wav").unlink()
+    scan_folder(tmp_path, valid_fraction=0.0, seed=2)
+    with pytest.raises(TooManyBadUtterancesError, match="2 of 5 utterances cannot be used, more than .*=0.01 of them"):
+        stream(tmp_path, max_bad_utterances=0.01)
 
 
 @pytest.mark.parametrize(

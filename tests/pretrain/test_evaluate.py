@@ -6,12 +6,13 @@ import soundfile
 import torch
 
 from hubert_fast.pretrain import evaluate as evaluation
-from hubert_fast.pretrain.config import EvaluationConfig, IterationConfig, PretrainConfig, UnitsConfig
+from hubert_fast.pretrain.config import DataConfig, EvaluationConfig, IterationConfig, PretrainConfig, UnitsConfig
 from hubert_fast.pretrain.features import MfccFeatures
 from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
+from hubert_fast.pretrain.left_out import LeftOut, TooManyBadUtterancesError
+from hubert_fast.pretrain.make_units import make_units
 from hubert_fast.pretrain.manifest import load_manifest
 from hubert_fast.pretrain.mfcc import mfcc39
-from hubert_fast.pretrain.units import make_units
 from tests.pretrain.fabricated_run import save_tiny_weights, write_json_lines
 from tests.pretrain.speech_folder import scan_folder
 
@@ -42,6 +43,13 @@ def write_corpus(folder):
 
 class FakeUnits(dict):
     num_classes = 2
+
+    @property
+    def known(self):
+        return np.ones(len(self), dtype=bool)
+
+    def places_in(self, manifest):
+        return np.arange(len(manifest))
 
 
 class FakeLayers:
@@ -76,17 +84,23 @@ def iteration(tmp_path, manifest, monkeypatch):
     ]
     write_json_lines(directory / "train" / "metrics.jsonl", lines)
     (directory / "train" / "model.safetensors").write_bytes(b"weights")
-    cuts = load_manifest(manifest, "valid")
-    units = FakeUnits({cut.id: np.arange(num_frames(cut.num_samples), dtype=np.int32) % 2 for cut in cuts})
+    samples = load_manifest(manifest, "valid").samples
+    units = FakeUnits(
+        {index: np.arange(frames, dtype=np.int32) % 2 for index, frames in enumerate(num_frames(samples))}
+    )
     monkeypatch.setattr(evaluation, "ModelLayers", lambda weights, **options: FakeLayers())
     monkeypatch.setattr(evaluation, "Units", lambda path: units)
     return directory
 
 
-def run(iteration, *, autocast=False, normalize_audio=False, **settings):
-    config = PretrainConfig(autocast=autocast, evaluation=EvaluationConfig(**{"clusters": 8} | settings))
-    own = IterationConfig(normalize_audio=normalize_audio)
-    return evaluation.evaluate(iteration, iteration.parent / "manifest", config, own, progress=False)
+def run(iteration, *, autocast=False, normalize_audio=False, max_bad_utterances=0.01, forgotten=(), **settings):
+    config = PretrainConfig(
+        autocast=autocast,
+        data=DataConfig(max_bad_utterances=max_bad_utterances),
+        evaluation=EvaluationConfig(**{"clusters": 8} | settings),
+    )
+    own, options = IterationConfig(normalize_audio=normalize_audio), {"forgotten": forgotten, "progress": False}
+    return evaluation.evaluate(iteration, iteration.parent / "manifest", config, own, **options)
 
 
 def by_name(result):
@@ -108,9 +122,9 @@ def test_features_that_know_the_phone_score_high_and_noise_scores_chance(iterati
 
 def test_only_held_out_frames_are_scored_and_only_training_frames_fitted(iteration):
     result = run(iteration)
-    cuts = {split: list(load_manifest(iteration.parent / "manifest", split)) for split in ("train", "valid")}
-    frames = {split: sum(num_frames(cut.num_samples) for cut in part) for split, part in cuts.items()}
-    assert sorted(cut.id for cut in cuts["valid"]) == HELD_OUT
+    manifests = {split: load_manifest(iteration.parent / "manifest", split) for split in ("train", "valid")}
+    frames = {split: num_frames(manifest.samples).sum() for split, manifest in manifests.items()}
+    assert list(manifests["valid"].ids()) == HELD_OUT
     assert result["utterances"] == 2 and result["frames"] == frames["valid"] == sum(result["phone_frames"].values())
     assert result["fit_frames"] == frames["train"]
     assert set(result["phone_frames"]) == set(PITCH)
@@ -142,15 +156,16 @@ def test_the_same_seed_gives_the_same_result(iteration, monkeypatch):
 
 
 def test_frames_are_a_share_of_utterances_drawn_in_random_order(manifest):
-    cuts = list(load_manifest(manifest, "train"))
-    order = np.random.default_rng(0).permutation(len(cuts))
+    table = load_manifest(manifest, "train")
+    audio = evaluation._Audio(table, np.arange(len(table)), LeftOut(0, 0.0), progress=False)
+    order = np.random.default_rng(0).permutation(len(table))
     assert list(order) != sorted(order)
-    seconds = sum(cut.duration for cut in cuts)
-    chosen, share = evaluation._choose_utterances(cuts, 200, np.random.default_rng(0))
-    assert [cut.id for cut in chosen] == [cuts[index].id for index in order]
-    assert share == pytest.approx(200 / (50 * seconds), rel=1e-6)
-    few, share = evaluation._choose_utterances(cuts, 10, np.random.default_rng(0))
-    assert few == chosen[:1] and share == pytest.approx(10 / (50 * few[0].duration), rel=1e-6)
+    chosen, share = evaluation._choose_utterances(audio, 200, np.random.default_rng(0))
+    assert chosen.indices.tolist() == order.tolist()
+    assert share == pytest.approx(200 / (50 * table.samples.sum() / SAMPLE_RATE), rel=1e-6)
+    few, share = evaluation._choose_utterances(audio, 10, np.random.default_rng(0))
+    assert few.indices.tolist() == order[:1].tolist()
+    assert share == pytest.approx(10 / (50 * table.samples[order[0]] / SAMPLE_RATE), rel=1e-6)
 
 
 def test_frames_are_limited_by_memory_but_never_below_what_the_clusters_need(iteration, monkeypatch):
@@ -171,11 +186,28 @@ def test_without_alignments_it_says_so_and_still_reports_the_training(iteration,
     assert result["training"]["valid_masked_accuracy"] == 0.2
 
 
-def test_units_of_another_length_are_refused_by_name(iteration, monkeypatch):
-    stale = FakeUnits({name: np.zeros(3, np.int32) for name in HELD_OUT})
-    monkeypatch.setattr(evaluation, "Units", lambda path: stale)
-    with pytest.raises(ValueError, match=r"units of utterance '[de]\.wav' have 3 frames, its audio has \d+"):
+def test_what_cannot_be_read_was_forgotten_or_has_no_units_takes_no_part_and_is_listed(
+    iteration, tmp_path, monkeypatch
+):
+    whole = run(iteration)
+    (tmp_path / "audio" / "a.wav").unlink()
+    (tmp_path / "audio" / "d.wav").write_bytes(b"RIFF")
+    (iteration / "evaluation.json").unlink()
+    with pytest.raises(TooManyBadUtterancesError, match="2 of 5 utterances cannot be used"):
         run(iteration)
+    result = run(iteration, max_bad_utterances=0.4)
+    assert result["left_out"] == {
+        "a.wav": "there is no such file (it was there when the manifest was made)",
+        "d.wav": "the file changed since the scan",
+    }
+    assert (
+        result["utterances"] == 1 and result["frames"] < whole["frames"] and result["fit_frames"] < whole["fit_frames"]
+    )
+    forgotten = run(iteration, forgotten=["a.wav", "d.wav"])
+    assert forgotten["representations"] == result["representations"] and not forgotten["left_out"]
+    monkeypatch.setattr(FakeUnits, "known", np.array([False, True]))
+    (iteration / "evaluation.json").unlink()
+    assert run(iteration, forgotten=["a.wav"])["representations"] == result["representations"]
 
 
 def test_a_real_model_and_real_units_are_scored(tmp_path, manifest):

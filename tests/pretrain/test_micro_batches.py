@@ -135,7 +135,7 @@ class Divided(Batches):
 
     def _parts(self, batch):
         tensors = {name: each.chunk(self.accumulate) for name, each in vars(batch).items() if torch.is_tensor(each)}
-        rest = {"ids": batch.ids, "seconds": batch.seconds}
+        rest = {"ids": batch.ids, "failed": {}, "seconds": batch.seconds}
         return [SimpleNamespace(**dict(zip(tensors, part)), **rest) for part in zip(*tensors.values())]
 
     def __iter__(self):

@@ -3,15 +3,11 @@ import gc
 import weakref
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 
 from hubert_fast.pretrain import pipeline
-from hubert_fast.pretrain.checkpoint import CheckpointMismatchError
 from hubert_fast.pretrain.config_file import read_config, write_config
 from hubert_fast.pretrain.distributed import Process
-from hubert_fast.pretrain.manifest import load_manifest
 from hubert_fast.pretrain.pipeline import Run, RunExistsError, open_run
 from hubert_fast.pretrain.resume_checks import ConfigMismatchError
 from hubert_fast.pretrain.run_record import recorded
@@ -51,14 +47,7 @@ def test_the_whole_job_leaves_everything_and_is_not_repeated(folder, tmp_path):
     opened(run.directory, resume=True).everything(resume=True)
     assert before == states(run.directory, results) | states(run.directory, "manifest/*")
 
-    # Audio that changes afterwards changes the units, and a model is not passed off as trained on them.
-    one, other, *_ = (folder / cut.id for cut in load_manifest(run.manifest, "train"))
-    halves = soundfile.read(one)[0][:4800], soundfile.read(other)[0][:4800]
-    soundfile.write(one, np.concatenate(halves), 16_000)
     again = opened(run.directory, resume=True)
-    again.units(1)
-    with pytest.raises(CheckpointMismatchError, match="units_sha256"):
-        again.train(1, resume=True)
     (run.directory / "iteration1" / "train" / "model.safetensors").write_bytes(b"damaged")
     for stage in (lambda: again.train(1, resume=True), lambda: again.units(2)):
         with pytest.raises(OSError, match="iteration1/train/model.safetensors cannot be read"):

@@ -16,6 +16,7 @@ from hubert_fast.pretrain.config import IterationConfig, LoggingConfig, Optimize
 from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.finite import NonFiniteTrainingError
 from hubert_fast.pretrain.interrupts import TrainingInterrupted
+from hubert_fast.pretrain.left_out import LeftOut, TooManyBadUtterancesError, read_left_out
 from hubert_fast.pretrain.metrics_log import read_metrics
 from hubert_fast.pretrain.random_state import seed_everything
 from hubert_fast.pretrain.run_summary import training_metrics
@@ -45,6 +46,7 @@ class Batches:
 
     def __init__(self, *, change=lambda number, batch: None):
         self.change, self.epoch, self.batch = change, 0, 0
+        self.left_out = LeftOut(12, 0.15)
 
     def __iter__(self):
         while True:
@@ -61,6 +63,7 @@ class Batches:
             audio_lengths=torch.full((4,), FRAMES * 4),
             mask=torch.rand(4, FRAMES, generator=generator) < 0.6,
             ids=[f"utterance-{number}-{row}" for row in range(4)],
+            failed={},
             seconds=40.0,
         )
         self.change(number, batch)
@@ -75,6 +78,8 @@ class Batches:
 
 class HeldOut:
     """Two batches, the same every time."""
+
+    left_out = LeftOut(4, 0.0)
 
     def __iter__(self):
         return itertools.islice(Batches(), 2)
@@ -228,3 +233,31 @@ def test_restoring_for_another_number_of_processes_warns(tmp_path):
     state["ranks"] = state["ranks"] * 2
     with pytest.warns(RuntimeWarning, match="saved by 2 processes, this run has 1"):
         trainer_at(tmp_path).restore(state)
+
+
+def fail(number, batch):
+    """Three rows are gone, in the updates 2, 5 and 8."""
+    if number in (1, 4, 7):
+        batch.failed = {f"u{number}": "gone"}
+
+
+def test_what_fails_is_left_out_from_there_on_counted_and_listed_and_resuming_knows_it(tmp_path, capsys):
+    whole = trainer_at(tmp_path / "whole", batches=Batches(change=fail))
+    with pytest.raises(TooManyBadUtterancesError, match="3 of 12 .*'u1': gone; 'u4': gone; 'u7': gone. .*--resume"):
+        trainer_at(tmp_path / "strict", batches=Batches(change=fail)).fit()
+    assert capsys.readouterr().err.count("going on without utterance 'u1': gone") == 1
+    # What came with the last one is not saved: the audio may be there again tomorrow.
+    saved = load_checkpoint(list_checkpoints(tmp_path / "strict" / "checkpoints")[-1])
+    assert saved["step"] == 6 and saved["left_out"] == {"train": [["u1", "gone", 2], ["u4", "gone", 5]], "valid": []}
+    assert [line["step"] for line in read_left_out(tmp_path / "strict")] == [2, 5]
+
+    whole.batches.left_out = LeftOut(12, 0.5)
+    whole.fit()
+    assert [line.get("left_out") for line in read_metrics(tmp_path / "whole") if "loss" in line] == [None, 1, 3, 3]
+    resumed = trainer_at(tmp_path / "strict", batches=Batches(change=fail))
+    resumed.batches.left_out = LeftOut(12, 0.5)
+    resumed.restore(saved)
+    assert "u1" in resumed.batches.left_out
+    resumed.fit()
+    assert torch.equal(weights(resumed), weights(whole))
+    assert read_left_out(tmp_path / "strict") == read_left_out(tmp_path / "whole")

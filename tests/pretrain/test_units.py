@@ -7,17 +7,19 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from hubert_fast.pretrain import units as module
-from hubert_fast.pretrain.audio import AudioError, load_audio, utterance_samples
+from hubert_fast.pretrain import make_units as module
+from hubert_fast.pretrain.audio import load_audio
 from hubert_fast.pretrain.codebook import Codebook
 from hubert_fast.pretrain.config import UnitsConfig
 from hubert_fast.pretrain.features import HubertFeatures, MfccFeatures
 from hubert_fast.pretrain.frames import num_frames
+from hubert_fast.pretrain.left_out import TooManyBadUtterancesError, read_left_out
+from hubert_fast.pretrain.make_units import choose_utterances, make_units
 from hubert_fast.pretrain.manifest import load_manifest
 from hubert_fast.pretrain.mfcc import mfcc39
-from hubert_fast.pretrain.units import Units, choose_utterances, make_units
+from hubert_fast.pretrain.units import Units
 from tests.pretrain.fabricated_run import save_tiny_weights
-from tests.pretrain.speech_folder import scan_folder, write_audio, write_units
+from tests.pretrain.speech_folder import scan_folder, write_audio
 
 SMALL = UnitsConfig(clusters=6, init_attempts=1)
 
@@ -54,21 +56,21 @@ def test_every_utterance_gets_the_nearest_centroid_of_each_of_its_frames(folder)
     codebook, metadata = read_codebook(out)
     for split in ("train", "valid"):
         units = Units(out / f"{split}.safetensors")
-        cuts = list(load_manifest(folder / "manifest", split))
-        assert sorted(units.ids) == sorted(cut.id for cut in cuts) and cuts
+        manifest = load_manifest(folder / "manifest", split)
+        assert list(units.ids) == list(manifest.ids()) and len(manifest) and units.known.all()
         assert units.num_classes == 6
-        for cut in cuts:
-            assert units[cut.id].dtype == np.int32
-            assert len(units[cut.id]) == units.frames(cut.id) == num_frames(utterance_samples(cut))
-            np.testing.assert_array_equal(units[cut.id], codebook.assign(mfcc39(load_audio(cut))))
+        units.verify()
+        for index, utterance in enumerate(manifest):
+            assert len(units[index]) == num_frames(utterance.samples)
+            np.testing.assert_array_equal(units[index], codebook.assign(mfcc39(load_audio(utterance))))
     assert metadata["source"] == "mfcc" and metadata["layer"] == "0"
 
 
 def test_each_utterance_is_read_once_and_k_means_sees_no_more_than_it_asked_for(folder):
     source = CountingMfcc()
     out = make(folder, UnitsConfig(clusters=6, fit_frames=50, init_attempts=1), source)
-    cuts = [cut for split in ("train", "valid") for cut in load_manifest(folder / "manifest", split)]
-    assert source.seconds == pytest.approx(sum(cut.duration for cut in cuts))
+    samples = sum(load_manifest(folder / "manifest", split).samples.sum() for split in ("train", "valid"))
+    assert source.seconds == pytest.approx(samples / 16_000)
     assert 50 <= json.loads((out / "summary.json").read_text())["fit_frames"] < 50 + 45
 
 
@@ -87,7 +89,7 @@ def test_summary_describes_the_units(folder):
     out = make(folder)
     summary = json.loads((out / "summary.json").read_text())
     units = Units(out / "train.safetensors")
-    values = np.concatenate([units[cut_id] for cut_id in units.ids])
+    values = np.concatenate([units[index] for index in range(len(units))])
     assert summary["clusters"] == 6 and summary["source"] == "mfcc" and summary["dim"] == 39
     assert summary["frames"]["train"] == len(values) and summary["frames"]["valid"] > 0
     assert summary["units_used"] == len(set(values.tolist()))
@@ -113,13 +115,14 @@ def test_units_are_kept_where_settings_and_utterances_are_the_same_and_made_anew
 
 
 def test_the_utterances_k_means_sees_are_random_but_reproducible(folder):
-    cuts = list(load_manifest(folder / "manifest", "train"))
-    chosen = {seed: [cut.id for cut in choose_utterances(cuts, 40, seed)] for seed in range(6)}
-    assert chosen[0] == [cut.id for cut in choose_utterances(cuts, 40, 0)]
-    assert len({tuple(ids) for ids in chosen.values()}) > 1
-    assert choose_utterances(cuts, 10**9, 0) == cuts
+    samples = load_manifest(folder / "manifest", "train").samples
+    everyone = np.arange(len(samples))
+    chosen = {seed: choose_utterances(samples, everyone, 40, seed).tolist() for seed in range(6)}
+    assert chosen[0] == choose_utterances(samples, everyone, 40, 0).tolist()
+    assert len(set(map(tuple, chosen.values()))) > 1
+    assert choose_utterances(samples, everyone, 10**9, 0).tolist() == everyone.tolist()
     with pytest.raises(ValueError, match="no training utterance"):
-        choose_utterances([], 40, 0)
+        choose_utterances(samples, everyone[:0], 40, 0)
 
 
 def test_features_that_do_not_fit_the_audio_name_the_utterance(folder):
@@ -144,35 +147,78 @@ def test_units_of_a_layer_are_the_nearest_centroids_of_its_features_whoever_was_
     source = HubertFeatures(tmp_path / "model.safetensors", 2)
     out = make(folder, UnitsConfig(clusters=6, layer=2, fit_frames=50, init_attempts=1), source)
     codebook, _ = read_codebook(out)
-    cuts = [cut for split in ("train", "valid") for cut in load_manifest(folder / "manifest", split)]
-    units = {split: Units(out / f"{split}.safetensors") for split in ("train", "valid")}
-    of_cuts = {cut_id: part[cut_id] for part in units.values() for cut_id in part.ids}
-    features = source([load_audio(cut) for cut in cuts])
-    for cut, each in zip(cuts, features, strict=True):
-        assert of_cuts[cut.id].dtype == np.int32
-        assert (of_cuts[cut.id] == codebook.assign(each)).mean() > 0.95  # other batches round otherwise
+    for split in ("train", "valid"):
+        units, manifest = Units(out / f"{split}.safetensors"), load_manifest(folder / "manifest", split)
+        for index, each in enumerate(source([load_audio(utterance) for utterance in manifest])):
+            assert (units[index] == codebook.assign(each)).mean() > 0.95  # other batches round otherwise
 
 
-def test_audio_that_vanished_stops_it_and_leaves_no_complete_units(folder):
+def test_audio_that_vanished_or_changed_has_no_units_and_is_listed(folder):
     (folder / "audio" / "3.wav").unlink()
-    with pytest.raises(AudioError, match="3.wav: there is no such file"):
-        make(folder)
+    write_audio(folder / "audio" / "1.wav", 0.5, seed=9)
+    with pytest.raises(
+        TooManyBadUtterancesError, match="2 of 6 utterances .*=0.1 of them: .*'1.wav': .*changed since the scan"
+    ):
+        make(folder, max_bad_utterances=0.1)
     assert not (folder / "units" / "summary.json").exists()
+    out = make(folder, max_bad_utterances=0.4)
+    units = [Units(out / f"{split}.safetensors") for split in ("train", "valid")]
+    assert {name for each in units for name, known in zip(each.ids, each.known) if not known} == {"1.wav", "3.wav"}
+    assert {line["id"]: line["reason"] for line in read_left_out(out)} == {
+        "1.wav": "the file changed since the scan",
+        "3.wav": "there is no such file (it was there when the manifest was made)",
+    }
+    summary = json.loads((out / "summary.json").read_text())
+    assert sum(summary["frames"].values()) == sum(num_frames(each.samples)[each.known].sum() for each in units)
+
+
+def test_a_first_bad_recording_stops_it_only_where_none_is_allowed(folder):
+    (folder / "audio" / "3.wav").unlink()
+    with pytest.raises(TooManyBadUtterancesError, match="1 of 6 utterances cannot be used"):
+        make(folder, max_bad_utterances=0.0)
+    make(folder, max_bad_utterances=1e-9)
+
+
+def test_recordings_that_were_forgotten_are_not_read(folder):
+    (folder / "audio" / "3.wav").unlink()
+    out = make(folder, forgotten=["3.wav"])
+    known = {name: known for split in ("train", "valid") for name, known in known_units(out, split)}
+    assert known == {f"{index}.wav": index != 3 for index in range(6)} and not read_left_out(out)
+
+
+def known_units(out, split):
+    units = Units(out / f"{split}.safetensors")
+    return zip(units.ids, units.known.tolist())
+
+
+def test_units_that_a_model_was_trained_on_outlive_their_manifest(folder):
+    out = make(folder)
+    before = Units(out / "train.safetensors")
+    (folder / "audio" / f"{before.ids[1]}").unlink()
+    write_audio(folder / "audio" / "0_new.wav", 0.5)
+    scan_folder(folder, seed=2, valid_fraction=0.0)
+    make(folder, trained=True)
+    kept, manifest = Units(out / "train.safetensors"), load_manifest(folder / "manifest", "train")
+    assert kept.sha256 == before.sha256
+    places = kept.places_in(manifest)
+    assert [None if place < 0 else manifest.id(place) for place in places] == [
+        None if index == 1 else name for index, name in enumerate(kept.ids)
+    ]
+    make(folder)
+    assert Units(out / "train.safetensors").sha256 != before.sha256
 
 
 def test_missing_files_and_files_of_something_else_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no units at '.*nowhere.safetensors': `hubert-fast units` makes them"):
         Units(tmp_path / "nowhere.safetensors")
-    with pytest.raises(FileNotFoundError, match="holds no train.jsonl.gz: `hubert-fast scan` makes it"):
+    with pytest.raises(FileNotFoundError, match="holds no train.safetensors: `hubert-fast scan` makes it"):
         load_manifest(tmp_path, "train")
     save_file({"a": np.arange(3)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="other.safetensors' is no file of units: it lacks the metadata num_classes"):
         Units(tmp_path / "other.safetensors")
 
 
-def test_units_of_an_unknown_utterance_are_named(tmp_path):
-    write_units(tmp_path / "units.safetensors", {"a": np.arange(3, dtype=np.int32)}, num_classes=4)
-    units = pickle.loads(pickle.dumps(Units(tmp_path / "units.safetensors")))
-    assert units["a"].tolist() == [0, 1, 2] and units.num_classes == 4
-    with pytest.raises(KeyError, match="'b'"):
-        units["b"]
+def test_units_can_be_sent_to_another_process(folder):
+    units = Units(make(folder) / "train.safetensors")
+    sent = pickle.dumps(units)
+    assert len(sent) < 1000 and pickle.loads(sent)[0].tolist() == units[0].tolist()

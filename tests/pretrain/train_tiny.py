@@ -30,7 +30,7 @@ from hubert_fast.pretrain.config import (
 )
 from hubert_fast.pretrain.distributed import joined
 from hubert_fast.pretrain.features import MfccFeatures
-from hubert_fast.pretrain.units import make_units
+from hubert_fast.pretrain.make_units import make_units
 from tests.pretrain.speech_folder import scan_folder
 
 MODEL = ModelConfig(

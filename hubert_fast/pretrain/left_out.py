@@ -1,0 +1,95 @@
+"""Utterances that a run goes past because their audio can no longer be read, and how many there may be."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from math import ceil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from hubert_fast.pretrain.atomic import write_text
+from hubert_fast.pretrain.manifest import recording_of
+from hubert_fast.pretrain.run_summary import parsed_lines
+
+_FILE_NAME = "left_out.jsonl"
+_LISTED = 3
+
+
+class TooManyBadUtterancesError(RuntimeError):
+    """More audio cannot be read than ``data.max_bad_utterances`` lets a run go past."""
+
+
+class Bad(NamedTuple):
+    """Why an utterance is left out, and from which update of the weights on (0: from the first)."""
+
+    reason: str
+    step: int = 0
+
+
+class LeftOut:
+    """The utterances of one part of a corpus that are left out, by id.
+
+    Args:
+        utterances: how many the part has.
+        share: of them, the most that may be bad; all those of one recording may be in any case, unless it is 0.
+        forgotten: ids that the user took out (see `forget`); they are no fault and do not count.
+    """
+
+    def __init__(self, utterances: int, share: float, forgotten: Iterable[str] = ()) -> None:
+        self._utterances, self._share = utterances, share
+        self._most = ceil(share * utterances)
+        self.bad: dict[str, Bad] = {}
+        self.forgotten = frozenset(forgotten)
+
+    def __contains__(self, utterance: str) -> bool:
+        return utterance in self.bad or utterance in self.forgotten
+
+    def __bool__(self) -> bool:
+        return bool(self.bad or self.forgotten)
+
+    def add(self, found: Mapping[str, str], *, step: int = 0, quiet: bool = False) -> None:
+        """Leave out the utterances in ``found``, with the reasons, and say so once.
+
+        Raises:
+            TooManyBadUtterancesError: they are too many now.
+        """
+        new = {utterance: Bad(reason, step) for utterance, reason in found.items() if utterance not in self}
+        first = not self.bad
+        self.bad |= new
+        if len(self.bad) > self._most and (self._share == 0 or len(set(map(recording_of, self.bad))) > 1):
+            raise TooManyBadUtterancesError(self._too_many())
+        if new and first and not quiet:
+            utterance, (reason, _) = next(iter(new.items()))
+            line = f"going on without utterance {utterance!r}: {reason}. More of the kind will be counted and listed, not said"
+            tqdm.write(line, file=sys.stderr)
+
+    def state_dict(self) -> list[list[Any]]:
+        """Plain values, from which `load_state_dict` restores what is bad."""
+        return [[utterance, *bad] for utterance, bad in self.bad.items()]
+
+    def load_state_dict(self, state: Iterable[list[Any]]) -> None:
+        self.bad |= {utterance: Bad(reason, step) for utterance, reason, step in state}
+
+    def _too_many(self) -> str:
+        listed = "; ".join(f"{utterance!r}: {bad.reason}" for utterance, bad in list(self.bad.items())[:_LISTED])
+        return (
+            f"{len(self.bad)} of {self._utterances} utterances cannot be used, more than data.max_bad_utterances="
+            f"{self._share} of them: {listed}{' ...' if len(self.bad) > _LISTED else ''}. Where the audio is there again, "
+            "go on by --resume; `hubert-fast forget` takes recordings out of a run; a larger share, up to 1, is accepted too"
+        )
+
+
+def write_left_out(directory: Path, *parts: LeftOut) -> None:
+    """List what is bad in ``directory``/left_out.jsonl, an object a line: ``id``, ``reason``, ``step``."""
+    lines = [{"id": utterance, **bad._asdict()} for part in parts for utterance, bad in part.bad.items()]
+    write_text(Path(directory) / _FILE_NAME, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_left_out(directory: Path) -> list[dict[str, Any]]:
+    """What `write_left_out` listed; nothing where there is no file."""
+    path = Path(directory) / _FILE_NAME
+    return list(parsed_lines(path, json.loads, '{"id": ..., "reason": ...}')) if path.is_file() else []
