@@ -58,6 +58,16 @@ def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _SLOW and is_cpu(device) else dtype
 
 
+def convolution_dtype(device: torch.device, dtype: torch.dtype, depth: int) -> torch.dtype:
+    """The dtype to convolve ``dtype`` in, with ``depth`` input channels a group: `product_dtype`'s, or float32 where that is wrong.
+
+    In bfloat16 on processors with AMX, oneDNN gives wrong sums for groups of fewer than 16 channels (PyTorch 2.13; 2 to 12 channels
+    of 8 or 64 taps were up to 117% off, pytorch/pytorch#163347).
+    """
+    wrong = _HAS_AMX and dtype == torch.bfloat16 and depth < 16
+    return torch.float32 if wrong and is_cpu(device) else product_dtype(device, dtype)
+
+
 def _cpuinfo(name: str) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -66,6 +76,7 @@ def _cpuinfo(name: str) -> str:
     return next((line.rpartition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 
+_HAS_AMX = "amx_bf16" in _cpuinfo("flags").split()
 _NARROW_GELU = {torch.bfloat16} - _SLOW  # oneDNN refuses it elsewhere
 _FEW_ROWS, _SOME_ROWS, _MANY_ROWS = 128, 512, 1024
 _ROWS_OF_A_SUM = 256

@@ -51,6 +51,14 @@ def test_only_a_cpu_without_fast_products_widens_them(monkeypatch):
     assert cpu.product_dtype(CPU, BFLOAT16) == BFLOAT16
 
 
+def test_narrow_groups_are_convolved_in_float32_where_onednn_gets_them_wrong(monkeypatch):
+    monkeypatch.setattr(cpu, "_SLOW", set())
+    for amx, depth, expected in ((True, 12, torch.float32), (True, 16, BFLOAT16), (False, 12, BFLOAT16)):
+        monkeypatch.setattr(cpu, "_HAS_AMX", amx)
+        assert cpu.convolution_dtype(CPU, BFLOAT16, depth) == expected
+    assert cpu.convolution_dtype(torch.device("cuda"), BFLOAT16, 12) == BFLOAT16
+
+
 @pytest.mark.parametrize("slow", [set(), {BFLOAT16}], ids=["fast", "slow"])
 def test_a_model_gives_one_result_in_16_bits_whichever_way_it_multiplies(monkeypatch, slow):
     """Dtypes are autocast's own, and values are as exact as where the CPU multiplies in 16 bits."""

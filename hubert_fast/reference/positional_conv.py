@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hubert_fast import cpu
+
 
 def positional_conv(
     x: Tensor,  # [rows, channels]
@@ -24,12 +26,16 @@ def positional_conv(
 ) -> Tensor:  # [rows, channels], 0 beyond offsets[-1]
     if gain is not None:
         weight = gain * weight / torch.linalg.vector_norm(weight, dim=(0, 1), keepdim=True)
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    dtype = cpu.convolution_dtype(x.device, x.dtype, weight.shape[1])
+    # Rounded to x's dtype first, whatever the convolution's: this is its formula.
+    weight, bias = (each.to(x.dtype).to(dtype) for each in (weight, bias))
     bounds = offsets.tolist()
     outputs = []
     for start, stop in zip(bounds, bounds[1:]):
         if start < stop:
             frames = x[start:stop]
-            z = F.conv1d(frames.T[None], weight, bias, padding=weight.shape[2] // 2, groups=groups)[0].T
-            outputs.append(F.gelu(z[: stop - start]) + frames)  # an even kernel gives one frame more than it is given
+            z = F.conv1d(frames.T[None].to(dtype), weight, bias, padding=weight.shape[2] // 2, groups=groups)[0].T
+            outputs.append(
+                F.gelu(z[: stop - start].to(x.dtype)) + frames
+            )  # an even kernel gives one frame more than it is given
     return torch.cat([*outputs, torch.zeros_like(x[bounds[-1] :])])

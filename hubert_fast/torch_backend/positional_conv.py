@@ -40,7 +40,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
     if grid.is_empty:
         saved = [x.new_zeros(shape, dtype=of) for shape, of in saved_tensors(arguments)] if save else []
         return (x.new_zeros(x.shape),), saved
-    dtype, normed = cpu.product_dtype(x.device, x.dtype), _normed(weight, gain)
+    dtype, normed = _convolution_dtype(x, weight), _normed(weight, gain)
     filters = (normed[0] if normed else weight).to(dtype)
     z = _convolution(grid.spread(x, weight.shape[2], dtype), filters, bias.to(dtype), groups)
     preactivation = grid.rows_of(z).to(x.dtype)
@@ -50,7 +50,7 @@ def forward(arguments: Arguments, save: bool) -> tuple[tuple[Tensor], list[Tenso
 
 def saved_tensors(arguments: Arguments) -> list[tuple[tuple[int, ...], torch.dtype]]:
     x, weight, gain = arguments.x, arguments.weight, arguments.gain
-    filters, norm = cpu.product_dtype(x.device, x.dtype), torch.promote_types(weight.dtype, torch.float32)
+    filters, norm = _convolution_dtype(x, weight), torch.promote_types(weight.dtype, torch.float32)
     normed = [] if gain is None else [(tuple(weight.shape), filters), (tuple(gain.shape), norm)]
     return [(tuple(x.shape), x.dtype), *normed]
 
@@ -64,7 +64,7 @@ def backward(
     if grid.is_empty:
         return tuple(None if each is None else each.new_zeros(each.shape) for each in arguments[:4])
     grad = grid.clear_dead(grad.contiguous())
-    dtype, taps = cpu.product_dtype(x.device, x.dtype), weight.shape[2]
+    dtype, taps = _convolution_dtype(x, weight), weight.shape[2]
     filters = (normed[0] if normed else weight).to(dtype)
     z_grad = grid.spread(torch.ops.aten.gelu_backward(grad, preactivation), 1, dtype)
     x_grad = bias_grad = gain_grad = weight_grad = None
@@ -81,6 +81,10 @@ def backward(
             gain_grad = gain_grad.to(gain.dtype)
         weight_grad = weight_grad.to(weight.dtype)
     return x_grad, weight_grad, bias_grad, gain_grad
+
+
+def _convolution_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    return cpu.convolution_dtype(x.device, x.dtype, weight.shape[1])
 
 
 def _contiguous(arguments: Arguments) -> list[Any]:
