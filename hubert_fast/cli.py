@@ -22,18 +22,22 @@ usage: hubert-fast COMMAND ...
   train      train an iteration's model
   evaluate   score an iteration's representations on the held-out part
   report     write RUN/report.html
+  forget     take recordings out of a run, and keep its units and checkpoints
   bench      time and memory on this machine beside torchaudio and others, or what moved between two results
   info       versions, devices, and which backend each operator uses and why; with --batch and --seconds, for that size
 
 `hubert-fast COMMAND --help` lists a command's options. `hubert-fast pretrain` alone pre-trains a tiny model on the speech
 that comes with this package."""
 
-_STAGES = ("pretrain", "scan", "units", "train", "evaluate", "report")
+_STAGES = ("pretrain", "scan", "units", "train", "evaluate", "report", "forget")
 
 
 def main(arguments: Optional[list[str]] = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show is no reason to fail
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE)
         return 0

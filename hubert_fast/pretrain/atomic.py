@@ -36,7 +36,8 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 def write_text(target: Path, text: str) -> None:
     with atomic_path(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # Names of files that are not UTF-8 are written as Python shows them.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_with(target: Path, writer: Callable[[Path], object]) -> None:

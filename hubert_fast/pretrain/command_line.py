@@ -12,6 +12,7 @@ import tyro
 from hubert_fast.pretrain.config import PretrainConfig, config_path
 from hubert_fast.pretrain.config_file import read_config
 from hubert_fast.pretrain.distributed import joined
+from hubert_fast.pretrain.forget import forget
 from hubert_fast.pretrain.pipeline import Run, open_run
 from hubert_fast.pretrain.presets import PRESETS
 from hubert_fast.pretrain.report import write_report
@@ -99,7 +100,21 @@ class Train(Units):
         return f"weights: {weights}\n{', '.join(changes)}"
 
 
-_COMMANDS = {each.__name__.lower(): each for each in (Report, Scan, Pretrain, Units, Evaluate, Train)}
+@dataclass(frozen=True)
+class Forget:
+    """Take recordings out of a run, for instance because a speaker asks for it; units, checkpoints and weights stay.
+
+    What comes after goes on without them; a training that runs learns of it when it is resumed.
+    """
+
+    out: tyro.conf.Positional[Path]
+    """the run directory"""
+    files: tyro.conf.Positional[tuple[str, ...]]
+    """recordings or folders of them, relative to the run's folder of audio or absolute; they need not be there any more"""
+
+
+_COMMANDS = {each.__name__.lower(): each for each in (Report, Scan, Pretrain, Units, Evaluate, Train, Forget)}
+_WITHOUT_SETTINGS = (Report, Forget)
 
 
 def run_stage(command: str, arguments: list[str]) -> int:
@@ -110,6 +125,10 @@ def run_stage(command: str, arguments: list[str]) -> int:
         raise FileNotFoundError(
             f"out={str(options.out)!r} holds no run; `hubert-fast pretrain` or `scan`, without --resume, begins one"
         )
+    if isinstance(options, Forget):
+        new = forget(options.out, options.files)
+        print(f"forgotten: {', '.join(new) or 'nothing new'}")
+        return 0
     if config is None:
         print(f"report: {write_report(options.out)}")
         return 0
@@ -136,7 +155,7 @@ def _parse(command: str, arguments: list[str]) -> tuple[Any, Optional[PretrainCo
     """
     options = _COMMANDS[command]
     program = {"prog": f"hubert-fast {command}", "description": options.__doc__, "args": arguments}
-    if options is Report:
+    if options in _WITHOUT_SETTINGS:
         return tyro.cli(options, **program), None
     # Both groups without a prefix: --out, --data.batch-seconds, --first.optimizer.steps.
     unprefixed = tyro.conf.arg(name="")

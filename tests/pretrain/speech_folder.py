@@ -41,8 +41,8 @@ def numbered_folder(folder: Path, lengths: list[int]) -> None:
             units.put(index, np.arange(num_frames(samples)))
 
 
-def scan_folder(folder: Path, *, seed: int = 0, longest_seconds: float = 60.0, **changes) -> dict:
+def scan_folder(folder: Path, *, seed: int = 0, longest_seconds: float = 60.0, forgotten=(), **changes) -> dict:
     """Scan ``folder/audio`` into ``folder/manifest``."""
     config = DataConfig(**{"min_seconds": 0.1, "valid_fraction": 0.2, "workers": 0} | changes)
-    options = {"seed": seed, "longest_seconds": longest_seconds, "progress": False}
+    options = {"seed": seed, "longest_seconds": longest_seconds, "forgotten": forgotten, "progress": False}
     return scan(folder / "audio", folder / "manifest", config, **options)
