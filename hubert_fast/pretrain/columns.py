@@ -1,4 +1,4 @@
-"""Columns of numbers in one file: written in place, read as memory maps, verified by a hash.
+"""Columns of numbers in one file: written in any order, read as memory maps, verified by a hash.
 
 The file is one of safetensors, which any of its readers opens. It has few tensors whatever the number of utterances, so its
 header stays small; processes that read it share its pages, and what they never ask for is never read.
@@ -78,14 +78,30 @@ class Columns(Mapping[str, np.ndarray]):
             raise DamagedFileError(self.path, "it is not what was written (its hash differs)")
 
 
+class NewColumns:
+    """Columns that are being written; what is not written is 0."""
+
+    def __init__(self, file: int, dtypes: Mapping[str, np.dtype], first_bytes: Mapping[str, int]) -> None:
+        self._file, self._dtypes, self._first_bytes = file, dtypes, first_bytes
+
+    def put(self, name: str, values: np.ndarray, first: int = 0) -> None:
+        """Write ``values`` from place ``first`` of a column on."""
+        dtype = self._dtypes[name]
+        data = memoryview(np.ascontiguousarray(values, dtype=dtype)).cast("B")
+        place = self._first_bytes[name] + first * dtype.itemsize
+        while len(data):
+            written = os.pwrite(self._file, data, place)
+            data, place = data[written:], place + written
+
+
 @contextmanager
 def new_columns(
     path: Path, columns: Mapping[str, tuple[Any, int]], metadata: Mapping[str, str]
-) -> Iterator[dict[str, np.ndarray]]:
-    """Arrays of zeros to fill in any order, which are the file ``path`` once the block has ended well.
+) -> Iterator[NewColumns]:
+    """Columns to write in any order, which are the file ``path`` once the block has ended well.
 
     Args:
-        columns: the dtype and the length of each array.
+        columns: the dtype and the length of each.
         metadata: texts to keep with them.
 
     Raises:
@@ -99,29 +115,22 @@ def new_columns(
         header[name] = {"dtype": _NAMES[dtypes[name]], "shape": [columns[name][1]], "data_offsets": [first, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)
-    with atomic_path(Path(path)) as temporary:
-        with open(temporary, "r+b") as file:
-            file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
-            _reserve(file.fileno(), _LENGTH_BYTES + len(text) + end)
-        data = np.memmap(temporary, mode="r+")
-        arrays = {}
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                first, last = (_LENGTH_BYTES + len(text) + place for place in tensor["data_offsets"])
-                arrays[name] = data[first:last].view(dtypes[name])
-        yield arrays
-        data.flush()
-        del arrays, data
-        with open(temporary, "r+b") as file:
-            file.seek(_LENGTH_BYTES + text.index(_NO_HASH.encode()))
-            file.write(_hash_of(temporary, _NO_HASH).encode())
+    header_bytes = _LENGTH_BYTES + len(text)
+    first_bytes = {name: header_bytes + header[name]["data_offsets"][0] for name in columns}
+    with atomic_path(Path(path)) as temporary, open(temporary, "r+b") as file:
+        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        file.flush()
+        _reserve(file.fileno(), header_bytes + end)
+        yield NewColumns(file.fileno(), dtypes, first_bytes)
+        file.seek(_LENGTH_BYTES + text.index(_NO_HASH.encode()))
+        file.write(_hash_of(temporary, _NO_HASH).encode())
 
 
 def write_columns(path: Path, columns: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Write arrays that are there already."""
-    with new_columns(path, {name: (each.dtype, len(each)) for name, each in columns.items()}, metadata) as arrays:
+    with new_columns(path, {name: (each.dtype, len(each)) for name, each in columns.items()}, metadata) as file:
         for name, each in columns.items():
-            arrays[name][:] = each
+            file.put(name, each)
 
 
 class Strings(Sequence[str]):
@@ -151,7 +160,7 @@ class Strings(Sequence[str]):
 
 
 def _reserve(file: int, size: int) -> None:
-    # A page of a memory map for which there is no room kills the process.
+    """Take room for a file of ``size`` bytes, zeros beyond its end."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, size)
     else:

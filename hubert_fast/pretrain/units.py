@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hubert_fast.pretrain.columns import Columns, Strings, new_columns
+from hubert_fast.pretrain.columns import Columns, NewColumns, Strings, new_columns
 from hubert_fast.pretrain.frames import num_frames
 from hubert_fast.pretrain.manifest import Manifest
 
@@ -87,21 +87,26 @@ def new_units(path: Path, manifest: Manifest, num_classes: int) -> Iterator[Unit
         "units": (dtype, int(frames.sum())),
     }
     metadata = {"num_classes": str(num_classes), "manifest_sha256": manifest.sha256}
-    with new_columns(path, columns, metadata) as arrays:
-        arrays["ids"][:], arrays["id_ends"][:], arrays["samples"][:] = ids.text, ids.ends, manifest.samples
-        yield UnitsToFill(arrays["known"], arrays["units"], np.cumsum(frames), num_classes)
+    with new_columns(path, columns, metadata) as file:
+        for name, values in (("ids", ids.text), ("id_ends", ids.ends), ("samples", manifest.samples)):
+            file.put(name, values)
+        units = UnitsToFill(file, np.cumsum(frames), num_classes)
+        yield units
+        file.put("known", units.known)
 
 
 class UnitsToFill:
     """Units that are being made."""
 
-    def __init__(self, known: np.ndarray, units: np.ndarray, ends: np.ndarray, num_classes: int) -> None:
-        self._known, self._units, self._ends = known, units, ends
+    def __init__(self, file: NewColumns, ends: np.ndarray, num_classes: int) -> None:
+        self._file, self._ends = file, ends
+        self.known = np.zeros(len(ends), dtype=bool)
+        """bool ``[utterances]``: which have units so far"""
         self.counts = np.zeros(num_classes, dtype=np.int64)
         """int64 ``[num_classes]``: frames of each unit so far"""
 
     def put(self, index: int, units: np.ndarray) -> None:
         """Write the units of one utterance, int ``[frames]``."""
-        self._units[self._ends[index] - len(units) : self._ends[index]] = units
-        self._known[index] = 1
+        self._file.put("units", units, int(self._ends[index]) - len(units))
+        self.known[index] = True
         self.counts += np.bincount(units, minlength=len(self.counts))

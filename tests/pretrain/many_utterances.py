@@ -61,7 +61,9 @@ def make(folder: Path, utterances: int, measured: Measured) -> None:
         recordings = Recordings()
         for index, each in enumerate(samples.tolist()):
             name = f"speaker{index % 9973:05d}/common_voice_en_{index:09d}.mp3"
-            recordings.add(name, rate=48_000, channels=1, samples=3 * each, state=FileState(each, 10**18 + index, index))
+            recordings.add(
+                name, rate=48_000, channels=1, samples=3 * each, state=FileState(each, 10**18 + index, index)
+            )
     with measured.stage("split"):
         held_out = held_out_files(folder, recordings.paths, 0.01, 0)
     for split, chosen in (("train", ~held_out), ("valid", held_out)):
@@ -112,12 +114,17 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True)
     try:
-        for work in (lambda measured: make(options.folder, options.utterances, measured), _resume_and_choose(options.folder)):
+        for work in (
+            lambda measured: make(options.folder, options.utterances, measured),
+            _resume_and_choose(options.folder),
+        ):
             if os.fork() == 0:  # the memory of each is a process's own
                 measured = Measured()
                 work(measured)
                 total = sum(measured.seconds.values())
-                print(f"total {total:.1f} s, own {measured.own / 2**30:.2f} GiB, mapped too {measured.mapped / 2**30:.2f} GiB")
+                print(
+                    f"total {total:.1f} s, own {measured.own / 2**30:.2f} GiB, mapped too {measured.mapped / 2**30:.2f} GiB"
+                )
                 os._exit(0)
             assert os.wait()[1] == 0
     finally:

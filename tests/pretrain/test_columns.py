@@ -82,10 +82,20 @@ def test_columns_that_lie_elsewhere_are_refused(path):
 
 def test_a_block_that_fails_leaves_the_file_before_it(path):
     before = path.read_bytes()
-    with pytest.raises(KeyError), new_columns(path, {"a": (np.int64, 3)}, {}) as arrays:
-        arrays["a"][:] = 1
+    with pytest.raises(KeyError), new_columns(path, {"a": (np.int64, 3)}, {}) as file:
+        file.put("a", np.ones(3))
         raise KeyError
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+def test_columns_are_written_in_pieces_and_what_is_not_is_0(path):
+    with new_columns(path, {"a": (np.int16, 5), "b": (np.float64, 2)}, {}) as file:
+        file.put("a", np.array([7, 8]), 3)
+        file.put("b", np.array([0.5]), 1)
+        file.put("a", np.array([9]))
+    columns = Columns(path)
+    columns.verify()
+    assert columns["a"].tolist() == [9, 0, 0, 7, 8] and columns["b"].tolist() == [0, 0.5]
 
 
 def test_a_full_disk_is_found_before_anything_is_written(path, monkeypatch):
