@@ -53,7 +53,7 @@ WITHOUT_DROPOUT = {
 }
 
 
-def make_corpus(root: Path) -> Path:
+def make_corpus(root: Path, *, suffix: str = ".wav") -> Path:
     """14 utterances of 0.5 to 1.2 seconds of coloured noise, their manifest and 6 units; two are held out."""
     rng = np.random.default_rng(0)
     (root / "audio").mkdir(parents=True)
@@ -61,8 +61,8 @@ def make_corpus(root: Path) -> Path:
         samples = 8000 + 800 * index
         loudness = np.repeat(rng.uniform(0.01, 0.3, 14), 1500)[:samples]
         noise = np.convolve(rng.standard_normal(samples) * loudness, rng.standard_normal(9) / 9, "same")
-        soundfile.write(root / "audio" / f"{index:02d}.wav", noise, 16000)
-    (root / "audio" / "splits.json").write_text(json.dumps({"valid": ["03.wav", "11.wav"]}))
+        soundfile.write(root / "audio" / f"{index:02d}{suffix}", noise, 16000)
+    (root / "audio" / "splits.json").write_text(json.dumps({"valid": [f"03{suffix}", f"11{suffix}"]}))
     scan_folder(root)
     config = UnitsConfig(clusters=6, init_attempts=1)
     make_units(root / "manifest", MfccFeatures(), config, root / "units", seed=0, progress=False)
@@ -79,6 +79,7 @@ def train_tiny(
     micro_batch_seconds: float | Literal["auto"] = "auto",
     workers: int = 1,
     save_every: int = 2,
+    keep: int = 2,
     learning_rate: float = 5e-3,
     resume: bool = False,
     autocast: bool = True,
@@ -92,7 +93,7 @@ def train_tiny(
         seed=seed,
         autocast=autocast,
         data=DataConfig(batch_seconds=5.0, micro_batch_seconds=micro_batch_seconds, max_seconds=1.0, workers=workers),
-        logging=LoggingConfig(log_every=3, valid_every=6, save_every=save_every),
+        logging=LoggingConfig(log_every=3, valid_every=6, save_every=save_every, keep_checkpoints=keep),
         first=iteration,
     )
     folders = {"manifest_dir": corpus / "manifest", "units_dir": corpus / "units", "out": out}
