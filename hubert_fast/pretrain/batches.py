@@ -92,7 +92,7 @@ class GlobalBatches:
         """
         world_size = self._process.world_size
         micro_batches = world_size * accumulate
-        self._budget = _budget(self._utterances.samples, self._batch_seconds, micro_batches)
+        self._budget = batch_budget(self._utterances.samples, self._batch_seconds, micro_batches)
         parts = [slice(part, None, micro_batches) for part in range(self._process.rank, micro_batches, world_size)]
         self._utterances = self._utterances.in_parts(parts)
         self.accumulate = accumulate
@@ -191,7 +191,7 @@ def largest_seconds(sizes: Iterable[tuple[int, int]]) -> float:
     return max(rows * samples for rows, samples in sizes) / SAMPLE_RATE
 
 
-def _budget(samples: np.ndarray, batch_seconds: float, micro_batches: int) -> int:
+def batch_budget(samples: np.ndarray, batch_seconds: float, micro_batches: int) -> int:
     """Samples of a global batch, in which every micro-batch must find a row."""
     if len(samples) < micro_batches:
         raise ValueError(

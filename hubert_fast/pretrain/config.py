@@ -147,6 +147,9 @@ class UnitsConfig:
     (3 GB) still leaves 2,000 frames to each of 500 clusters"""
     init_attempts: int = 20
     """k-means++ starts, of which the best is kept"""
+    min_perplexity: float = 1.5
+    """units of a lower perplexity, which are nearly all the same one, end the run: of silence, or of the wrong folder, there is
+    nothing to learn. 1: none do"""
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,8 @@ def _check_iteration(name: str, iteration: IterationConfig, data: DataConfig) ->
     if iteration.batch_seconds is not None:
         _check_batch(f"{name}.batch_seconds", iteration.batch_seconds, data.max_seconds)
     _check_clustering(f"{name}.units", iteration.units)
+    least, most = iteration.units.min_perplexity, iteration.units.clusters
+    _require(1 <= least <= most, f"{name}.units.min_perplexity", least, f"in [1, clusters={most}]")
     _check_model(f"{name}.model", iteration.model)
     _check_optimizer(f"{name}.optimizer", iteration.optimizer, data)
     weights = ("masked_weight", "unmasked_weight", "feature_weight")

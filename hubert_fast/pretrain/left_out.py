@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from hubert_fast.pretrain.atomic import write_text
 from hubert_fast.pretrain.manifest import recording_of
+from hubert_fast.pretrain.progress import say
 from hubert_fast.pretrain.run_summary import parsed_lines
 
 _FILE_NAME = "left_out.jsonl"
@@ -64,8 +62,9 @@ class LeftOut:
             raise TooManyBadUtterancesError(self._too_many())
         if new and first and not quiet:
             utterance, (reason, _) = next(iter(new.items()))
-            line = f"going on without utterance {utterance!r}: {reason}. More of the kind will be counted and listed, not said"
-            tqdm.write(line, file=sys.stderr)
+            say(
+                f"going on without utterance {utterance!r}: {reason}. More of the kind will be counted and listed, not said"
+            )
 
     def state_dict(self) -> list[list[Any]]:
         """Plain values, from which `load_state_dict` restores what is bad."""

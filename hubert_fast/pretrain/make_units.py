@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 
 from hubert_fast.pretrain.atomic import write_text
 from hubert_fast.pretrain.audio import AudioError, load_audio
@@ -20,8 +19,9 @@ from hubert_fast.pretrain.forget import not_forgotten
 from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
 from hubert_fast.pretrain.left_out import LeftOut, write_left_out
 from hubert_fast.pretrain.manifest import SPLITS, Manifest, load_manifest
-from hubert_fast.pretrain.progress import audio_progress
+from hubert_fast.pretrain.progress import audio_progress, say
 from hubert_fast.pretrain.run_summary import read_json
+from hubert_fast.pretrain.unit_usage import require_variety, unit_usage, weakness_of
 from hubert_fast.pretrain.units import new_units
 
 # Calls of the source whose audio is read ahead and handed over at once, so that it can batch utterances of like length.
@@ -65,6 +65,7 @@ def make_units(
 
     Raises:
         ValueError: there are fewer frames than clusters.
+        DegenerateUnitsError: nearly all frames have the same unit.
         TooManyBadUtterancesError: too much audio changed or vanished since the scan, or is not finite.
     """
     out = Path(out)
@@ -89,6 +90,8 @@ def make_units(
     codebook.save(out / "codebook.safetensors", **made_of, seed=seed, inertia=inertia)
     done_already = {index: codebook.assign(features) for index, features in fitted.items()}
     del data, fitted
+    counted = np.bincount(np.concatenate([*done_already.values()]), minlength=config.clusters)
+    require_variety(unit_usage(counted, config.clusters), config.min_perplexity)
 
     frames, counts = {}, {}
     for split, manifest in manifests.items():
@@ -99,16 +102,19 @@ def make_units(
             for index, found in _made(manifest, rest, source, reading, codebook):
                 units.put(index, found)
             frames[split], counts[split] = int(units.counts.sum()), units.counts
+    usage = unit_usage(counts["train"], config.clusters)
+    require_variety(usage, config.min_perplexity)
+    if (weakness := weakness_of(usage)) is not None:
+        say(f"warning: {weakness}")
     write_left_out(out, reading.left_out)
     summary = {
         "settings": settings,
         "source": source.name,
-        "clusters": config.clusters,
         "dim": source.dim,
         "frames": frames,
         "fit_frames": fit_frames,
         "inertia": inertia,
-        **_usage(counts["train"]),
+        **usage,
     }
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
 
@@ -201,17 +207,3 @@ def _groups(samples: np.ndarray, indices: np.ndarray, seconds: float) -> Iterato
             group, total = [], 0
     if group:
         yield group
-
-
-def _usage(counts: np.ndarray) -> dict[str, float]:
-    """How evenly the clusters are used, given how many frames each has: perplexity is 2 to the entropy, at most the number of
-    clusters; and the most frequent one's share of the frames, which is the accuracy of always naming it.
-    """
-    shares = counts / counts.sum()
-    entropy = float(scipy.stats.entropy(shares, base=2))
-    return {
-        "units_used": int((shares > 0).sum()),
-        "entropy_bits": entropy,
-        "perplexity": 2.0**entropy,
-        "commonest_share": float(shares.max()),
-    }

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from hubert_fast.ops.feed_forward import keeps_hidden_once
 from hubert_fast.pretrain.batches import GlobalBatches, largest_seconds
 from hubert_fast.pretrain.config import IterationConfig, PretrainConfig
 from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.memory_model import MemoryModel
+from hubert_fast.pretrain.progress import say
 from hubert_fast.pretrain.random_state import preserved_random_state
 
 if TYPE_CHECKING:
@@ -166,4 +165,4 @@ def _described(batches: GlobalBatches, process: Process) -> str:
 
 def _say(line: str, process: Process) -> None:
     if process.is_main:
-        tqdm.write(line, file=sys.stderr)
+        say(line)

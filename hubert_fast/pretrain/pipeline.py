@@ -14,11 +14,13 @@ from typing import Any
 from hubert_fast.pretrain.config import IterationConfig, PretrainConfig, config_path
 from hubert_fast.pretrain.config_checks import check_config
 from hubert_fast.pretrain.config_file import read_config, write_config
+from hubert_fast.pretrain.corpus_checks import check_corpus
 from hubert_fast.pretrain.distributed import Process
 from hubert_fast.pretrain.evaluate import evaluate
 from hubert_fast.pretrain.features import FeatureSource, HubertFeatures, MfccFeatures
 from hubert_fast.pretrain.forget import forgotten
 from hubert_fast.pretrain.make_units import make_units
+from hubert_fast.pretrain.progress import say
 from hubert_fast.pretrain.report import write_report
 from hubert_fast.pretrain.resume_checks import is_trained, require_resumable
 from hubert_fast.pretrain.run_record import record, recorded
@@ -65,18 +67,19 @@ class Run:
         return iterations[number - 1]
 
     def scan(self) -> None:
-        """The manifest of the audio."""
-        config = self.config
-        self.process.on_main(
-            lambda: scan(
-                self.audio,
-                self.manifest,
-                config.data,
-                seed=config.seed,
-                forgotten=forgotten(self.directory),
-                progress=self.progress,
-            )
-        )
+        """The manifest of the audio, and what speaks against it.
+
+        Raises:
+            ValueError: the audio, or what is usable of it, is not enough for the settings.
+        """
+        config, options = self.config, {"seed": self.config.seed, "progress": self.progress}
+
+        def work() -> None:
+            scan(self.audio, self.manifest, config.data, forgotten=forgotten(self.directory), **options)
+            for warning in check_corpus(config, self.manifest, self.process.world_size):
+                say(f"warning: {warning}")
+
+        self.process.on_main(work)
 
     def units(self, number: int) -> None:
         """The units that iteration ``number`` predicts."""

@@ -1,6 +1,8 @@
-"""Progress bars that count audio: how much is done, and how many seconds of it go by in a second."""
+"""What a user sees of a run while it goes on: bars that count audio, and lines."""
 
 from __future__ import annotations
+
+import sys
 
 from tqdm import tqdm
 
@@ -20,3 +22,8 @@ def audio_progress(seconds: float, description: str, *, enabled: bool = True) ->
         mininterval=0.5,
         disable=not enabled,
     )
+
+
+def say(line: str) -> None:
+    """Write a line to stderr, above the bars."""
+    tqdm.write(line, file=sys.stderr)

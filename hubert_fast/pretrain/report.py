@@ -11,11 +11,14 @@ from typing import Any
 from hubert_fast.pretrain import atomic
 from hubert_fast.pretrain.config import PretrainConfig, config_path
 from hubert_fast.pretrain.config_file import read_config
+from hubert_fast.pretrain.forget import forgotten
 from hubert_fast.pretrain.html_page import Markup, element, facts, join, page, png, section, table
+from hubert_fast.pretrain.left_out import read_left_out
 from hubert_fast.pretrain.plots import write_plots
 from hubert_fast.pretrain.report_text import GLOSSARY, PLOT_CAPTIONS, PNMI_NOTE, loading_code
 from hubert_fast.pretrain.run_record import describe_machine, now, recorded
 from hubert_fast.pretrain.run_summary import IterationSummary, iterations, parsed_lines, read_json
+from hubert_fast.pretrain.unit_usage import weakness_of
 
 _LISTED_FILES = 200
 _ABSENT = "–"
@@ -43,6 +46,7 @@ def write_report(run: Path) -> Path:
         summary_cards(found, manifest),
         what_was_run(run),
         speech(run, manifest),
+        lost(run, found),
         training(found, plots),
         phones(found, plots),
         words(),
@@ -74,7 +78,11 @@ def summary_cards(found: Sequence[IterationSummary], manifest: Mapping[str, Any]
     trained = [iteration for iteration in found if iteration.metrics.training]
     if trained:
         outcome, name = trained[-1].metrics.outcome(), f"iteration {trained[-1].number}"
-        cards.append((percent(outcome["last_masked_accuracy"]), f"masked accuracy at the end of {name}, training"))
+        share = (trained[-1].units or {}).get("commonest_share")
+        beside = "" if share is None else f" (always naming the commonest unit: {percent(share)})"
+        cards.append(
+            (percent(outcome["last_masked_accuracy"]), f"masked accuracy at the end of {name}, training{beside}")
+        )
         cards.append((percent(outcome.get("valid_masked_accuracy")), "the same on held-out speech"))
         cards.append((realtime(outcome), f"speed of training {name}"))
     scored = [iteration for iteration in found if iteration.best_layer()]
@@ -144,14 +152,46 @@ def _manifest_facts(manifest: Mapping[str, Any]) -> Markup:
     return join([table(["part", "utterances", "duration"], rows), facts(others)])
 
 
+def lost(run: Path, found: Sequence[IterationSummary]) -> Markup:
+    """What the run went past: audio that could not be read any more after the scan, and what was forgotten."""
+    stages = {}
+    for each in found:
+        stages[f"iteration {each.number}, units"] = read_left_out(each.directory / "units")
+        stages[f"iteration {each.number}, training"] = read_left_out(each.directory / "train")
+        evaluated = (each.evaluation or {}).get("left_out", {})
+        stages[f"iteration {each.number}, evaluation"] = [{"id": key, "reason": evaluated[key]} for key in evaluated]
+    rows = [
+        (stage, bad["id"], bad["reason"], count(bad.get("step") or None))
+        for stage, listed in stages.items()
+        for bad in listed
+    ]
+    paths = sorted(forgotten(run))
+    if not rows and not paths:
+        return Markup()
+    content = []
+    if rows:
+        shown = f", of which the first {_LISTED_FILES} are listed" if len(rows) > _LISTED_FILES else ""
+        text = (
+            f"Utterances that were scanned and could not be read later, and were left out: {count(len(rows))}{shown}."
+        )
+        header = ["stage", "utterance", "reason", "from update"]
+        content += [element("p", text, class_="warning"), table(header, rows[:_LISTED_FILES])]
+    if paths:
+        listed = ", ".join(paths[:_LISTED_FILES])
+        content.append(element("p", f"Recordings that were taken out of the run: {count(len(paths))} ({listed})."))
+    return section("What was left out on the way", *content)
+
+
 def training(found: Sequence[IterationSummary], plots: Mapping[str, Path]) -> Markup:
     if not found:
         return section("Iterations", element("p", "No iteration has been started."))
     columns = [_iteration_facts(iteration) for iteration in found]
     rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
     header = ["", *(f"iteration {iteration.number}" for iteration in found)]
+    said = [(each.number, weakness_of(each.units)) for each in found if "units_used" in (each.units or {})]
+    warnings = [element("p", f"Iteration {number} has {text}.", class_="warning") for number, text in said if text]
     pictures = [png(plots[name], PLOT_CAPTIONS[name]) for name in ("loss", "masked_accuracy", "speed") if name in plots]
-    return section("Iterations", table(header, rows), *pictures)
+    return section("Iterations", table(header, rows), *warnings, *pictures)
 
 
 def _iteration_facts(iteration: IterationSummary) -> dict[str, str]:

@@ -7,7 +7,6 @@ weights.
 from __future__ import annotations
 
 import signal
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +28,7 @@ from hubert_fast.pretrain.interrupts import StopRequest, TrainingInterrupted
 from hubert_fast.pretrain.left_out import LeftOut, write_left_out
 from hubert_fast.pretrain.metrics_log import Clock, Meter, metrics_log
 from hubert_fast.pretrain.micro_batches import halve_until_they_fit, run_largest
+from hubert_fast.pretrain.progress import say
 from hubert_fast.pretrain.random_state import (
     preserved_random_state,
     random_state,
@@ -343,7 +343,7 @@ class Trainer:
         # A rank that has had no signal itself learns of it from the others, and leaves as they do.
         interrupted = TrainingInterrupted(signum or signal.SIGTERM, self.step, self._save())
         if self.process.is_main:
-            tqdm.write(interrupted.message, file=sys.stderr)
+            say(interrupted.message)
         raise interrupted
 
     def _metrics_log(self) -> AbstractContextManager[Log | None]:

@@ -116,11 +116,9 @@ class Utterances(Dataset):
         self._normalize = config.normalize_audio
         whole = np.array(units.samples)
         whole_frames = num_frames(whole)
-        limit = round(config.max_seconds * SAMPLE_RATE) if purpose == TRAINING else int(whole.max())
-        most_frames = num_frames(limit)
-        self.samples: np.ndarray = np.where(whole > limit, num_samples(most_frames), whole)
+        self.samples: np.ndarray = cropped(whole, config) if purpose == TRAINING else whole
         """int64 ``[utterances]``, after cropping"""
-        self._frames = np.minimum(whole_frames, most_frames)
+        self._frames = num_frames(self.samples)
         self._spare_frames = whole_frames - self._frames
 
     def in_parts(self, parts: Sequence[slice]) -> Utterances:
@@ -206,6 +204,12 @@ class Utterances(Dataset):
             waveform = normalized(waveform)
         first = start * FRAME_SHIFT
         return waveform[first : first + self.samples[row]], self._units[row][start : start + self._frames[row]]
+
+
+def cropped(samples: np.ndarray, config: DataConfig) -> np.ndarray:
+    """Lengths of utterances in a training batch, int64 ``[utterances]`` at 16 kHz: ``config.max_seconds`` at most."""
+    limit = round(config.max_seconds * SAMPLE_RATE)
+    return np.where(samples > limit, num_samples(num_frames(limit)), samples)
 
 
 def _draw(masks: MaskGenerator, frames: np.ndarray, *, seed: int) -> Tensor:

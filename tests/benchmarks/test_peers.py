@@ -40,7 +40,7 @@ def test_every_peer_agrees_with_the_reference(peer, architecture):
     setting = replace(BFLOAT16, architecture=architecture)
     found = check(_available(peer, setting), setting)
     assert set(found) == {"loss", "gradient", "features", "loss in bfloat16", "gradient in bfloat16"}
-    assert found["loss"] < 1e-5 and found["gradient"] < 1e-5 and found["features"] < 1e-4
+    assert found["loss"] < 1e-5 and found["gradient"] < 2e-5 and found["features"] < 1e-4
 
 
 @pytest.mark.parametrize("name", ["torchaudio compiled", "minimal-hubert"])
@@ -201,7 +201,7 @@ def test_the_graph_peer_gives_each_batch_its_own_gradients():
 
 
 def test_a_graph_that_remembers_its_first_batch_is_rejected(monkeypatch):
-    assert check(_OnCpu(), FLOAT32)["gradient"] < 1e-5
+    assert check(_OnCpu(), FLOAT32)["gradient"] < 2e-5
     monkeypatch.setattr(_CpuGraphModel, "forward_backward", _of_the_first_batch)
     with pytest.raises(DifferentWork, match="gradient differs by"):
         check(_OnCpu(), FLOAT32)

@@ -1,4 +1,6 @@
+import io
 import json
+import sys
 
 import pytest
 
@@ -100,3 +102,12 @@ def test_stages_of_a_run_that_is_not_there_say_how_to_begin(tmp_path, capsys, co
     assert hubert_fast(f"{command} --out {tmp_path / 'nowhere'}") == 1
     assert "holds no run; `hubert-fast pretrain` or `scan`, without --resume, begins one" in capsys.readouterr().err
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_what_a_terminal_cannot_show_is_no_reason_to_fail(monkeypatch):
+    said = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, encoding="ascii"))
+    monkeypatch.setattr(command_line, "run_stage", lambda *_: print("report: /läufe/\udcff.html") or 0)
+    assert cli.main(["report"]) == 0
+    sys.stdout.flush()
+    assert said.getvalue() == b"report: /l\\xe4ufe/\\udcff.html\n"

@@ -236,3 +236,31 @@ def test_pages_escape_text_and_durations_read_well():
     assert "&lt;" in facts({"<": "1"}) and "&lt;" in table(["<"], [["a"]]) and "&lt;" in page("<", "")
     durations = [report.duration(seconds) for seconds in (None, 1, 119, 120, 7199, 7200, 3.6e6)]
     assert durations == ["–", "1.0 s", "119.0 s", "2.0 min", "120.0 min", "2.0 h", "1,000.0 h"]
+
+
+def test_what_was_left_out_on_the_way_is_listed_and_what_was_forgotten_named(tmp_path):
+    run = fabricate_run(tmp_path, steps=8)
+    assert "left out on the way" not in read(write_report(run))[0]
+    bad = {"id": "a <b>.wav#0001", "reason": "the file changed since the scan", "step": 1234}
+    write_json_lines(run / "iteration2" / "train" / "left_out.jsonl", [bad])
+    write_json_lines(run / "iteration1" / "units" / "left_out.jsonl", [bad | {"step": 0}])
+    evaluation = json.loads((run / "iteration1" / "evaluation.json").read_text())
+    write_json(run / "iteration1" / "evaluation.json", evaluation | {"left_out": {"c.wav": "there is no such file"}})
+    write_json_lines(run / "forgotten.jsonl", [{"path": "speaker/1.wav", "date": "2026-12-01"}])
+    text, _ = read(write_report(run))
+    assert "could not be read later, and were left out: 3." in text
+    assert "iteration 1, units a <b>.wav#0001 the file changed since the scan – " in text
+    assert "iteration 2, training a <b>.wav#0001 the file changed since the scan 1,234 " in text
+    assert "iteration 1, evaluation c.wav there is no such file" in text
+    assert "Recordings that were taken out of the run: 1 (speaker/1.wav)." in text
+
+
+def test_weak_units_are_warned_of_and_the_headline_stands_beside_the_commonest_unit(tmp_path):
+    run = fabricate_run(tmp_path, steps=8)
+    text, _ = read(write_report(run))
+    assert "training (always naming the commonest unit: 10.0 %)" in text and "say little" not in text
+    units = {"source": "mfcc", "clusters": 100, "perplexity": 1.2, "commonest_share": 0.97, "units_used": 3}
+    write_json(run / "iteration2" / "units" / "summary.json", units)
+    text, _ = read(write_report(run))
+    assert "Iteration 2 has units that say little: 3 of 100 units are used, their perplexity is 1.20" in text
+    assert "(always naming the commonest unit: 97.0 %)" in text

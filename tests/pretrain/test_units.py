@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 
@@ -17,6 +18,7 @@ from hubert_fast.pretrain.left_out import TooManyBadUtterancesError, read_left_o
 from hubert_fast.pretrain.make_units import choose_utterances, make_units
 from hubert_fast.pretrain.manifest import load_manifest
 from hubert_fast.pretrain.mfcc import mfcc39
+from hubert_fast.pretrain.unit_usage import DegenerateUnitsError
 from hubert_fast.pretrain.units import Units
 from tests.pretrain.fabricated_run import save_tiny_weights
 from tests.pretrain.speech_folder import scan_folder, write_audio
@@ -184,6 +186,39 @@ def test_recordings_that_were_forgotten_are_not_read(folder):
     out = make(folder, forgotten=["3.wav"])
     known = {name: known for split in ("train", "valid") for name, known in known_units(out, split)}
     assert known == {f"{index}.wav": index != 3 for index in range(6)} and not read_left_out(out)
+
+
+class OneUnit(MfccFeatures):
+    """Units that are all the same but for the first ``others`` frames of each utterance."""
+
+    others = 0
+
+    def __call__(self, waveforms):
+        return [
+            np.where(np.arange(len(each))[:, None] < self.others, np.float32(9), 0 * each)
+            for each in super().__call__(waveforms)
+        ]
+
+
+def test_units_that_are_all_the_same_stop_it_at_once_unless_allowed(folder, capsys):
+    config = dataclasses.replace(SMALL, fit_frames=50)
+    with pytest.raises(
+        DegenerateUnitsError,
+        match="say nothing: 1 of 6 units are used, their perplexity is 1.00, the commonest has 100.0%",
+    ):
+        make(folder, config, OneUnit())
+    assert not (folder / "units" / "train.safetensors").exists(), "the rest of the corpus was not looked at"
+    make(folder, dataclasses.replace(config, min_perplexity=1.0), OneUnit())
+    assert "warning: units that say little: 1 of 6 units are used" in capsys.readouterr().err
+
+
+def test_units_that_say_little_are_warned_of(folder, capsys, monkeypatch):
+    make(folder)
+    assert "warning" not in capsys.readouterr().err
+    monkeypatch.setattr(OneUnit, "others", 4)
+    make(folder, dataclasses.replace(SMALL, min_perplexity=1.2), OneUnit(), name="weak")
+    said = capsys.readouterr().err
+    assert "warning: units that say little: 2 of 6 units are used, their perplexity is 1.39" in said
 
 
 def known_units(out, split):
