@@ -1,13 +1,19 @@
 import functools
 import gc
+import shutil
 import weakref
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from hubert_fast.pretrain import pipeline
 from hubert_fast.pretrain.config_file import read_config, write_config
 from hubert_fast.pretrain.distributed import Process
+from hubert_fast.pretrain.forget import forget
+from hubert_fast.pretrain.left_out import read_left_out
+from hubert_fast.pretrain.manifest import load_manifest
 from hubert_fast.pretrain.pipeline import Run, RunExistsError, open_run
 from hubert_fast.pretrain.resume_checks import ConfigMismatchError
 from hubert_fast.pretrain.run_record import recorded
@@ -52,6 +58,36 @@ def test_the_whole_job_leaves_everything_and_is_not_repeated(folder, tmp_path):
     for stage in (lambda: again.train(1, resume=True), lambda: again.units(2)):
         with pytest.raises(OSError, match="iteration1/train/model.safetensors cannot be read"):
             stage()
+
+
+@pytest.mark.parametrize("also", ["nothing", "manifest", "forget"])
+def test_a_run_goes_on_without_a_recording_that_is_gone(folder, tmp_path, also):
+    """Its file is removed after a checkpoint, or its manifest too, or the run is told to forget it: to the same weights."""
+    run = opened(tmp_path / "run", audio=folder)
+    run.scan()
+    run.units(1)
+    run.train(1, resume=False)
+    train = run.directory / "iteration1" / "train"
+    (train / "model.safetensors").unlink()
+    (train / "checkpoints" / "step-00000002.pt").unlink()
+    units = (run.directory / "iteration1" / "units" / "train.safetensors").read_bytes()
+    gone = load_manifest(run.manifest, "train").id(2)
+    for other in ("reference", "changed"):
+        shutil.copytree(run.directory, tmp_path / other)
+    (folder / gone).unlink()
+    if also == "manifest":
+        shutil.rmtree(tmp_path / "changed" / "manifest")
+    if also == "forget":
+        assert forget(tmp_path / "changed", [gone]) == [gone]
+    reports = [opened(tmp_path / name, resume=True).everything(resume=True) for name in ("reference", "changed")]
+    first, second = (
+        load_file(tmp_path / name / "iteration1/train/model.safetensors") for name in ("reference", "changed")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "changed/iteration1/units/train.safetensors").read_bytes() == units
+    told = [gone in each.read_text() for each in reports]
+    assert told == [True, True] and read_left_out(tmp_path / "reference/iteration1/train")[0]["id"] == gone
+    assert bool(read_left_out(tmp_path / "changed/iteration1/train")) == (also != "forget")
 
 
 def test_a_stage_names_the_one_that_is_missing(folder, tmp_path):
