@@ -3,7 +3,7 @@
     config = transformers.HubertConfig()  # HuBERT Base; the larger ones have feat_extract_norm="layer", do_stable_layer_norm=True
     theirs = transformers.HubertModel(config)
     theirs.load_state_dict(to_transformers(model.state_dict()))
-    model.wav2vec2.load_state_dict(from_transformers(theirs.state_dict()))
+    model.wav2vec2.load_state_dict(from_transformers(theirs.state_dict(), config=theirs.config))
 
 Tensors are handed on as they are, neither copied nor changed: there and back gives the same bits. Entries are renamed one by one,
 and one that has no counterpart keeps its name: ``load_state_dict``, strict by default, names it and those that are missing.
@@ -12,7 +12,7 @@ and one that has no counterpart keeps its name: ``load_state_dict``, strict by d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Optional
+from typing import Any, Optional
 
 from torch import Tensor
 
@@ -33,6 +33,15 @@ _GAIN_AND_DIRECTION = (
     (".conv.weight_v", ".conv.parametrizations.weight.original1"),
 )
 
+# Settings that change what a HubertModel computes and that no model here has; weights tell nothing of them.
+_ONLY_VALUES = {
+    "hidden_act": "gelu",
+    "feat_extract_activation": "gelu",
+    "layer_norm_eps": 1e-5,
+    "conv_pos_batch_norm": False,
+    "feat_proj_layer_norm": True,
+}
+
 
 def to_transformers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The ``state_dict`` of a ``HubertModel`` of the same architecture.
@@ -49,7 +58,7 @@ def to_transformers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_transformers(
-    state_dict: Mapping[str, Tensor], *, head: Optional[Mapping[str, Tensor]] = None
+    state_dict: Mapping[str, Tensor], *, head: Optional[Mapping[str, Tensor]] = None, config: Any = None
 ) -> dict[str, Tensor]:
     """The ``state_dict`` of a `Wav2Vec2Model` or, with a ``head``, of a `HuBERTPretrainModel`; also torchaudio's.
 
@@ -57,17 +66,52 @@ def from_transformers(
         state_dict: of a ``HubertModel``; of models with a head on it, such as ``HubertForCTC``, take that of ``.hubert``.
         head: where the entries of ``logit_generator`` come from, which a HubertModel has not: the ``state_dict`` of the
             `HuBERTPretrainModel` that is to be filled. Its other entries are not read.
+        config: the ``HubertConfig`` of the weights. They fit a model that computes something else where it has settings that no
+            model here has; those that one can have are in `encoder_arguments`.
 
     Returns:
         The same tensors under our names, all that ``load_state_dict(strict=True)`` asks for. Without ``head`` the mask
         embedding has no place and is left out.
+
+    Raises:
+        ValueError: for a ``config`` of another function than any model here computes.
     """
+    if config is not None:
+        _require_same_function(config)
     encoder = {_mine(name): tensor for name, tensor in state_dict.items() if name != _THEIR_MASK}
     if head is None:
         return encoder
     mask = {_MASK: state_dict[_THEIR_MASK]} if _THEIR_MASK in state_dict else {}
     given = {name: tensor for name, tensor in head.items() if name.startswith(_HEAD)}
     return {**mask, **{_MODEL + name: tensor for name, tensor in encoder.items()}, **given}
+
+
+def encoder_arguments(config: Any) -> dict[str, Any]:
+    """The arguments of `hubert_fast.hubert_pretrain_model` that a ``HubertConfig`` decides: the encoder's, less dropout.
+
+    Raises:
+        ValueError: for a ``config`` of another function than any model here computes.
+    """
+    _require_same_function(config)
+    return {
+        "extractor_mode": {"group": "group_norm", "layer": "layer_norm"}[config.feat_extract_norm],
+        "extractor_conv_layer_config": list(zip(config.conv_dim, config.conv_kernel, config.conv_stride)),
+        "extractor_conv_bias": config.conv_bias,
+        "encoder_embed_dim": config.hidden_size,
+        "encoder_pos_conv_kernel": config.num_conv_pos_embeddings,
+        "encoder_pos_conv_groups": config.num_conv_pos_embedding_groups,
+        "encoder_num_layers": config.num_hidden_layers,
+        "encoder_num_heads": config.num_attention_heads,
+        "encoder_ff_interm_features": config.intermediate_size,
+        "encoder_layer_norm_first": config.do_stable_layer_norm,
+    }
+
+
+def _require_same_function(config: Any) -> None:
+    for name, only in _ONLY_VALUES.items():
+        given = getattr(config, name, only)
+        if given != only:
+            raise ValueError(f"config.{name}={given!r}: models here compute {only!r} alone")
 
 
 def _theirs(name: str) -> str:

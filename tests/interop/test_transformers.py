@@ -7,7 +7,7 @@ import hubert_fast
 from benchmarks.architecture import ARCHITECTURES
 from benchmarks.peers.transformers import hubert_config
 from benchmarks.torchaudio_peer import import_models, installed
-from hubert_fast.interop.transformers import from_transformers, to_transformers
+from hubert_fast.interop.transformers import encoder_arguments, from_transformers, to_transformers
 
 TINY = ARCHITECTURES["tiny"]
 ARCHITECTURE_OF = {
@@ -96,3 +96,39 @@ def test_strict_loading_names_what_is_missing_and_what_has_no_counterpart():
         model.load_state_dict(from_transformers(without_mask, head=ours))
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "wav2vec2\.hubert\.'):
         model.load_state_dict(from_transformers({f"hubert.{name}": each for name, each in theirs.items()}, head=ours))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURE_OF)
+def test_the_arguments_of_a_config_build_a_model_that_computes_the_same(name):
+    """Heads, strides and the order of norms are in no weight."""
+    architecture = ARCHITECTURE_OF[name].changed(heads=4)
+    hubert = _hubert(architecture)
+    arguments = architecture.factory_arguments(20)
+    theirs = encoder_arguments(hubert.config)
+    assert set(theirs) < set(arguments)
+    wrong = {"encoder_num_heads": 1, "encoder_layer_norm_first": not architecture.pre_norm}
+    model = hubert_fast.hubert_pretrain_model(**{**arguments, **wrong, **theirs}).eval()
+    model.wav2vec2.load_state_dict(from_transformers(hubert.state_dict(), config=hubert.config))
+    waveforms = torch.randn(2, 4000)
+    with torch.no_grad():
+        expected, given = hubert(waveforms).last_hidden_state, model.wav2vec2(waveforms)[0]
+    assert (given - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("hidden_act", "relu"),
+        ("feat_extract_activation", "gelu_new"),
+        ("layer_norm_eps", 1e-6),
+        ("conv_pos_batch_norm", True),
+        ("feat_proj_layer_norm", False),
+    ],
+)
+def test_a_config_of_another_function_is_refused_by_name(setting, value):
+    config = _hubert(TINY).config
+    encoder_arguments(config)
+    setattr(config, setting, value)
+    for call in (encoder_arguments, lambda config: from_transformers({}, config=config)):
+        with pytest.raises(ValueError, match=f"config.{setting}={value!r}: models here compute"):
+            call(config)
