@@ -24,7 +24,7 @@ from hubert_fast.models.gradient_buffers import GradientBuffers
 from hubert_fast.models.graphed_step_checks import check_objective, check_optimizer, check_settings, check_update
 from hubert_fast.models.masking import MaskGenerator
 from hubert_fast.models.micro_batch import MicroBatch, MicroBatchPlanner
-from hubert_fast.models.objective import PretrainingObjective
+from hubert_fast.models.objective import PretrainingObjective, mean_of
 from hubert_fast.models.optimizer_step import OptimizerStep
 from hubert_fast.models.plain import is_plain
 from hubert_fast.models.plan_tensors import PlanTensors
@@ -50,6 +50,11 @@ class UpdateResult(NamedTuple):
     unmasked_loss: Optional[Tensor]
     feature_penalty: Tensor  # mean over the micro-batches, weighted with their masked frames
     gradient_norm: Tensor  # float32: of all processes, before clipping
+
+    @property
+    def mean(self) -> Tensor:
+        """``loss`` over the masked frames of this process, or over 1 where there is none. No host waits for it."""
+        return mean_of(self.loss, self.masked_count)
 
 
 class GraphedStep:

@@ -34,13 +34,24 @@ class PretrainingLoss(NamedTuple):
     unmasked_loss: Optional[Tensor]
     feature_penalty: Tensor  # float: mean square of the features
 
+    @property
+    def mean(self) -> Tensor:
+        """``loss`` over the masked frames of the batch, or over 1 where there is none: float. No host waits for it."""
+        return mean_of(self.loss, self.masked_count)
+
+
+def mean_of(loss: Tensor, masked_count: Tensor) -> Tensor:
+    """A sum over masked frames as a mean: over at least one, for a quotient of zeros would spoil every weight."""
+    return loss / masked_count.clamp(min=1)
+
 
 class PretrainingObjective(nn.Module):
     """HuBERT's loss (Hsu et al. 2021, eq. 2) with the feature penalty of the released recipes.
 
     ``loss = masked_weight * L_m + unmasked_weight * L_u + feature_weight * feature_penalty * masked_count``, where L_m and
-    L_u are sums of cross-entropies. Divide it by ``masked_count`` (of all ranks) for a mean. It is a module, so DDP and
-    FSDP wrap it; its only submodule is ``model``.
+    L_u are sums of cross-entropies; ``mean`` of the result is ``loss / max(1, masked_count)``; that of several ranks is
+    the sum of their losses over that of their counts, again at least 1. It is a module, so DDP and FSDP wrap it; its only
+    submodule is ``model``.
 
     Args:
         model: the model.
