@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hubert_fast.models.hubert import HeadInput, HuBERTPretrainModel
 from hubert_fast.models.plan import StepPlan
+from hubert_fast.models.ranks import is_sharded
 
 
 class FrameLosses(NamedTuple):
@@ -100,10 +101,21 @@ class PretrainingObjective(nn.Module):
             raise ValueError(
                 "plan keeps the masked rows alone, and unmasked_weight is not 0; make it with this objective"
             )
+        self._require_called_parts()
         encoded = self.model.encode(
             waveforms, labels, audio_lengths, mask=mask, masked_only=self.unmasked_weight == 0, plan=plan
         )
         return self.with_penalty(self.frame_losses(encoded.head), encoded.feature_penalty)
+
+    def _require_called_parts(self) -> None:
+        """Refuse what is sharded and nobody calls here, so that its weights would stay with the ranks that have them."""
+        model = self.model
+        for name, part in (("", model), (".wav2vec2", model.wav2vec2), (".logit_generator", model.logit_generator)):
+            if is_sharded(part):
+                raise ValueError(
+                    f"objective.model{name} must not be sharded by itself, for the objective does not call it; shard the "
+                    "objective, and in it the encoder or its layers"
+                )
 
     def frame_losses(self, head: HeadInput) -> FrameLosses:
         """The sums over the frames of a batch that have a weight."""
