@@ -102,7 +102,7 @@ def validate(objective: PretrainingObjective, batch: tuple[Tensor, Tensor, Tenso
     with torch.autocast(device.type, torch.bfloat16):
         result = objective(waveforms.to(device), labels, lengths)
     objective.train()
-    return float(result.loss / result.masked_count)
+    return float(result.mean)
 
 
 def main() -> None:
@@ -174,7 +174,7 @@ def main() -> None:
             schedule.step()
             done += 1
             if rank == 0 and (done % log_every == 0 or done == args.steps):  # reading a result waits for the GPU
-                loss, right = result.loss / result.masked_count, result.masked_correct / result.masked_count
+                loss, right = result.mean, result.masked_correct / result.masked_count.clamp(min=1)
                 print(f"update {done}: loss {loss:.3f}, accuracy {right:.3f}", end=", ")
                 print(f"held-out loss {validate(objective, held_out, device):.3f}", flush=True)
                 if args.out:

@@ -32,6 +32,7 @@ from hubert_fast.models.plain import (
     rate,
 )
 from hubert_fast.models.plan import StepPlan
+from hubert_fast.models.ranks import as_built, await_every_gradient, beside, gathers
 from hubert_fast.models.rows import Rows, valid_rows, whole_grid
 from hubert_fast.ops.arguments import SEED_RANGE, autocast_dtype
 from hubert_fast.ops.bias_gelu_dropout import bias_gelu_dropout
@@ -417,7 +418,17 @@ class Transformer(nn.Module):
             return Stream(
                 torch.where(dropped, before, after.x), torch.where(dropped, narrow, after.narrow) if both else None
             )
-        return wanted_rows(stream, keep) if draw.item() <= self.layer_drop else run_layer(layer, *arguments)
+        if draw.item() > self.layer_drop:
+            return run_layer(layer, *arguments)
+        before = wanted_rows(stream, keep)
+        if gathers(layer):
+            # Other ranks wait for this one to gather the layer's weights with them, so it is computed and not used.
+            return before._replace(
+                x=beside(before.x, [each for each in run_layer(layer, *arguments) if each is not None])
+            )
+        if await_every_gradient():
+            return before._replace(x=beside(before.x, layer.parameters()))
+        return before
 
 
 def run_layer(
@@ -447,9 +458,10 @@ def _is_capturing(x: Tensor) -> bool:
 
 def _drops(module: nn.Module) -> bool:
     """Whether a transformer's input or a layer has a use for seeds."""
-    if type(module) is Transformer:
+    module, kind = as_built(module)
+    if kind is Transformer:
         dropouts: list[nn.Module] = [module.dropout]
-    elif type(module) is EncoderLayer:
+    elif kind is EncoderLayer:
         feed_forward, attention = module.feed_forward, module.attention
         dropouts = [module.dropout]
         if type(feed_forward) is FeedForward:
@@ -474,10 +486,20 @@ class Encoder(nn.Module):
         projection = self.feature_projection
         if not hasattr(self.transformer, "draw_seeds"):
             return None  # what stands in the transformer's place draws for itself
-        if self.training and type(projection) is FeatureProjection and type(projection.dropout) is nn.Dropout:
+        if self.training and as_built(projection)[1] is FeatureProjection and type(projection.dropout) is nn.Dropout:
             if rate(projection.dropout) > 0.0:
                 return self.transformer.new_seeds(device)
         return self.transformer.draw_seeds(device)
+
+    def masked_stream(self, features: Tensor, plan: StepPlan, mask_generator: MaskGenerator) -> Stream:
+        """The transformer's output on the rows that the plan keeps: ``[batch, frames, features] -> [kept, dim]``."""
+        drawn = self.draw_seeds(features.device)
+        seeds = Seeds.of(drawn)
+        x = self.masked_rows(features, plan, mask_generator, seeds.projection)
+        arguments = (x, plan.kept_layout, plan.keep) if drawn is None else (x, plan.kept_layout, plan.keep, seeds)
+        if is_plain(self.transformer, Transformer) and not has_hook_of_all_modules():
+            return self.transformer.stream(*arguments)
+        return Stream(self.transformer(*arguments))
 
     def masked_rows(
         self,
@@ -522,7 +544,16 @@ class Encoder(nn.Module):
         self,
         features: Tensor,  # [batch, frames, features]
         lengths: Optional[Tensor] = None,  # [batch], frames
+        *,
+        plan: Optional[StepPlan] = None,
+        mask_generator: Optional[MaskGenerator] = None,
     ) -> Tensor:  # [batch, frames, dim]; 0 in the padding
+        """The transformer's output, ``[batch, frames, dim]``; ``lengths`` (``[batch]``, frames) tell the padding.
+
+        With ``plan`` and ``mask_generator`` it is the rows of `masked_stream`.
+        """
+        if plan is not None:
+            return self.masked_stream(features, plan, mask_generator).x
         layout = _layout(features, lengths)
         return layout.unpack(self.transformer(self._rows(layout.pack(features), layout), layout))
 

@@ -24,7 +24,7 @@ from hubert_fast.models.gradient_buffers import GradientBuffers
 from hubert_fast.models.graphed_step_checks import check_objective, check_optimizer, check_settings, check_update
 from hubert_fast.models.masking import MaskGenerator
 from hubert_fast.models.micro_batch import MicroBatch, MicroBatchPlanner
-from hubert_fast.models.objective import PretrainingObjective
+from hubert_fast.models.objective import PretrainingObjective, mean_of
 from hubert_fast.models.optimizer_step import OptimizerStep
 from hubert_fast.models.plain import is_plain
 from hubert_fast.models.plan_tensors import PlanTensors
@@ -50,6 +50,11 @@ class UpdateResult(NamedTuple):
     unmasked_loss: Optional[Tensor]
     feature_penalty: Tensor  # mean over the micro-batches, weighted with their masked frames
     gradient_norm: Tensor  # float32: of all processes, before clipping
+
+    @property
+    def mean(self) -> Tensor:
+        """``loss`` over the masked frames of this process, or over 1 where there is none. No host waits for it."""
+        return mean_of(self.loss, self.masked_count)
 
 
 class GraphedStep:
@@ -399,12 +404,15 @@ class GraphedStep:
 
     def join(self, group: dist.ProcessGroup) -> None:
         """Train with the other processes of ``group`` from here on, which all call this; as ``process_group`` does."""
-        self._group = group
+        if self._group is None:
+            # What was captured alone may be one graph, which leaves no place between stages to sum gradients at.
+            for program in self._programs.values():
+                program.captured.clear()
+        self._group, self._agreed_on_use = group, frozenset()
         ranks = dist.get_process_group_ranks(group)
         for parameter in self._objective.parameters():
             dist.broadcast(parameter.detach(), src=ranks[0], group=group)
-        # Counts are summed between hosts: nothing then waits for a GPU.
-        self._host_group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        self._host_group = _between_hosts(group)
 
     def _agree(self, masked_frames: float, here: frozenset[int]) -> tuple[float, frozenset[int]]:
         """The sum of ``masked_frames`` and the union of ``here`` over all processes."""
@@ -442,6 +450,17 @@ class GraphedStep:
             if sent is not flat:
                 flat.copy_(sent)
         self._pending.clear()
+
+
+def _between_hosts(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same processes that sums counts between hosts, so that nothing waits for a GPU."""
+    if dist.get_backend(group) == "gloo":
+        return group
+    ranks = dist.get_process_group_ranks(group)
+    if len(ranks) == dist.get_world_size():
+        return dist.new_group(backend="gloo")
+    # Of these alone, so others need not call it; its name counts the groups of a process, of which all must have as many.
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
 
 
 class _Program:

@@ -14,6 +14,7 @@ from hubert_fast.models.encoder import Transformer
 from hubert_fast.models.micro_batch import MicroBatch
 from hubert_fast.models.objective import PretrainingObjective
 from hubert_fast.models.plain import is_plain
+from hubert_fast.models.ranks import gathers
 
 
 def check_objective(objective: PretrainingObjective) -> None:
@@ -32,6 +33,10 @@ def check_objective(objective: PretrainingObjective) -> None:
                 f"{name} must be a {kind.__name__} without hooks, which a graphed step would not call; got "
                 f"{type(module).__name__}"
             )
+    if gathers(objective):
+        raise ValueError(
+            "objective must not be sharded, nor any part of it: a graphed step keeps its weights where they lie"
+        )
     if not objective.masked_weight and not objective.unmasked_weight:
         raise ValueError("objective must have a weight on masked or unmasked frames; both are 0")
     devices = {each.device for each in objective.parameters() if each.requires_grad}

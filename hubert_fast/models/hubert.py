@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from hubert_fast.models.checks import check_audio, check_labels, check_mask
-from hubert_fast.models.encoder import Seeds, Transformer, has_hook_of_all_modules
 from hubert_fast.models.logits import LogitGenerator
 from hubert_fast.models.masking import MaskGenerator
 from hubert_fast.models.plain import Stream, is_plain
 from hubert_fast.models.plan import PlanSettings, StepPlan, make_plan
+from hubert_fast.models.ranks import is_sharded
 from hubert_fast.models.wav2vec2 import Wav2Vec2Model
 from hubert_fast.ops.host_tensors import on_host, to_device
 
@@ -129,14 +129,10 @@ class HuBERTPretrainModel(nn.Module):
         features = self.scaled_gradient(features)
         penalty = feature_penalty(features)
         encoder = self.wav2vec2.encoder
-        drawn = encoder.draw_seeds(features.device)
-        seeds = Seeds.of(drawn)
-        x = encoder.masked_rows(features, plan, self.mask_generator, seeds.projection)
-        arguments = (x, plan.kept_layout, plan.keep) if drawn is None else (x, plan.kept_layout, plan.keep, seeds)
-        if is_plain(encoder.transformer, Transformer) and not has_hook_of_all_modules():
-            hidden = self.head_rows(encoder.transformer.stream(*arguments))
+        if is_sharded(encoder):  # it gathers its weights as it is called
+            hidden = encoder(features, plan=plan, mask_generator=self.mask_generator)
         else:
-            hidden = encoder.transformer(*arguments)
+            hidden = self.head_rows(encoder.masked_stream(features, plan, self.mask_generator))
         return Encoded(HeadInput(hidden, plan.labels, plan.masked, plan.unmasked), penalty)
 
     def head_rows(self, stream: Stream) -> Tensor:

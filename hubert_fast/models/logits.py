@@ -34,10 +34,12 @@ class LogitGenerator(nn.Module):
         self.final_proj = nn.Linear(encoder_embed_dim, final_dim)
         self.skip_masked = skip_masked
         self.skip_nomask = skip_nomask
+        self._built_classes = num_classes
 
     @property
     def num_classes(self) -> int:
-        return self.label_embeddings.shape[0]
+        # Between calls FSDP1 leaves a flat piece of the embeddings here.
+        return len(self.label_embeddings) if self.label_embeddings.ndim == 2 else self._built_classes
 
     def forward(
         self,

@@ -49,6 +49,7 @@ class MaskGenerator(nn.Module):
         self.no_mask_channel_overlap = no_mask_channel_overlap
         self.mask_channel_min_space = mask_channel_min_space
         self.mask_embedding = nn.Parameter(torch.empty(encoder_embed_dim).uniform_())
+        self._channels = encoder_embed_dim  # the embedding may lie on several ranks
 
     def draw(self, batch: int, frames: int, lengths: Optional[Tensor] = None) -> Tensor:
         """A mask with this generator's settings: bool ``[batch, frames]`` on the CPU, from torch's default generator.
@@ -74,7 +75,7 @@ class MaskGenerator(nn.Module):
         if self.mask_channel_prob <= 0:
             return None
         return span_mask(
-            (batch, len(self.mask_embedding)),
+            (batch, self._channels),
             mask_prob=self.mask_channel_prob,
             mask_length=self.mask_channel_length,
             mask_selection=self.mask_channel_selection,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hubert_fast.models.hubert import HeadInput, HuBERTPretrainModel
 from hubert_fast.models.plan import StepPlan
+from hubert_fast.models.ranks import is_sharded
 
 
 class FrameLosses(NamedTuple):
@@ -34,13 +35,24 @@ class PretrainingLoss(NamedTuple):
     unmasked_loss: Optional[Tensor]
     feature_penalty: Tensor  # float: mean square of the features
 
+    @property
+    def mean(self) -> Tensor:
+        """``loss`` over the masked frames of the batch, or over 1 where there is none: float. No host waits for it."""
+        return mean_of(self.loss, self.masked_count)
+
+
+def mean_of(loss: Tensor, masked_count: Tensor) -> Tensor:
+    """A sum over masked frames as a mean: over at least one, for a quotient of zeros would spoil every weight."""
+    return loss / masked_count.clamp(min=1)
+
 
 class PretrainingObjective(nn.Module):
     """HuBERT's loss (Hsu et al. 2021, eq. 2) with the feature penalty of the released recipes.
 
     ``loss = masked_weight * L_m + unmasked_weight * L_u + feature_weight * feature_penalty * masked_count``, where L_m and
-    L_u are sums of cross-entropies. Divide it by ``masked_count`` (of all ranks) for a mean. It is a module, so DDP and
-    FSDP wrap it; its only submodule is ``model``.
+    L_u are sums of cross-entropies; ``mean`` of the result is ``loss / max(1, masked_count)``; that of several ranks is
+    the sum of their losses over that of their counts, again at least 1. It is a module, so DDP and FSDP wrap it; its only
+    submodule is ``model``.
 
     Args:
         model: the model.
@@ -89,10 +101,21 @@ class PretrainingObjective(nn.Module):
             raise ValueError(
                 "plan keeps the masked rows alone, and unmasked_weight is not 0; make it with this objective"
             )
+        self._require_called_parts()
         encoded = self.model.encode(
             waveforms, labels, audio_lengths, mask=mask, masked_only=self.unmasked_weight == 0, plan=plan
         )
         return self.with_penalty(self.frame_losses(encoded.head), encoded.feature_penalty)
+
+    def _require_called_parts(self) -> None:
+        """Refuse what is sharded and nobody calls here, so that its weights would stay with the ranks that have them."""
+        model = self.model
+        for name, part in (("", model), (".wav2vec2", model.wav2vec2), (".logit_generator", model.logit_generator)):
+            if is_sharded(part):
+                raise ValueError(
+                    f"objective.model{name} must not be sharded by itself, for the objective does not call it; shard the "
+                    "objective, and in it the encoder or its layers"
+                )
 
     def frame_losses(self, head: HeadInput) -> FrameLosses:
         """The sums over the frames of a batch that have a weight."""

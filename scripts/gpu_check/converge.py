@@ -69,7 +69,7 @@ def losses(chosen: Architecture, batches: list[tuple[Tensor, ...]], backend: str
         for number in range(_STEPS):
             with autocast(torch.device(DEVICE), getattr(torch, DTYPE)):
                 result = objective(*batches[number % len(batches)])
-            loss = result.loss / result.masked_count
+            loss = result.mean
             loss.backward()
             torch.nn.utils.clip_grad_norm_(objective.parameters(), 10.0)
             optimizer.step()

@@ -161,7 +161,7 @@ def _updates() -> dict[str, Any]:
         example = examples[number % len(examples)]
         torch.manual_seed(number)
         result = graphed.step([example.planned])
-        losses["graphed"].append(result.loss / result.masked_count)
+        losses["graphed"].append(result.mean)
         torch.manual_seed(number)
         losses["plain"].append(_plain_gradients(theirs, [example]))
         nn.utils.clip_grad_norm_(theirs.parameters(), CLIP_NORM)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -86,6 +87,34 @@ def micro_batches(objective: nn.Module, rank: int, update: int) -> list[Micro]:
     return found
 
 
+def after_a_start_alone(rank: int, *, join_later: bool) -> dict[str, Tensor]:
+    """Weights after updates of both processes that follow upon some of each alone, the first in a group of its own.
+
+    With ``join_later`` one `GraphedStep` makes them all.
+    """
+    objective = build()
+    optimizer = torch.optim.SGD(objective.parameters(), 2**-10, fused=True)  # has no state that could differ
+    step = GraphedStep(objective, optimizer, capacities=ROOM)
+    replace_capture(step)
+
+    def update(number: int) -> None:
+        step([micro for micro, _, _ in micro_batches(objective, rank, number)])
+
+    for number in range(3):  # captured, and without LayerDrop all in one
+        update(number)
+    if rank == 0:
+        step.join(dist.new_group([0], use_local_synchronization=True))
+        update(3)
+    if join_later:
+        with mock.patch.object(dist, "get_backend", lambda group: "nccl"):  # whose counts pass through another group
+            step.join(dist.group.WORLD)
+    else:
+        step = GraphedStep(objective, optimizer, capacities=ROOM, process_group=dist.group.WORLD)
+    for number in range(4, 7):
+        update(number)
+    return objective.state_dict()
+
+
 def main(rank: int, folder: Path) -> None:
     """Every kind in one process: starting one costs more than all of them."""
     join(rank, folder)
@@ -104,6 +133,8 @@ def main(rank: int, folder: Path) -> None:
             torch.manual_seed(1000 + 10 * i + rank)  # LayerDrop leaves out other layers on each rank
             update(micro, masked_frames.item())
         weights[kind] = objective.state_dict()
+    weights["joins-later"] = after_a_start_alone(rank, join_later=True)
+    weights["joins-at-once"] = after_a_start_alone(rank, join_later=False)
     torch.save(weights, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

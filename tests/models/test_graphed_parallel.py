@@ -26,6 +26,11 @@ def test_layer_drop_and_accumulation_on_two_ranks_equal_ddp_to_the_bit(kind, wei
         assert_equal(weights[0]["ddp"], mine[kind])
 
 
+def test_a_step_that_joins_after_updates_alone_sums_gradients_like_a_new_one(weights):
+    for mine in weights:
+        assert_equal(weights[0]["joins-at-once"], mine["joins-later"])
+
+
 def test_gradients_summed_in_bfloat16_are_off_by_its_rounding_and_equal_on_all_ranks(weights):
     assert_equal(weights[0]["bfloat16"], weights[1]["bfloat16"])
     start, ddp, rounded = (

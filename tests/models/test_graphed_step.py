@@ -257,6 +257,15 @@ def test_batches_out_of_the_ordinary_change_nothing_of_that(name, capture):
     assert_equal(theirs, ours)
 
 
+@pytest.mark.parametrize("mask_prob", [0.8, 0.0])
+def test_the_mean_is_over_masked_frames_and_over_one_where_there_is_none(mask_prob):
+    objective = build(mask_prob=mask_prob)
+    step = GraphedStep(objective, adamw(objective), clip_norm=1.0)
+    result = step([step.planner(*data(0)), step.planner(*data(1))])
+    assert (result.masked_count > 1) == (mask_prob > 0)
+    assert result.mean == result.loss / max(1, int(result.masked_count)) and result.gradient_norm.isfinite()
+
+
 def _short_and_long_in_turn(seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     waveforms, labels, _ = data(seed, dtype)
     return waveforms, labels, torch.tensor([SAMPLES, 6400, 6400] if seed % 200 else [SAMPLES, 3000, 3000])

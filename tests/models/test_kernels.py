@@ -86,6 +86,14 @@ def test_every_operator_that_has_a_kernel_runs_it(monkeypatch):
     assert len(set(started)) >= 2 * len(operators), sorted(set(started))  # forward and backward of each
 
 
+def test_a_batch_without_a_masked_frame_has_gradients_of_zeros():
+    objective = _objective("base")
+    with backend.using("triton"):
+        result = objective(*_batch(torch.float32), mask=torch.zeros(3, 16, dtype=torch.bool))
+        result.mean.backward()
+    assert result.mean == 0 and all((each.grad == 0).all() for each in objective.parameters())
+
+
 def test_the_objective_compiles_to_one_graph():
     torch._dynamo.reset()
     objective = _objective("base")

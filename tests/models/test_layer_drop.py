@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import hubert_fast
 from tests.models import configurations
 from tests.models.twins import LENGTHS, assert_outputs_match, batch, seeded, twins
 
@@ -31,6 +32,13 @@ def test_training_runs_the_same_layers(layer_drop):
         assert_outputs_match(outputs, expected, 1e-10)
         counts.add(len(ran))
     assert counts == {4} if layer_drop == 0.0 else len(counts) > 1
+
+
+def test_a_process_by_itself_has_no_gradient_for_a_dropped_layer():
+    """So its optimizer leaves that layer alone, as in torchaudio's loop."""
+    _, ours = twins(configurations.base(encoder_layer_drop=1.0))
+    seeded(hubert_fast.PretrainingObjective(ours), batch(lengths=LENGTHS)).loss.backward()
+    assert all((each.grad is None) == (".layers." in name) for name, each in ours.named_parameters())
 
 
 def test_eval_masks_too_but_runs_every_layer_and_draws_nothing_for_them():

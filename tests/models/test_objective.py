@@ -85,6 +85,15 @@ def test_accuracy_of_a_model_that_has_learnt_is_counted_as_the_recipe_counts():
     assert int(result.unmasked_correct) == recipe_correct(unmasked) > 0
 
 
+def test_the_mean_is_over_masked_frames_and_is_known_without_a_wait():
+    objective, data = objective_of(configurations.base()), batch(torch.float64, LENGTHS)
+    result = seeded(objective, data)
+    assert result.mean == result.loss / result.masked_count and result.masked_count > 1
+    # A tensor on `meta` has no number that anybody could wait for.
+    without = result._replace(loss=torch.zeros((), device="meta"), masked_count=torch.zeros((), device="meta"))
+    assert without.mean.is_meta
+
+
 def test_the_model_is_the_only_submodule_so_a_wrapper_sees_its_parameters_once():
     objective = objective_of(configurations.base())
     assert [name for name, _ in objective.named_children()] == ["model"]

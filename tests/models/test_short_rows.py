@@ -55,4 +55,34 @@ def test_a_batch_without_a_masked_frame_has_a_loss_of_zero_and_can_be_differenti
     result = hubert_fast.PretrainingObjective(ours)(*data)
     result.loss.backward()
     assert result.masked_count == 0 and result.loss == 0
-    assert all(grad is None or (grad == 0).all() for grad in gradients(ours).values())
+    assert all((grad == 0).all() for grad in gradients(ours).values())
+
+
+@pytest.mark.parametrize("name", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize("hooked", [False, True], ids=["", "masks by a module that is called"])
+def test_every_parameter_has_a_finite_gradient_of_the_mean_where_nothing_is_masked(name, weight, hooked):
+    """Ranks sum the gradients of all parameters: one that this batch alone had no use for must not be missing."""
+    _, ours = twins(configurations.base())
+    if hooked:
+        ours.mask_generator.register_forward_hook(lambda *call: None)
+    data = batch(lengths=torch.tensor([12400, 7000, 9876]))
+    with hubert_fast.backend.using(name):
+        result = hubert_fast.PretrainingObjective(ours, unmasked_weight=weight)(
+            *data, mask=torch.zeros(data.labels.shape, dtype=torch.bool)
+        )
+        result.mean.backward()
+    assert result.masked_count == 0 and result.mean == result.loss and (result.loss == 0) == (weight == 0)
+    for name, grad in gradients(ours).items():
+        assert grad is not None and grad.isfinite().all() and (weight or (grad == 0).all()), name
+
+
+@pytest.mark.parametrize("skipped", [None, "skip_masked", "skip_nomask"])
+def test_every_parameter_has_a_gradient_of_the_logits_where_nothing_is_masked(skipped):
+    _, ours = twins(configurations.base())
+    if skipped is not None:
+        setattr(ours.logit_generator, skipped, True)
+    data = batch()
+    outputs = ours(*data, mask=torch.zeros(data.labels.shape, dtype=torch.bool))
+    sum(each.clamp(min=-100).sum() for each in outputs if each is not None).backward()
+    assert all(grad is not None and grad.isfinite().all() for grad in gradients(ours).values())

@@ -64,7 +64,7 @@ def _train_graphed(model, autocast=None):
     torch.manual_seed(1)
     for number in range(STEPS):
         result = step([step.planner(*batches[number % len(batches)])])
-        losses.append(float(result.loss / result.masked_count))
+        losses.append(float(result.mean))
     return torch.tensor(losses)
 
 
