@@ -84,6 +84,7 @@ def train_tiny(
     resume: bool = False,
     autocast: bool = True,
     seed: int = 1,
+    max_bad_utterances: float = 0.01,
     graphs: bool = False,
 ) -> dict[str, Any]:
     """``graphs``: as on a GPU, but that nothing is captured."""
@@ -92,7 +93,13 @@ def train_tiny(
     config = PretrainConfig(
         seed=seed,
         autocast=autocast,
-        data=DataConfig(batch_seconds=5.0, micro_batch_seconds=micro_batch_seconds, max_seconds=1.0, workers=workers),
+        data=DataConfig(
+            batch_seconds=5.0,
+            micro_batch_seconds=micro_batch_seconds,
+            max_seconds=1.0,
+            max_bad_utterances=max_bad_utterances,
+            workers=workers,
+        ),
         logging=LoggingConfig(log_every=3, valid_every=6, save_every=save_every, keep_checkpoints=keep),
         first=iteration,
     )
