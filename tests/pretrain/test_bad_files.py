@@ -1,4 +1,4 @@
-"""Audio that goes bad under a training: it goes on, to numbers that hang on what was missing from when on, and on nothing else."""
+"""Audio that goes bad under a training: it goes on, to numbers that hang on what was missing from when on, on nothing else."""
 
 import pytest
 import torch
