@@ -221,7 +221,7 @@ class FeedForward(nn.Module):
         self.output_dropout = nn.Dropout(output_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output_dropout(self.output_dense(self._hidden(x.flatten(0, -2)))).unflatten(0, x.shape[:-1])
+        return self.output_dropout(self.output_dense(self._hidden(x.flatten(0, -2)))).reshape(x.shape)
 
     def update(self, x: Tensor, seed: Optional[Tensor] = None) -> tuple[Tensor, Optional[Tensor]]:
         """The second product less its bias, and the bias: ``[rows, io_features] -> [rows, io_features]``."""
@@ -333,7 +333,7 @@ class Transformer(nn.Module):
         """
         if layout is None:
             rows = self.forward(x.flatten(0, 1), whole_grid(*x.shape[:2], None, x.device))
-            return rows.unflatten(0, x.shape[:2])
+            return rows.reshape(x.shape)
         return self.stream(x, layout, keep, seeds).x
 
     def stream(self, x: Tensor, layout: Rows, keep: Optional[Tensor] = None, seeds: Optional[Seeds] = None) -> Stream:
