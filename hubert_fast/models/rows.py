@@ -42,7 +42,9 @@ class Rows(NamedTuple):
         if self.key_lengths is None:
             return None
         keys = self.key_lengths.where(self.key_lengths > 0, self.frames)
-        return (torch.arange(self.frames, device=keys.device) < keys[:, None])[:, None, None].expand(-1, -1, self.frames, -1)
+        return (torch.arange(self.frames, device=keys.device) < keys[:, None])[:, None, None].expand(
+            -1, -1, self.frames, -1
+        )
 
     def sequence(self, device: torch.device) -> Tensor:
         """The sequence each row belongs to: ``[rows]`` int64."""

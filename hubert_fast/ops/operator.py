@@ -14,8 +14,8 @@ Of a shape in ``saved_tensors`` and in `Operator.fake` a compiler may know no nu
 each number of rows a graph of its own.
 
 Calls on plain tensors reach it through an autograd function. `torch.library`, whose dispatch costs more host time than most
-kernels take on a GPU, stands between only where somebody must see one operator instead of what it does: compilers, exporters,
-dispatch modes, transforms, subclasses of tensors.
+kernels take on a GPU, stands between only where somebody must see one operator instead of what it does: compilers, dispatch
+modes, transforms, subclasses of tensors. Exporters see the reference, so that their programs run without this package.
 """
 
 from __future__ import annotations
