@@ -35,16 +35,14 @@ class Rows(NamedTuple):
         return (frame >= self.key_lengths[:, None]).flatten()
 
     def key_mask(self) -> Optional[Tensor]:
-        """Which frames of each sequence are keys, ``[batch, 1, frames, frames]`` bool; None where all are.
+        """Which frames of each sequence of a whole grid are keys, ``[batch, 1, frames, frames]`` bool; None where all are.
 
-        For the whole grid. A sequence without a valid frame has all for keys, so that no softmax is empty.
+        All queries have the same, but ONNX's attention does not broadcast them.
         """
-        if self.key_lengths is None:
+        padding = self.padding()
+        if padding is None:
             return None
-        keys = self.key_lengths.where(self.key_lengths > 0, self.frames)
-        return (torch.arange(self.frames, device=keys.device) < keys[:, None])[:, None, None].expand(
-            -1, -1, self.frames, -1
-        )
+        return ~padding.view(self.batch, 1, 1, self.frames).expand(-1, -1, self.frames, -1)
 
     def sequence(self, device: torch.device) -> Tensor:
         """The sequence each row belongs to: ``[rows]`` int64."""

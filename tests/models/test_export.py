@@ -82,8 +82,11 @@ def test_a_model_that_trains_drops_anew_at_every_call_of_its_program():
     with backend.using("torch"):  # so that nothing is left to PyTorch's own dropout but attention's
         exported = torch.export.export(model, arguments, dynamic_shapes=dynamic(arguments))
     assert not ours(exported)
-    first, second = (exported.module()(*padded(770, 2))[0] for _ in range(2))
-    assert first.isfinite().all() and not torch.equal(first, second)
+    module = exported.module()
+    first, second = (module(*padded(770, 3))[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    first.square().sum().backward()
+    assert all(each.grad.isfinite().all() for each in module.parameters() if each.grad is not None)
 
 
 def test_compiled_graphs_keep_the_operators():

@@ -16,7 +16,6 @@ from tests.models.exporting import (
     Layers,
     Pretraining,
     assert_agrees,
-    dynamic,
     encoder,
     labelled,
     padded,
