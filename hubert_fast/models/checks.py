@@ -23,9 +23,11 @@ def check_audio(waveforms: Tensor, audio_lengths: Optional[Tensor]) -> None:
         raise ValueError(
             f"audio_lengths must be on the CPU or on the device of waveforms ({waveforms.device}); got {audio_lengths.device}"
         )
+    # The number in a message would make a compiler's or an exporter's graph one for this number alone.
+    most = "samples" if torch.compiler.is_compiling() else samples
     check_values(
         (audio_lengths >= 0) & (audio_lengths <= samples),
-        f"audio_lengths must be within [0, {samples}], the samples of waveforms",
+        f"audio_lengths must be within [0, {most}], the samples of waveforms",
         audio_lengths,
     )
 

@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook as has_hook_of_all_modu
 from torch.nn.utils import parametrizations, parametrize
 
 from hubert_fast import cpu
+from hubert_fast.exporters import is_exporting
 from hubert_fast.models.masking import MaskGenerator
 from hubert_fast.models.plain import (
     Stream,
@@ -113,7 +114,7 @@ class ConvolutionalPositionalEmbedding(nn.Module):
 
     def add_to(self, x: Tensor, layout: Rows) -> Tensor:
         """Rows plus their positional embedding: ``[rows, channels] -> [rows, channels]``."""
-        if not (is_plain(self, ConvolutionalPositionalEmbedding) and _is_plain_conv(self.conv)):
+        if is_exporting() or not (is_plain(self, ConvolutionalPositionalEmbedding) and _is_plain_conv(self.conv)):
             return x + layout.pack(self(layout.unpack(x)))
         weight, gain = _filters(self.conv)
         return positional_conv(
@@ -192,15 +193,20 @@ class SelfAttention(nn.Module):
         return out if keep is None or alone else out.index_select(0, keep)
 
     def _composes(self, x: Tensor, layout: Rows) -> bool:
-        """Whether `_attend_grid` may do it: on a CPU, where nothing is padded and nothing dropped."""
-        whole = layout.index is None and layout.key_lengths is None and (self.dropout == 0.0 or not self.training)
-        return whole and composes(x) and cpu.product_dtype(x.device, autocast_dtype(x.device) or x.dtype) == x.dtype
+        """Whether `_attend_grid` may do it: on a CPU, where nothing is padded and nothing dropped, and for exporters."""
+        if layout.index is not None:
+            return False
+        whole = layout.key_lengths is None and (self.dropout == 0.0 or not self.training)
+        if whole and composes(x) and cpu.product_dtype(x.device, autocast_dtype(x.device) or x.dtype) == x.dtype:
+            return True
+        return is_exporting()
 
     def _attend_grid(self, query: Tensor, key: Tensor, value: Tensor, layout: Rows) -> Tensor:
         """Attention of all frames of each sequence: ``[rows, embed_dim] -> [rows, embed_dim]``."""
         shape = layout.batch, layout.frames, self.num_heads, self.head_dim
         heads = (each.view(shape).transpose(1, 2) for each in (query, key, value))
-        return F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(-1, self.embed_dim)
+        settings = {"attn_mask": layout.key_mask(), "dropout_p": self.dropout if self.training else 0.0}
+        return F.scaled_dot_product_attention(*heads, **settings).transpose(1, 2).reshape(-1, self.embed_dim)
 
 
 class FeedForward(nn.Module):
@@ -216,7 +222,7 @@ class FeedForward(nn.Module):
         self.output_dropout = nn.Dropout(output_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output_dropout(self.output_dense(self._hidden(x.flatten(0, -2)))).unflatten(0, x.shape[:-1])
+        return self.output_dropout(self.output_dense(self._hidden(x.flatten(0, -2)))).reshape(x.shape)
 
     def update(self, x: Tensor, seed: Optional[Tensor] = None) -> tuple[Tensor, Optional[Tensor]]:
         """The second product less its bias, and the bias: ``[rows, io_features] -> [rows, io_features]``."""
@@ -328,7 +334,7 @@ class Transformer(nn.Module):
         """
         if layout is None:
             rows = self.forward(x.flatten(0, 1), whole_grid(*x.shape[:2], None, x.device))
-            return rows.unflatten(0, x.shape[:2])
+            return rows.reshape(x.shape)
         return self.stream(x, layout, keep, seeds).x
 
     def stream(self, x: Tensor, layout: Rows, keep: Optional[Tensor] = None, seeds: Optional[Seeds] = None) -> Stream:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hubert_fast.exporters import is_exporting
 from hubert_fast.models.checks import check_values
 from hubert_fast.models.rows import Rows, first_true, valid_rows, whole_grid
 from hubert_fast.ops.host_tensors import to_device
@@ -89,7 +90,7 @@ def make_plan(
     """
     batch, frames = labels.shape
     masked_only, rows, kept = settings
-    fixed = torch.compiler.is_compiling()
+    fixed = torch.compiler.is_compiling() or is_exporting()
     if fixed or not _on_host(lengths):
         if rows is not None:
             raise ValueError("rows, a capacity, needs audio_lengths on the CPU, or None")

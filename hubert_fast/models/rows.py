@@ -34,6 +34,16 @@ class Rows(NamedTuple):
         frame = torch.arange(self.frames, device=self.key_lengths.device)
         return (frame >= self.key_lengths[:, None]).flatten()
 
+    def key_mask(self) -> Optional[Tensor]:
+        """Which frames of each sequence of a whole grid are keys, ``[batch, 1, frames, frames]`` bool; None where all are.
+
+        All queries have the same, but ONNX's attention does not broadcast them.
+        """
+        padding = self.padding()
+        if padding is None:
+            return None
+        return ~padding.view(self.batch, 1, 1, self.frames).expand(-1, -1, self.frames, -1)
+
     def sequence(self, device: torch.device) -> Tensor:
         """The sequence each row belongs to: ``[rows]`` int64."""
         positions = torch.arange(self.batch * self.frames, device=device) if self.index is None else self.index
@@ -51,7 +61,9 @@ class Rows(NamedTuple):
             live = torch.arange(len(rows), device=rows.device) < self.offsets[-1].to(rows.device)
             rows = rows.where(live.view(-1, *[1] * (rows.ndim - 1)), rows.new_zeros(()))
             rows = grid.index_copy(0, self.index, rows)
-        return rows.unflatten(0, (self.batch, self.frames))
+        elif (padding := self.padding()) is not None:
+            rows = rows.masked_fill(padding.view(-1, *[1] * (rows.ndim - 1)), 0)
+        return rows.reshape(self.batch, self.frames, *rows.shape[1:])
 
 
 def whole_grid(batch: int, frames: int, lengths: Optional[Tensor], device: torch.device) -> Rows:

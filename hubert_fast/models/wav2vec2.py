@@ -16,8 +16,7 @@ class Wav2Vec2Model(nn.Module):
     """Feature extractor, transformer encoder and, optionally, a head.
 
     Where lengths are given the encoder computes the valid frames alone; lengths on a GPU are copied to the host for that, once,
-    and the host waits. Padded frames come out as 0. A compiled, exported, traced or captured call computes the whole grid: what
-    stands in the padding then nobody may use, as in torchaudio.
+    and the host waits. A compiled, exported, traced or captured call computes the whole grid. Padded frames come out as 0.
 
     Args:
         feature_extractor: raw audio to features.

@@ -37,7 +37,7 @@ def check_residual(residual: Tensor, rows: int, channels: int, index: Optional[T
     """``residual`` must have a row for each of ``rows``, which ``index`` names where it is given."""
     check_rows("residual", residual)
     check_index(index)
-    if residual.shape[1] != channels or (len(residual) if index is None else len(index)) != rows:
+    if residual.shape[1] != channels or (residual if index is None else index).shape[0] != rows:
         wanted = f"[{rows}, {channels}]" if index is None else f"[positions, {channels}] with an index of {rows}"
         given = "" if index is None else f" with an index of {len(index)}"
         raise ValueError(f"residual must have shape {wanted}; got {tuple(residual.shape)}{given}")

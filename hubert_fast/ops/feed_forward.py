@@ -98,7 +98,7 @@ def _objection(name: str, arguments: Arguments) -> backend.Objection:
 
 def _reference(arguments: Arguments) -> tuple[Tensor]:
     x, weight1, bias1, weight2, dropout_p, seed, _ = arguments
-    kept = kept_values(seed, len(x), len(weight1), dropout_p)
+    kept = kept_values(seed, x.shape[0], weight1.shape[0], dropout_p)
     return (reference.feed_forward(x, weight1, bias1, weight2, kept=kept),)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hubert_fast import backend, extension
 from hubert_fast.cpu_backend import masked_attention as cpu_backend
+from hubert_fast.exporters import is_exporting
 from hubert_fast.ops import triton_backend
 from hubert_fast.ops.arguments import dropout_seed, without_autocast
 from hubert_fast.ops.host_tensors import to_device
@@ -182,7 +183,7 @@ def _check_queries(
 
 
 def _padded(arguments: Arguments) -> Tensor:
-    """Backend "torch" on other devices than the CPU; autograd differentiates it."""
+    """Backend "torch" on other devices than the CPU, and what is exported; autograd differentiates it."""
     qkv, offsets, key_lengths, max_frames, dropout_p = arguments[:5]
     given = _containing(qkv, arguments.qkv_bias)
     return _wanted(torch_backend.padded_attention(given, offsets, key_lengths, max_frames, dropout_p), arguments)
@@ -231,6 +232,8 @@ def _objection(name: str, arguments: Arguments) -> backend.Objection:
 
 
 def _reference(arguments: Arguments) -> tuple[Tensor]:
+    if is_exporting():
+        return (_padded(arguments),)  # the formula goes from sequence to sequence
     qkv, offsets, key_lengths, _, dropout_p, seed, qkv_bias = arguments[:7]
     qkv = _containing(qkv, qkv_bias)
     with without_autocast(qkv.device):

@@ -14,8 +14,8 @@ Of a shape in ``saved_tensors`` and in `Operator.fake` a compiler may know no nu
 each number of rows a graph of its own.
 
 Calls on plain tensors reach it through an autograd function. `torch.library`, whose dispatch costs more host time than most
-kernels take on a GPU, stands between only where somebody must see one operator instead of what it does: compilers, exporters,
-dispatch modes, transforms, subclasses of tensors.
+kernels take on a GPU, stands between only where somebody must see one operator instead of what it does: compilers, dispatch
+modes, transforms, subclasses of tensors. Exporters see the reference, so that their programs run without this package.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from hubert_fast import backend, cpu
+from hubert_fast.exporters import is_exporting
 from hubert_fast.ops import triton_backend
 from hubert_fast.ops.record import Layout, Record, tensors_of
 from hubert_fast.ops.registration import register
@@ -139,7 +140,7 @@ class Operator(Generic[Record]):
         given = (arguments[place] for place in self.layout.places)
         save = torch.is_grad_enabled() and any(each.requires_grad for each in tensors_of(given))
         if self.must_be_seen(arguments):
-            return self._registered(*arguments, save, chosen)[:-1]
+            return self.reference(arguments) if is_exporting() else self._registered(*arguments, save, chosen)[:-1]
         with _titled(self.title):
             if save:
                 return self._call(self, chosen, *self.layout.flat(arguments))

@@ -20,8 +20,8 @@ def cosine_cross_entropy(
 ]:  # [] float32 or wider: sum of losses; [] int64: frames where no class beats the positive one
     if index is not None:
         frames, labels = frames[index], labels[index]
-    counted = labels >= 0
-    frames, labels = frames[counted], labels[counted]
-    logits = cosine_logits(frames.to(torch.promote_types(frames.dtype, torch.float32)), label_embeddings, labels)
-    loss = (logits.logsumexp(1) - logits[:, 0]).sum()
-    return loss, (logits[:, 0] >= logits[:, 1:].amax(1)).sum()
+    counted = labels >= 0  # not selected: in a program that is exported no shape may follow from labels
+    frames = frames.to(torch.promote_types(frames.dtype, torch.float32)).masked_fill(~counted[:, None], 0.0)
+    logits = cosine_logits(frames, label_embeddings, labels.clamp(min=0))
+    losses = logits.logsumexp(1) - logits[:, 0]
+    return losses.masked_fill(~counted, 0.0).sum(), (counted & (logits[:, 0] >= logits[:, 1:].amax(1))).sum()

@@ -11,6 +11,8 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from hubert_fast.exporters import is_exporting
+
 _LEVELS = 1 << 16
 
 # Elements of a chunk for each thread: what a few passes read and write of it stays in the core's cache.
@@ -69,11 +71,12 @@ def kept_chunks(
 ) -> Iterator[Optional[Tensor]]:
     """For each chunk what dropout keeps, bool ``[rows, channels]`` on the seed's device; None where ``p`` is 0.
 
-    The mask depends on the seed alone, not on the chunks. On a CPU the seed is read; elsewhere the host does not wait for it.
+    The mask depends on the seed alone, not on the chunks. On a CPU the seed is read; elsewhere, and in an exported program,
+    the host does not wait for it.
     """
     if p == 0.0:
         yield from [None] * len(chunks)
-    elif seed.device.type == "cpu":
+    elif seed.device.type == "cpu" and not is_exporting():  # no program starts a generator
         generator = torch.Generator().manual_seed(int(seed))
         for rows in chunks:
             yield keep_mask(generator, rows.stop - rows.start, channels, p)

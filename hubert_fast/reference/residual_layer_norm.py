@@ -39,11 +39,11 @@ def layer_norm_dropout(
     kept: Optional[Kept] = None,
 ) -> Tensor:  # [rows, channels], in the dtype of x
     if x.dtype == weight.dtype == bias.dtype:
-        return dropped(F.layer_norm(x, x.shape[1:], weight, bias, eps), kept)
+        return dropped(F.layer_norm(x, weight.shape, weight, bias, eps), kept)
     mixed = x.device.type == "cpu" and weight.dtype == bias.dtype == torch.float32
     if mixed and kept is None and x.dtype != torch.float64 and not torch.is_grad_enabled():
         # In float32 on the way, and rounded once; but the gradients of its parameters are summed in the dtype of x.
-        return F.layer_norm(x, x.shape[1:], weight, bias, eps)
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
     wide = x.to(weight.dtype) if weight.dtype.itemsize > x.dtype.itemsize else x
     weight, bias = cast(weight, wide.dtype), cast(bias, wide.dtype)
-    return cast(dropped(F.layer_norm(wide, wide.shape[1:], weight, bias, eps), kept), x.dtype)
+    return cast(dropped(F.layer_norm(wide, weight.shape, weight, bias, eps), kept), x.dtype)

@@ -88,9 +88,7 @@ def test_the_encoder_compiles():
     compiled = _in_one_graph(encoder)
     waveforms = batch(torch.float64).waveforms
     assert relative_error(compiled(waveforms)[0], encoder(waveforms)[0]) <= 1e-10
-    outputs, valid = (each(waveforms, LENGTHS)[0] for each in (compiled, encoder)), valid_frames(LENGTHS)
-    given, wanted = (each[valid] for each in outputs)  # the compiled one computes something in the padding
-    assert relative_error(given, wanted) <= 1e-10
+    assert relative_error(compiled(waveforms, LENGTHS)[0], encoder(waveforms, LENGTHS)[0]) <= 1e-10  # 0 in the padding
 
 
 def test_bad_values_are_found_in_a_compiled_graph_too():

@@ -241,6 +241,34 @@ def test_tracing_before_dispatch_sees_one_operator(case, name):
     assert f"hubert_fast.{case.operator}.default" in traced.code
 
 
+class _Call(torch.nn.Module):
+    def __init__(self, operator, name, arguments):
+        super().__init__()
+        self.call = lambda first: present(operator.run(name, type(arguments)(first, *arguments[1:])))
+
+    def forward(self, first):
+        return self.call(first)
+
+
+@pytest.mark.filterwarnings("ignore:A model attribute")  # parameters are constants here
+@pytest.mark.parametrize(
+    ("case", "name"), {case.operator: (case, name) for case, name in reversed(ALL)}.values(), ids=_id
+)
+def test_exporters_see_aten_alone(case, name):
+    if case.operator == "positional_conv":
+        pytest.skip("its formula goes from sequence to sequence; exporters see the module that it stands for")
+    arguments = case.cast(torch.float32, DEVICE)
+    with torch.no_grad():
+        call = _Call(OPERATORS[case.operator], name, arguments)
+        program = torch.export.export(call, (arguments[0].detach(),))
+        found, expected = (
+            program.module()(arguments[0].detach()),
+            present(OPERATORS[case.operator].reference(arguments)),
+        )
+    assert "hubert_fast" not in program.graph_module.code
+    assert all(error(given, exact) < 2e-5 for given, exact in zip(found, expected, strict=True))
+
+
 @each
 def test_without_a_gradient_nothing_is_kept(case, name):
     kept = []
