@@ -105,6 +105,10 @@ def choose(folder: Path, measured: Measured) -> None:
         wanted = not_forgotten(manifest, {manifest.recording_paths()[17]})
         assert len(wanted) == len(manifest) - 1
         choose_utterances(manifest.samples, wanted, 1_000_000, 0)
+    units = Units(folder / "units-train.safetensors")
+    with measured.stage("units of another manifest"):
+        units.manifest_sha256 = "of another"
+        assert (units.places_in(manifest) == np.arange(len(units))).all()
 
 
 def main() -> None:
