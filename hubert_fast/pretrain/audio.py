@@ -1,8 +1,4 @@
-"""From a cut to its waveform: 16 kHz, mono, float32.
-
-Files are decoded by libsndfile (soundfile) alone, at the scan and ever after, because decoders differ by a few samples
-at the edges of mp3 and ogg files, and the number of samples decides the number of frames.
-"""
+"""From a cut to its waveform: 16 kHz, mono, float32."""
 
 from __future__ import annotations
 
@@ -14,22 +10,12 @@ import numpy as np
 import soundfile
 from scipy.signal import resample_poly
 
+from hubert_fast.pretrain.audio_error import AudioError
+from hubert_fast.pretrain.decoding import decode
 from hubert_fast.pretrain.frames import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
-
-
-class AudioError(ValueError):
-    """Audio that cannot be used: ``path`` and ``reason``."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = path
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
 
 
 def resampled_length(samples: int, rate: int) -> int:
@@ -80,11 +66,7 @@ def _decode(path: str, start: int, samples: int, rate: int) -> np.ndarray:
     if not Path(path).is_file():
         raise AudioError(path, "there is no such file (it was there when the manifest was made)")
     try:
-        with soundfile.SoundFile(path) as file:
-            found_rate = file.samplerate
-            if start:
-                file.seek(start)
-            waveform = file.read(samples, dtype="float32", always_2d=True)
+        found_rate, waveform = decode(Path(path), start, samples)
     except (soundfile.SoundFileError, OSError) as error:
         raise AudioError(path, f"unreadable ({error})") from error
     if found_rate != rate or len(waveform) != samples:

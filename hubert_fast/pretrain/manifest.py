@@ -22,14 +22,16 @@ from tqdm import tqdm
 
 from hubert_fast.pretrain.alignments import Alignments
 from hubert_fast.pretrain.atomic import write_text, write_with
-from hubert_fast.pretrain.audio import AudioError, resampled_length, utterance_samples
+from hubert_fast.pretrain.audio import resampled_length, utterance_samples
+from hubert_fast.pretrain.audio_error import AudioError
+from hubert_fast.pretrain.audio_folder import find_audio
 from hubert_fast.pretrain.config import DataConfig
 from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
+from hubert_fast.pretrain.notices import not_looked_into, notice_counts, notices, printable
 from hubert_fast.pretrain.probe import AudioInfo, probe
 from hubert_fast.pretrain.run_summary import read_json
 from hubert_fast.pretrain.splits import held_out_files
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
 SPLITS = ("train", "valid")
 LONGEST_SECONDS = 60.0
 """longer recordings become several cuts"""
@@ -46,17 +48,18 @@ def scan(
 ) -> dict[str, Any]:
     """Decode every audio file below ``audio`` once and write the manifest of the usable ones to ``out``; returns its summary.
 
-    Files that are unreadable, truncated, empty, shorter than ``min_seconds`` or hold a NaN or an infinity are left out,
-    counted, and listed with the reason in ``out/skipped.jsonl``. A recording longer than ``longest_seconds`` becomes
-    several cuts of equal length. A cut's id is the file's path relative to ``audio``, suffix included, with
-    ``#<number>`` for such a part.
+    Files that are unreadable, truncated, empty, shorter than ``min_seconds``, hold a NaN or an infinity or have channels
+    that cancel are left out, counted, and listed with the reason in ``out/skipped.jsonl``, and so are folders that cannot
+    be entered. Those that are taken though something is wrong with them are listed in ``out/notices.jsonl``. A recording
+    longer than ``longest_seconds`` becomes several cuts of equal length. A cut's id is the file's path relative to
+    ``audio``, suffix included, with ``#<number>`` for such a part.
 
     Held out are the files that ``audio/splits.json`` names (``{"valid": [relative path, ...]}``); without that file,
     those whose path hashes below ``valid_fraction``, and at least one file where there are two. A complete manifest
     made with the same settings is kept as it is (remove ``out`` to scan again).
 
     Args:
-        config: its ``min_seconds`` and ``valid_fraction`` decide; as many threads decode as it has ``workers``, one
+        config: its ``min_seconds``, ``channel`` and ``valid_fraction`` decide; as many threads decode as it has ``workers``, one
             where it has none.
         seed: varies which files are held out.
 
@@ -67,6 +70,7 @@ def scan(
     settings = {
         "audio": str(audio),
         "min_seconds": config.min_seconds,
+        "channel": config.channel,
         "valid_fraction": config.valid_fraction,
         "seed": seed,
         "longest_seconds": longest_seconds,
@@ -76,13 +80,16 @@ def scan(
         return done
     (out / "summary.json").unlink(missing_ok=True)
 
-    files = find_audio(audio)
-    usable, skipped = _probe_all(audio, files, config, progress)
-    write_text(out / "skipped.jsonl", "".join(json.dumps(line) + "\n" for line in skipped))
+    found = find_audio(audio)
+    not_looked = not_looked_into(audio, found)
+    usable, unusable = _probe_all(audio, found.files, config, progress)
+    skipped, noticed = not_looked + unusable, notices(audio, usable)
+    for name, lines in {"skipped": skipped, "notices": noticed}.items():
+        write_text(out / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     if not usable:
         raise ValueError(
-            f"audio={str(audio)!r}: none of its {len(files)} audio files is usable; the first, {skipped[0]['path']}: "
-            f"{skipped[0]['reason']}. {out / 'skipped.jsonl'} lists all."
+            f"audio={str(audio)!r}: none of its {len(found.files)} audio files is usable; the first, "
+            f"{unusable[0]['path']}: {unusable[0]['reason']}. {out / 'skipped.jsonl'} lists all."
         )
     held_out = held_out_files(audio, list(usable), config.valid_fraction, seed)
     alignments = Alignments(audio)
@@ -93,6 +100,7 @@ def scan(
     for split in SPLITS:
         write_with(out / f"{split}.jsonl.gz", CutSet.from_cuts(cuts[split]).to_file)
     summary = _summary(settings, cuts, usable.values(), len(skipped))
+    summary |= {"closed_folders": len(found.closed), "notices": notice_counts(noticed)}
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -134,33 +142,6 @@ def _state(path: str) -> str:
     return f"{file.st_size} {file.st_mtime_ns}"
 
 
-def find_audio(folder: Path) -> list[str]:
-    """Audio files below ``folder``, as sorted relative paths. Links to folders are followed, hidden names are not.
-
-    Raises:
-        ValueError: ``folder`` is no folder or holds no audio.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"audio={str(folder)!r} is not a folder")
-    found = []
-    seen = set()
-    for directory, subfolders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(directory)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in names:
-            if name.lower().endswith(AUDIO_SUFFIXES) and not name.startswith("."):
-                found.append((Path(directory) / name).relative_to(folder).as_posix())
-    if not found:
-        raise ValueError(
-            f"audio={str(folder)!r} holds no audio: files ending in {', '.join(AUDIO_SUFFIXES)} are accepted"
-        )
-    return sorted(found)
-
-
 def _probe_all(
     audio: Path, files: list[str], config: DataConfig, progress: bool
 ) -> tuple[dict[str, AudioInfo], list[dict[str, str]]]:
@@ -170,14 +151,14 @@ def _probe_all(
     seconds, began = 0.0, time.monotonic()
 
     def examine(relative: str) -> AudioInfo | str:
-        return _examine(audio / relative, config.min_seconds)
+        return _examine(audio / relative, config)
 
     bar = tqdm(total=len(files), desc="scan", unit=" files", disable=not progress)
     # libsndfile decodes without Python's lock, so threads are enough.
     with bar, ThreadPoolExecutor(max(1, config.workers)) as pool:
         for relative, result in zip(files, pool.map(examine, files), strict=True):
             if isinstance(result, str):
-                skipped.append({"path": _printable(audio / relative), "reason": result})
+                skipped.append({"path": printable(audio / relative), "reason": result})
             else:
                 usable[relative] = result
                 seconds += result.seconds
@@ -187,26 +168,23 @@ def _probe_all(
     return usable, skipped
 
 
-def _examine(path: Path, min_seconds: float) -> AudioInfo | str:
-    if _printable(path) != str(path):
+def _examine(path: Path, config: DataConfig) -> AudioInfo | str:
+    if printable(path) != str(path):
         return "the name of the file is not UTF-8"
     try:
-        info = probe(path)
+        info = probe(path, config.channel)
     except AudioError as error:
         return error.reason
-    if info.seconds < min_seconds:
-        return f"too short: {info.seconds:.3f} s, min_seconds is {min_seconds}"
+    if info.seconds < config.min_seconds:
+        return f"too short: {info.seconds:.3f} s, min_seconds is {config.min_seconds}"
     if num_frames(resampled_length(info.samples, info.rate)) == 0:
         return f"too short: {info.seconds:.3f} s is less than one frame of 0.025 s"
     return info
 
 
-def _printable(path: Path) -> str:
-    return str(path).encode(errors="backslashreplace").decode()
-
-
 def _cuts(audio: Path, relative: str, info: AudioInfo, alignments: Alignments, longest_seconds: float) -> Iterator[Cut]:
     channels = list(range(info.channels))
+    taken = channels if info.channel is None else [info.channel]
     # Not Recording.from_file: it may ask another decoder for the number of samples.
     recording = Recording(
         id=relative,
@@ -221,12 +199,12 @@ def _cuts(audio: Path, relative: str, info: AudioInfo, alignments: Alignments, l
         start, duration = first / info.rate, (last - first) / info.rate
         cut_id = relative if parts == 1 else f"{relative}#{part:04d}"
         supervision = alignments.supervision(relative, cut_id=cut_id, start=start, duration=duration)
-        kind = MonoCut if info.channels == 1 else MultiCut
+        kind = MonoCut if len(taken) == 1 else MultiCut
         yield kind(
             id=cut_id,
             start=start,
             duration=duration,
-            channel=0 if info.channels == 1 else channels,
+            channel=taken[0] if len(taken) == 1 else taken,
             recording=recording,
             supervisions=[] if supervision is None else [supervision],
             custom={"samples_16k": resampled_length(last - first, info.rate)},

@@ -10,7 +10,7 @@ from hubert_fast.pretrain.config_file import differences
 
 # An evaluation with other settings is made anew; the others decide no number of the result, or its rounding alone.
 _ALWAYS_FREE = ("device", "graphs", "logging.", "data.workers", "data.micro_batch_seconds", "evaluation.")
-_OF_THE_SCAN = ("seed", "data.min_seconds", "data.valid_fraction")
+_OF_THE_SCAN = ("seed", "data.min_seconds", "data.channel", "data.valid_fraction")
 _ITERATIONS = ("first", "second", "third")
 
 
