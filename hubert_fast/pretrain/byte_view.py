@@ -46,6 +46,11 @@ class ByteWindow:
             start += _WINDOW
         return -1
 
+    def only_zeros(self, start: int) -> bool:
+        """Whether nothing but zeros follows ``start``."""
+        blocks = (self.read(position, _WINDOW) for position in range(start, self.size, _WINDOW))
+        return not any(block.strip(b"\0") for block in blocks)
+
 
 class ByteView(io.RawIOBase):
     """Pieces of a file, and bytes between them, as one file to read."""

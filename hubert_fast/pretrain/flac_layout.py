@@ -95,7 +95,7 @@ def _stream(window: ByteWindow, start: int, stop: int, *, alone: bool) -> tuple[
     first = _first_frame(window, start, info)
     offset = first.first if first is not None else 0
     samples = last.first + last.samples - offset
-    if samples == info.samples and offset == 0:
+    if info.samples and offset == 0 and info.samples in (samples, samples + _whole_frame(window, end, stop, info)):
         return whole, []
     missing = info.samples - samples
     if missing > TRIFLE_SECONDS * info.rate:
@@ -103,6 +103,12 @@ def _stream(window: ByteWindow, start: int, stop: int, *, alone: bool) -> tuple[
     says = f"says {info.samples} samples, {samples} are there" if info.samples else "does not say how long it is"
     kind = Stream if offset == 0 else _CutOutStream
     return kind((_patched(window, start, samples), (start + _HEADER, end)), samples), [f"its header {says}"]
+
+
+def _whole_frame(window: ByteWindow, start: int, stop: int, info: _Info) -> int:
+    """Samples of the frame at ``start``, of which only the decoder can tell whether it is whole; 0 if there is none."""
+    frame = _read_frame(window.read(start, 16), info) if start < stop else None
+    return 0 if frame is None else frame.samples
 
 
 def _read_info(window: ByteWindow, start: int) -> _Info:
@@ -138,7 +144,9 @@ def _last_frame(window: ByteWindow, start: int, stop: int, info: _Info) -> tuple
     origin = max(start + _HEADER, stop - _TAIL)
     tail = window.read(origin, stop - origin)
     candidates = list(_candidates(tail, info))
-    ends = [len(tail), *(position for position, _ in reversed(candidates))]
+    # Zeros may fill the file up, and may belong to the last frame's checksum.
+    filled = len(tail.rstrip(b"\0"))
+    ends = [len(tail), *range(filled, min(filled + 3, len(tail))), *(position for position, _ in reversed(candidates))]
     tag = tail.rfind(b"TAG")
     if tag >= 0 and skip_tags(window, origin + tag) == stop:
         ends.insert(1, tag)

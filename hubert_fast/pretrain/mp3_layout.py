@@ -24,7 +24,7 @@ from hubert_fast.pretrain.mp3_frames import (
     without_missing_reservoir,
     xing_frame,
 )
-from hubert_fast.pretrain.streams import TRIFLE_SECONDS, Layout, SequentialFile, Stream, foreign
+from hubert_fast.pretrain.streams import TRIFLE_SECONDS, Layout, SequentialFile, Stream, foreign, foreign_behind
 
 _DECODER_DELAY = 529  # samples that the decoder leaves out where there is a Xing header
 _PHASES = 8  # the decoder rounds alike at every eighth frame
@@ -125,16 +125,17 @@ def mp3_layout(window: ByteWindow, start: int) -> Layout:
 def _stream(window: ByteWindow, run: _Run, *, alone: bool) -> tuple[_Mp3Stream, list[str]]:
     size, rate, frames = frame_samples(run.header), sampling_rate(run.header), len(run.offsets)
     repairs = []
-    right = run.promised is None or run.promised == frames
-    if not right:
+    if run.promised is not None and run.promised != frames:
         missing = run.promised - frames
         # Some encoders count the frame of the Xing header too.
         if missing > max(1, TRIFLE_SECONDS * rate / size):
             raise AudioError(window.path, f"truncated: its header says {run.promised} frames, {frames} are there")
         repairs = [] if missing == 1 else [f"its header says {run.promised} frames, {frames} are there"]
     left_out = _DECODER_DELAY + run.delay if run.tagged else 0
-    padding = max(0, run.padding - _DECODER_DELAY) if right else 0
-    samples = max(0, frames * size - left_out - padding)
+    there = frames * size
+    if run.promised is not None and run.promised >= frames:
+        there = min(there, run.promised * size - max(0, run.padding - _DECODER_DELAY))
+    samples = max(0, there - left_out)
     return _Mp3Stream((), samples, run.header, run.offsets, tuple(run.pieces), left_out, alone), repairs
 
 
@@ -146,12 +147,13 @@ class _Walk:
         self._window = window
         self._position = start
         self._kind: tuple[int, int, bool] | None = None
-        self._before = self._between = self._behind = self._cut = 0
+        self._before = self._between = self._cut = 0
+        self._end = window.size
 
     @property
     def undisturbed(self) -> bool:
         """Nothing but whole frames between the tags."""
-        return self._before + self._between + self._behind + self._cut == 0
+        return self._before + self._between + self._cut == 0 and self._end == self._window.size
 
     def run(self) -> None:
         window = self._window
@@ -178,7 +180,7 @@ class _Walk:
             raise AudioError(window.path, f"damaged: {self._between} bytes between its frames are no MP3 frames")
         yield from foreign(window.path, self._before, window.size, "before its audio")
         yield from foreign(window.path, self._between, window.size, "within its audio")
-        yield from foreign(window.path, self._behind, window.size, "behind its audio")
+        yield from foreign_behind(window, self._end)
         if self._cut:
             yield "its last frame is cut off"
 
@@ -236,8 +238,7 @@ class _Walk:
                     self._between += position - start
                 return
             position += 1
-        self._position = window.size
-        self._behind += window.size - start
+        self._position, self._end = window.size, start
 
 
 def _read_xing(header: bytes, tag: bytes) -> _Run:

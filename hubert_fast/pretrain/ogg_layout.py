@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from hubert_fast.pretrain.audio_error import AudioError
 from hubert_fast.pretrain.audio_tags import skip_tags
 from hubert_fast.pretrain.byte_view import ByteWindow
-from hubert_fast.pretrain.streams import Layout, SequentialFile, Stream, foreign
+from hubert_fast.pretrain.streams import Layout, SequentialFile, Stream, foreign, foreign_behind
 
 _MAGIC = b"OggS"
 _HEADER = 27
@@ -74,29 +74,32 @@ def ogg_layout(window: ByteWindow, start: int) -> Layout:
         AudioError: it is cut off or damaged, or several streams of audio lie side by side.
     """
     links: list[dict[int, _Logical]] = []
-    position, passed_over = start, 0
+    position, between = start, 0
     while position < window.size:
         page = _read_page(window, position)
-        if page is None:
-            after = window.find(_MAGIC, position + 1)
-            tags = skip_tags(window, position)
-            if after < 0 or tags == window.size:
-                passed_over += window.size - tags
-                break
-            passed_over += max(0, after - tags)
-            position = after
+        if page is not None:
+            _sort_in(window, links, page)
+            position = page.stop
             continue
-        _sort_in(window, links, page)
-        position = page.stop
+        position = skip_tags(window, position)
+        following = window.find(_MAGIC, position)
+        if following < 0:
+            break
+        between += following - position
+        position = following
     streams = [_audio_of(window, link) for link in links]
-    repairs = list(foreign(window.path, start + passed_over, window.size, "beside its pages"))
+    repairs = [
+        *foreign(window.path, start, window.size, "before its audio"),
+        *foreign(window.path, between, window.size, "between its pages"),
+        *foreign_behind(window, position),
+    ]
     if any(not stream.ended for stream in streams):
         repairs.append("its last page is not marked as the end of the stream")
     if len(streams) > 1:
         repairs.append(f"{len(streams)} streams that were joined")
     if not streams:
         raise AudioError(window.path, "unreadable: it is an Ogg file without a stream")
-    if len(streams) == 1 and start + passed_over == 0 and len(links[0]) == 1:
+    if len(streams) == 1 and start + between + window.size - position == 0 and len(links[0]) == 1:
         return Layout((_OggStream(),), tuple(repairs))
     return Layout(tuple(_OggStream(tuple(stream.pieces)) for stream in streams), tuple(repairs))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import soundfile
 
 from hubert_fast.pretrain.audio_error import AudioError
-from hubert_fast.pretrain.byte_view import ByteView, Piece
+from hubert_fast.pretrain.byte_view import ByteView, ByteWindow, Piece
 
 TRIFLE_SECONDS = 0.05
 """a file that lacks no more than this of the audio that its header promises is whole: encoders miscount by a frame"""
@@ -77,3 +77,15 @@ def foreign(path: str, count: int, size: int, where: str) -> tuple[str, ...]:
     if count > FOREIGN_SHARE * size:
         raise AudioError(path, f"damaged: {count} of its {size} bytes, {where}, are no audio of its format")
     return (f"{count} bytes {where} are no audio of its format and were passed over",)
+
+
+def foreign_behind(window: ByteWindow, start: int) -> tuple[str, ...]:
+    """The repair of a file that is no audio from byte ``start`` on. Zeros, which disks and recorders leave, hide nothing.
+
+    Raises:
+        AudioError: it is too much of the file.
+    """
+    count = window.size - start
+    if count > 0 and window.only_zeros(start):
+        return (f"{count} zeros behind its audio were passed over",)
+    return foreign(window.path, count, window.size, "behind its audio")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hubert_fast.pretrain.audio_error import AudioError
 from hubert_fast.pretrain.audio_tags import skip_tags
 from hubert_fast.pretrain.byte_view import ByteWindow
-from hubert_fast.pretrain.streams import TRIFLE_SECONDS, Layout, Stream, foreign
+from hubert_fast.pretrain.streams import TRIFLE_SECONDS, Layout, Stream, foreign, foreign_behind
 
 _RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")
 _PLACEHOLDERS = (range(0x7FFF0000, 0x80000001), range(0xFFFF0000, 0x100000000))
@@ -62,7 +62,7 @@ def wav_layout(window: ByteWindow, start: int) -> Layout:
             break
         start = behind
     repairs += foreign(window.path, first, window.size, "before its audio") if first else ()
-    repairs += foreign(window.path, window.size - behind, window.size, "behind its audio")
+    repairs += foreign_behind(window, behind)
     if len(streams) > 1:
         repairs.append(f"{len(streams)} WAV files that were joined")
     return Layout(tuple(streams), tuple(repairs))
