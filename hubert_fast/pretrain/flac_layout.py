@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hubert_fast.pretrain.audio_error import AudioError
 from hubert_fast.pretrain.audio_tags import skip_tags
 from hubert_fast.pretrain.byte_view import ByteWindow
-from hubert_fast.pretrain.streams import TRIFLE_SECONDS, Layout, SequentialFile, Stream, foreign
+from hubert_fast.pretrain.streams import TRIFLE_SECONDS, Layout, SequentialFile, Stream
 
 _MAGIC = b"fLaC"
 _INFO_BLOCK = b"\x00\x00\x00\x22"  # STREAMINFO, 34 bytes; it always comes first
@@ -63,9 +63,9 @@ def flac_layout(window: ByteWindow, start: int) -> Layout:
     """
     starts = _starts(window, start)
     streams: list[Stream] = []
-    repairs: list[str] = list(foreign(window.path, start, window.size, "before its audio"))
+    repairs: list[str] = []
     for begin, stop in zip(starts, [*starts[1:], window.size], strict=True):
-        stream, repair = _stream(window, begin, stop, alone=len(starts) == 1 and not repairs)
+        stream, repair = _stream(window, begin, stop, alone=start == 0 and len(starts) == 1)
         streams.append(stream)
         repairs += repair
     if len(streams) > 1:

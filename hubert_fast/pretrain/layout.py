@@ -13,7 +13,7 @@ from hubert_fast.pretrain.flac_layout import flac_layout, is_flac
 from hubert_fast.pretrain.mp3_frames import frame_length
 from hubert_fast.pretrain.mp3_layout import mp3_layout
 from hubert_fast.pretrain.ogg_layout import is_ogg, ogg_layout
-from hubert_fast.pretrain.streams import Layout, Stream
+from hubert_fast.pretrain.streams import Layout, Stream, foreign
 from hubert_fast.pretrain.wav_layout import is_wav, wav_layout
 
 _FORMATS = ((is_wav, wav_layout), (is_flac, flac_layout), (is_ogg, ogg_layout))
@@ -49,7 +49,9 @@ def _known_format(window: ByteWindow, start: int) -> Layout | None:
     for match in _MAGIC.finditer(head):
         for is_one, layout in _FORMATS:
             if is_one(head[match.start() : match.start() + 12]):
-                return layout(window, start + match.start())
+                before = foreign(window.path, match.start(), window.size, "before its audio")
+                found = layout(window, start + match.start())
+                return Layout(found.streams, before + found.repairs)
     return None
 
 

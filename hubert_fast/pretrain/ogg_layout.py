@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from hubert_fast.pretrain.audio_error import AudioError
 from hubert_fast.pretrain.audio_tags import skip_tags
-from hubert_fast.pretrain.byte_view import ByteWindow
+from hubert_fast.pretrain.byte_view import ByteWindow, Piece
 from hubert_fast.pretrain.streams import Layout, SequentialFile, Stream, foreign, foreign_behind
 
 _MAGIC = b"OggS"
@@ -45,6 +45,8 @@ class _Logical:
     number: int = -1
     granule: int = 0
     ended: bool = False
+    last_page: int = 0
+    """where it begins"""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,6 @@ def ogg_layout(window: ByteWindow, start: int) -> Layout:
         position = following
     streams = [_audio_of(window, link) for link in links]
     repairs = [
-        *foreign(window.path, start, window.size, "before its audio"),
         *foreign(window.path, between, window.size, "between its pages"),
         *foreign_behind(window, position),
     ]
@@ -99,9 +100,10 @@ def ogg_layout(window: ByteWindow, start: int) -> Layout:
         repairs.append(f"{len(streams)} streams that were joined")
     if not streams:
         raise AudioError(window.path, "unreadable: it is an Ogg file without a stream")
-    if len(streams) == 1 and start + between + window.size - position == 0 and len(links[0]) == 1:
+    pieces = [tuple(stream.pieces) if stream.ended else _ended(window, stream) for stream in streams]
+    if len(streams) == 1 and streams[0].ended and start + between + window.size - position == 0 and len(links[0]) == 1:
         return Layout((_OggStream(),), tuple(repairs))
-    return Layout(tuple(_OggStream(tuple(stream.pieces)) for stream in streams), tuple(repairs))
+    return Layout(tuple(map(_OggStream, pieces)), tuple(repairs))
 
 
 def _read_page(window: ByteWindow, start: int) -> _Page | None:
@@ -122,12 +124,23 @@ def _read_page(window: ByteWindow, start: int) -> _Page | None:
         )
     page = window.read(start, stop - start)
     flags, granule, serial, number, checksum = struct.unpack("<BqIII", page[5:26])
-    if checksum != _checksum(page[:22] + bytes(4) + page[26:]):
+    if checksum != page_checksum(page[:22] + bytes(4) + page[26:]):
         raise AudioError(window.path, f"damaged: the checksum of the page at byte {start} is wrong")
     return _Page(start, stop, flags, granule, serial, number)
 
 
-def _checksum(page: bytes) -> int:
+def _ended(window: ByteWindow, stream: _Logical) -> tuple[Piece, ...]:
+    """A stream with its end marked: the decoder of Opus refuses a last page that holds more than its position says."""
+    begin, stop = stream.pieces[-1]
+    page = bytearray(window.read(stream.last_page, stop - stream.last_page))
+    page[5] |= _LAST_PAGE
+    page[22:26] = bytes(4)
+    page[22:26] = page_checksum(bytes(page)).to_bytes(4, "little")
+    return *stream.pieces[:-1], *([(begin, stream.last_page)] if begin < stream.last_page else []), bytes(page)
+
+
+def page_checksum(page: bytes) -> int:
+    """The checksum of a page in which the four bytes that hold it are 0."""
     value = zlib.crc32(page.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{value:032b}"[::-1], 2)
 
@@ -148,6 +161,7 @@ def _sort_in(window: ByteWindow, links: list[dict[int, _Logical]], page: _Page) 
     stream.number = page.number
     stream.granule = max(stream.granule, page.granule)
     stream.ended = bool(page.flags & _LAST_PAGE)
+    stream.last_page = page.start
     if stream.pieces and stream.pieces[-1][1] == page.start:
         stream.pieces[-1] = (stream.pieces[-1][0], page.stop)
     else:

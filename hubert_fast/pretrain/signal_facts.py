@@ -8,6 +8,7 @@ _STEP = 2.0**-15  # of 16 bits: what never leaves one step is silence, or a cons
 _FULL_SCALE = 1 - _STEP
 _CLIPPED_SHARE = 1e-3
 _CANCELLED_SHARE = 0.01
+_EVERY = 29  # samples; enough of them to know the energy of channels and of their mean
 
 
 class SignalFacts:
@@ -20,46 +21,35 @@ class SignalFacts:
         self._channel = channel
         self._low, self._high = np.inf, -np.inf
         self._values = self._at_full_scale = 0
-        self._origin: np.ndarray | None = None
-        self._channel_sums: np.ndarray | float = 0.0
-        self._samples, self._squares, self._mean_squares = 0, 0.0, 0.0
+        self._sampled = 0
+        self._sums: np.ndarray | float = 0.0
+        self._products: np.ndarray | float = 0.0  # of every two channels
 
     def add(self, block: np.ndarray) -> bool:
         """Take in float32 ``[samples, channels]``; False, and nothing, where it holds a NaN or an infinity."""
         low, high = float(block.min()), float(block.max())
         if not np.isfinite(high - low):
             return False
-        if self._channel is not None and block.shape[1] > 1:
-            block = block[:, self._channel : self._channel + 1]
-            low, high = float(block.min()), float(block.max())
+        if block.shape[1] > 1:
+            if self._channel is None:
+                self._add_channels(block[::_EVERY].astype(np.float64))
+            else:
+                block = block[:, self._channel]
+                low, high = float(block.min()), float(block.max())
         if max(high, -low) >= _FULL_SCALE:
             self._at_full_scale += int(np.count_nonzero(np.abs(block) >= _FULL_SCALE))
         self._values += block.size
-        if block.shape[1] > 1:
-            low, high = self._add_channels(block)
         self._low, self._high = min(self._low, low), max(self._high, high)
         return True
 
-    def _add_channels(self, block: np.ndarray) -> tuple[float, float]:
-        """Take in what tells whether channels cancel; returns the range of their mean."""
-        samples, channels = block.shape
-        sums = np.ones(samples, np.float32) @ block
-        if self._origin is None:
-            # Sums of squares are taken around it, so that a constant offset does not drown the sound.
-            self._origin = sums / samples
-        shifted = block - self._origin
-        mean = shifted @ np.full(channels, 1 / channels, np.float32)
-        flat = shifted.reshape(-1)
-        self._squares += float(flat @ flat)
-        self._mean_squares += float(mean @ mean)
-        self._channel_sums = self._channel_sums + (sums.astype(np.float64) - samples * self._origin)
-        self._samples += samples
-        offset = float(self._origin.mean())
-        return float(mean.min()) + offset, float(mean.max()) + offset
+    def _add_channels(self, samples: np.ndarray) -> None:
+        self._sampled += len(samples)
+        self._sums = self._sums + np.ones(len(samples)) @ samples
+        self._products = self._products + samples.T @ samples
 
     @property
     def silent(self) -> bool:
-        """No sample of what is taken reaches one step of 16 bits."""
+        """No sample reaches one step of 16 bits."""
         return max(self._high, -self._low) < _STEP
 
     @property
@@ -77,12 +67,12 @@ class SignalFacts:
         """Energy of the channels' mean as a share of the channels' mean energy, constant offsets apart; 1 where there is
         one channel or no sound.
         """
-        if self._samples == 0:
+        if self._sampled == 0:
             return 1.0
-        offsets = np.asarray(self._channel_sums) / self._samples
-        energy = self._squares / (self._samples * offsets.size) - float((offsets**2).mean())
-        mean_energy = self._mean_squares / self._samples - float(offsets.mean() ** 2)
-        return max(0.0, mean_energy) / energy if energy > _STEP**2 else 1.0
+        means = np.asarray(self._sums) / self._sampled
+        covariance = self._products / self._sampled - np.outer(means, means)
+        energy = covariance.diagonal().mean()
+        return max(0.0, float(covariance.mean() / energy)) if energy > _STEP**2 else 1.0
 
     @property
     def cancelled(self) -> bool:

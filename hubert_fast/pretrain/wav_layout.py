@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hubert_fast.pretrain.audio_error import AudioError
 from hubert_fast.pretrain.audio_tags import skip_tags
 from hubert_fast.pretrain.byte_view import ByteWindow
-from hubert_fast.pretrain.streams import TRIFLE_SECONDS, Layout, Stream, foreign, foreign_behind
+from hubert_fast.pretrain.streams import TRIFLE_SECONDS, Layout, Stream, foreign_behind
 
 _RIFF = (b"RIFF", b"RIFX", b"RF64", b"BW64")
 _PLACEHOLDERS = (range(0x7FFF0000, 0x80000001), range(0xFFFF0000, 0x100000000))
@@ -29,9 +29,9 @@ class _Riff:
     order: str
     data: int = 0
     promised: int = 0
-    block: int = 0
-    direct: bool = False
     bytes_per_second: int = 0
+    block: int = 0
+    """bytes of a sample of all channels; 0 where the header does not tell them"""
 
 
 def is_wav(head: bytes) -> bool:
@@ -45,7 +45,6 @@ def wav_layout(window: ByteWindow, start: int) -> Layout:
     Raises:
         AudioError: it is cut off, or holds more than can be told apart.
     """
-    first = start
     streams: list[Stream] = []
     repairs: list[str] = []
     while True:
@@ -56,12 +55,11 @@ def wav_layout(window: ByteWindow, start: int) -> Layout:
         behind = skip_tags(window, behind)
         joined = is_wav(window.read(behind, 12))
         pieces = _mended(window, riff, stop) if mended or joined or streams else None
-        samples = (stop - riff.data) // riff.block if riff.direct and riff.block else None
+        samples = (stop - riff.data) // riff.block if riff.block else None
         streams.append(Stream(pieces, samples))
         if not joined:
             break
         start = behind
-    repairs += foreign(window.path, first, window.size, "before its audio") if first else ()
     repairs += foreign_behind(window, behind)
     if len(streams) > 1:
         repairs.append(f"{len(streams)} WAV files that were joined")
@@ -88,10 +86,12 @@ def _read_header(window: ByteWindow, start: int) -> _Riff:
 
 
 def _read_format(riff: _Riff, body: bytes) -> None:
-    tag, _, _, riff.bytes_per_second, riff.block = struct.unpack(riff.order + "HHIIH", body[:14])
+    tag, channels, rate, riff.bytes_per_second, block, bits = struct.unpack(riff.order + "HHIIHH", body[:16])
     if tag == _EXTENSIBLE and len(body) >= 26:
         (tag,) = struct.unpack(riff.order + "H", body[24:26])
-    riff.direct = tag in _DIRECT_TAGS
+    # Where they disagree the decoder must know.
+    if tag in _DIRECT_TAGS and block == channels * ((bits + 7) // 8):
+        riff.block, riff.bytes_per_second = block, rate * block
 
 
 def _extent(window: ByteWindow, riff: _Riff) -> tuple[int, int, list[str]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import soundfile
 
-from hubert_fast.pretrain.ogg_layout import _checksum
+from hubert_fast.pretrain.ogg_layout import page_checksum
 
 FORMATS = {
     "wav-16": ("wav", {"format": "WAV", "subtype": "PCM_16"}),
@@ -178,12 +178,16 @@ def _wrong_mp3(rng: np.random.Generator, content: bytes) -> bytes:
 
 
 def _wrong_ogg(rng: np.random.Generator, content: bytes) -> bytes:
-    """Without its end mark, as of a live encoder."""
+    return without_end_mark(content)
+
+
+def without_end_mark(content: bytes) -> bytes:
+    """An Ogg as a live encoder leaves it that was stopped."""
     last = content.rfind(b"OggS")
     page = bytearray(content[last:])
     page[5] &= ~4
     page[22:26] = bytes(4)
-    page[22:26] = struct.pack("<I", _checksum(bytes(page)))
+    page[22:26] = struct.pack("<I", page_checksum(bytes(page)))
     return content[:last] + bytes(page)
 
 
