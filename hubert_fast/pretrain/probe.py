@@ -112,7 +112,8 @@ def _index(path: Path, channel: Union[Literal["mix"], int], channels: int) -> in
     if channel == "mix":
         return None
     if channel > channels:
-        raise AudioError(str(path), f"it has {channels} channels, and data.channel is {channel}")
+        count = f"{channels} channel" + "s" * (channels > 1)
+        raise AudioError(str(path), f"it has {count}, and data.channel is {channel}")
     return channel - 1
 
 

@@ -168,6 +168,36 @@ def test_summary_counts_what_was_found(folder):
     assert json.loads((folder / "manifest" / "summary.json").read_text()) == summary
 
 
+def test_what_is_taken_though_something_is_wrong_with_it_is_listed_and_counted(folder):
+    audio = folder / "audio"
+    soundfile.write(audio / "silent.wav", np.zeros(8_000), 16_000)
+    soundfile.write(audio / "loud.wav", np.clip(9 * np.sin(np.arange(8_000)), -1, 1), 16_000)
+    write_audio(audio / "joined.flac", 0.5)
+    (audio / "joined.flac").write_bytes(2 * (audio / "joined.flac").read_bytes())
+    summary = scan_folder(folder)
+    assert summary["skipped"] == 0
+    assert summary["notices"] == {"repaired": 1, "silent": 1, "constant": 0, "clipped": 1}
+    lines = [json.loads(line) for line in (folder / "manifest" / "notices.jsonl").read_text().splitlines()]
+    assert [(line["path"].removeprefix(f"{audio}/"), line["kind"]) for line in lines] == [
+        ("joined.flac", "repaired"),
+        ("loud.wav", "clipped"),
+        ("silent.wav", "silent"),
+    ]
+    assert "joined" in lines[0]["note"]
+
+
+def test_the_channel_that_is_taken_is_a_setting(folder):
+    time = np.arange(16_000)
+    channels = np.stack([0.5 * np.sin(time), -0.5 * np.sin(time)], axis=1)
+    soundfile.write(folder / "audio" / "opposite.wav", channels, 16_000)
+    assert scan_folder(folder)["skipped"] == 1
+    assert "channels cancel" in skipped(folder)["opposite.wav"]
+    assert scan_folder(folder, channel=2, valid_fraction=0.0)["skipped"] == 4
+    (cut,) = load_manifest(folder / "manifest", "train")
+    np.testing.assert_allclose(load_audio(cut), channels[:, 1], atol=1e-4)
+    assert "it has 1 channel," in skipped(folder)["speaker/0.wav"]
+
+
 def test_a_complete_manifest_is_kept_and_an_incomplete_one_made_anew(folder):
     summary = scan_folder(folder)
     train = folder / "manifest" / "train.jsonl.gz"
