@@ -37,13 +37,13 @@ class ByteWindow:
 
     def find(self, pattern: bytes, start: int, stop: int | None = None) -> int:
         """Where ``pattern`` first begins in [start, stop), or -1."""
-        stop = self.size if stop is None else stop
+        stop = self.size if stop is None else min(stop, self.size)
         while start < stop:
-            block = self.read(start, min(_WINDOW, stop - start) + len(pattern) - 1)
-            found = block.find(pattern)
+            self.read(start, len(pattern))
+            found = self._bytes.find(pattern, start - self._start)
             if found >= 0:
-                return start + found
-            start += _WINDOW
+                return self._start + found if self._start + found < stop else -1
+            start = max(start + 1, self._start + len(self._bytes) - len(pattern) + 1)
         return -1
 
     def only_zeros(self, start: int) -> bool:

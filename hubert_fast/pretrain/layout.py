@@ -32,8 +32,9 @@ def read_layout(path: Path) -> Layout:
     return _read_layout(str(path), state.st_size, state.st_mtime_ns)
 
 
-# The same few files are asked for again and again where long recordings were cut into parts.
-@lru_cache(maxsize=256)
+# The same file is asked for again and again where a long recording was cut into parts. A layout takes up to a megabyte for
+# an hour of MP3, so few are kept.
+@lru_cache(maxsize=32)
 def _read_layout(path: str, size: int, changed: int) -> Layout:
     with open(path, "rb", buffering=0) as file:
         window = ByteWindow(file, Path(path))

@@ -59,8 +59,8 @@ def scan(
     made with the same settings is kept as it is (remove ``out`` to scan again).
 
     Args:
-        config: its ``min_seconds``, ``channel`` and ``valid_fraction`` decide; as many threads decode as it has ``workers``, one
-            where it has none.
+        config: its ``min_seconds``, ``channel`` and ``valid_fraction`` decide; as many threads decode as it has
+            ``workers``, one where it has none.
         seed: varies which files are held out.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 
 _KILOBITS = {
     3: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),  # MPEG 1
@@ -86,21 +87,21 @@ def xing_frame(header: bytes, frames: int) -> bytes:
     return bytes(frame)
 
 
-def without_missing_reservoir(frames: bytes) -> bytes:
+def without_missing_reservoir(frames: Iterable[bytes]) -> bytes:
     """A stretch of whole frames in which those are silent that need data from frames before the first.
 
     A frame may take up to 511 bytes of its data from the frames before it, and leaves its own to those behind: it keeps them.
     """
-    mended = bytearray(frames)
-    reservoir = position = 0
-    while position < len(mended):
-        header = bytes(mended[position : position + HEADER])
-        side = position + HEADER + (0 if header[1] & 1 else 2)
-        needed = mended[side] << 1 | mended[side + 1] >> 7 if _version(header[1]) == 3 else mended[side]
-        if needed > reservoir:
-            taken = reservoir << 7 if _version(header[1]) == 3 else reservoir << 8
-            mended[side : side + _side_length(header)] = taken.to_bytes(2, "big") + bytes(_side_length(header) - 2)
-        length = frame_length(header)
-        reservoir += length - (side - position) - _side_length(header)
-        position += length
-    return bytes(mended)
+    reservoir = 0
+    mended = []
+    for frame in frames:
+        mpeg1 = _version(frame[1]) == 3
+        side, length = HEADER + (0 if frame[1] & 1 else 2), _side_length(frame)
+        field = int.from_bytes(frame[side : side + 2], "big")
+        shift = 7 if mpeg1 else 8  # the field that says how far back its data begins has 9 bits, or 8
+        if field >> shift > reservoir:
+            silent = (reservoir << shift).to_bytes(2, "big") + bytes(length - 2)
+            frame = frame[:side] + silent + frame[side + length :]
+        mended.append(frame)
+        reservoir += len(frame) - side - length
+    return b"".join(mended)

@@ -7,7 +7,9 @@ header says it, a second one in the middle of the file marks where another file 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 from hubert_fast.pretrain.audio_error import AudioError
 from hubert_fast.pretrain.audio_tags import tag_length
@@ -84,18 +86,21 @@ class _Mp3Stream(Stream):
         lead = xing_frame(self.header, rest + _PHASES) + _PHASES * silent_frame(self.header)
         border = min(frame + _LEAD_FRAMES, len(self.offsets))
         with open(path, "rb") as file:
-            mended = without_missing_reservoir(b"".join(self._frames(file, frame, border)))
+            mended = without_missing_reservoir(self._frames(file, frame, border))
         pieces: list[Piece] = [lead + mended]
         if border < len(self.offsets):
             begin = self.offsets[border]
             pieces += [(max(begin, start), stop) for start, stop in self.runs if stop > begin]
         return pieces
 
-    def _frames(self, file, first: int, last: int):
+    def _frames(self, file: BinaryIO, first: int, last: int) -> Iterator[bytes]:
         for offset in self.offsets[first:last]:
             file.seek(offset)
             header = file.read(HEADER)
-            yield header + file.read(frame_length(header) - HEADER)
+            length = frame_length(header)
+            if length == 0:
+                raise AudioError(file.name, f"there is no MP3 frame at byte {offset} any more")
+            yield header + file.read(length - HEADER)
 
 
 def mp3_layout(window: ByteWindow, start: int) -> Layout:
