@@ -29,6 +29,8 @@ class _Riff:
     order: str
     data: int = 0
     promised: int = 0
+    contradicts: bool = False
+    """whether two sizes are given that differ, of which the longer field counts"""
     bytes_per_second: int = 0
     block: int = 0
     """bytes of a sample of all channels; 0 where the header does not tell them"""
@@ -50,6 +52,8 @@ def wav_layout(window: ByteWindow, start: int) -> Layout:
     while True:
         riff = _read_header(window, start)
         stop, behind, repair = _extent(window, riff)
+        if riff.contradicts:
+            repair = [*repair, f"its two sizes differ, of which {riff.promised} bytes is taken"]
         repairs += repair
         mended = bool(repair) or start > 0
         behind = skip_tags(window, behind)
@@ -79,7 +83,8 @@ def _read_header(window: ByteWindow, start: int) -> _Riff:
             _read_format(riff, window.read(body, min(size, 40)))
         elif name == b"data":
             riff.data = body
-            riff.promised = long_size if long_size is not None and size == _LARGEST_CHUNK else size
+            riff.promised = long_size or size
+            riff.contradicts = size not in (riff.promised, _LARGEST_CHUNK)
             return riff
         position = body + size + size % 2
     raise AudioError(window.path, "unreadable: it is a WAV without a data chunk, or its header is cut off")

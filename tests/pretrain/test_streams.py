@@ -128,6 +128,13 @@ def test_a_wav_that_lacks_less_than_50_ms_of_its_promise_is_taken_and_one_that_l
                 probe(path)
 
 
+def test_of_two_sizes_of_a_long_wav_the_longer_field_counts(tmp_path):
+    path = tmp_path / "a.wav"
+    path.write_bytes(wav_of_size(write(path, "wav-rf64"), 5000))
+    info = probe(path)
+    assert info.samples == SECONDS * RATE and "two sizes differ" in info.repair
+
+
 def test_chunks_behind_the_audio_of_a_wav_are_no_audio_and_nothing_to_speak_of(tmp_path):
     path = tmp_path / "a.wav"
     content = write(path, "wav-16")
