@@ -137,10 +137,9 @@ def _stream(window: ByteWindow, run: _Run, *, alone: bool) -> tuple[_Mp3Stream, 
             raise AudioError(window.path, f"truncated: its header says {run.promised} frames, {frames} are there")
         repairs = [] if missing == 1 else [f"its header says {run.promised} frames, {frames} are there"]
     left_out = _DECODER_DELAY + run.delay if run.tagged else 0
-    there = frames * size
-    if run.promised is not None and run.promised >= frames:
-        there = min(there, run.promised * size - max(0, run.padding - _DECODER_DELAY))
-    samples = max(0, there - left_out)
+    # What the encoder added behind the audio is at the end of its frames, however many the header counts.
+    end = max(frames, run.promised or 0) * size - max(0, run.padding - _DECODER_DELAY)
+    samples = max(0, min(frames * size, end) - left_out)
     return _Mp3Stream((), samples, run.header, run.offsets, tuple(run.pieces), left_out, alone), repairs
 
 
