@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
 from hubert_fast.pretrain.phones import Phone
@@ -32,6 +33,16 @@ class Alignments:
             if (self._folder / name).is_file():
                 return _read_tsv(self._folder / name)
         return self._listed.get(relative, [])
+
+    def unused(self, beside: Collection[str], files: Iterable[str]) -> list[str]:
+        """The alignments that belong to none of ``files``: of the paths ``beside`` audio, and of the list."""
+        if not beside and not self._listed:
+            return []
+        known = set(files)
+        names = {each for file in known for each in alignment_names(file)} if beside else set()
+        return sorted(set(beside) - names) + [
+            f"{ALIGNMENTS_FILE}: {path}" for path in self._listed if path not in known
+        ]
 
 
 def alignment_names(relative: str) -> tuple[str, str]:

@@ -1,18 +1,17 @@
-"""From an utterance to its waveform: 16 kHz, mono, float32.
-
-Files are decoded by libsndfile (soundfile) alone, at the scan and ever after, because decoders differ by a few samples
-at the edges of mp3 and ogg files, and the number of samples decides the number of frames.
-"""
+"""From an utterance to its waveform: 16 kHz, mono, float32."""
 
 from __future__ import annotations
 
 from math import gcd
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import soundfile
 from scipy.signal import resample_poly
 
+from hubert_fast.pretrain.audio_error import AudioError
+from hubert_fast.pretrain.decoding import decode
 from hubert_fast.pretrain.file_state import is_unchanged
 from hubert_fast.pretrain.frames import SAMPLE_RATE
 
@@ -20,18 +19,6 @@ if TYPE_CHECKING:
     from hubert_fast.pretrain.manifest import Utterance
 
 Length = TypeVar("Length", int, np.ndarray)
-
-
-class AudioError(ValueError):
-    """Audio that cannot be used: ``path`` and ``reason``."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = path
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
 
 
 def resampled_length(samples: Length, rate: Length) -> Length:
@@ -43,7 +30,8 @@ def load_audio(utterance: Utterance) -> np.ndarray:
     """The waveform of an utterance.
 
     Returns:
-        float32 ``[samples]`` at 16 kHz, the mean of the channels, nominally in [-1, 1]; ``samples`` is that of the utterance.
+        float32 ``[samples]`` at 16 kHz, of the utterance's channel or the mean of all, nominally in [-1, 1]; ``samples`` is that
+        of the utterance.
 
     Raises:
         AudioError: the file is gone, cannot be decoded, is not the one that was scanned, or holds a NaN or an infinity.
@@ -52,15 +40,22 @@ def load_audio(utterance: Utterance) -> np.ndarray:
     try:
         if not is_unchanged(path, utterance.state):
             raise AudioError(path, "the file changed since the scan")
-        waveform = _decode(path, utterance.start, utterance.length, utterance.rate)
+        rate, waveform = decode(Path(path), utterance.start, utterance.length)
     except FileNotFoundError as error:
         raise AudioError(path, "there is no such file (it was there when the manifest was made)") from error
     except (soundfile.SoundFileError, OSError) as error:
         raise AudioError(path, f"unreadable ({error})") from error
+    if rate != utterance.rate or len(waveform) != utterance.length:
+        raise AudioError(
+            path,
+            f"the manifest says {utterance.length} samples from sample {utterance.start} on at {utterance.rate} Hz, "
+            f"the file gives {len(waveform)} at {rate} Hz",
+        )
     if not np.isfinite(waveform).all():
         row = int(np.argmin(np.isfinite(waveform).all(axis=1)))
         raise AudioError(path, f"utterance {utterance.id!r} holds a NaN or an infinity at sample {row}")
-    return resample(waveform.mean(axis=1), utterance.rate)
+    taken = waveform.mean(axis=1) if utterance.channel is None else waveform[:, utterance.channel]
+    return resample(taken, rate)
 
 
 def resample(waveform: np.ndarray, rate: int) -> np.ndarray:
@@ -75,19 +70,3 @@ def normalized(waveform: np.ndarray) -> np.ndarray:
     """``[samples]`` with zero mean and unit variance (silence stays silence), as the large recipes have it."""
     variance = waveform.var(dtype=np.float64)
     return ((waveform - waveform.mean(dtype=np.float64)) / np.sqrt(variance + 1e-5)).astype(np.float32)
-
-
-def _decode(path: str, start: int, samples: int, rate: int) -> np.ndarray:
-    """float32 ``[samples, channels]`` of a file, from sample ``start`` on."""
-    with soundfile.SoundFile(path) as file:
-        found_rate = file.samplerate
-        if start:
-            file.seek(start)
-        waveform = file.read(samples, dtype="float32", always_2d=True)
-    if found_rate != rate or len(waveform) != samples:
-        raise AudioError(
-            path,
-            f"the manifest says {samples} samples from sample {start} on at {rate} Hz, "
-            f"the file gives {len(waveform)} at {found_rate} Hz",
-        )
-    return waveform

@@ -95,6 +95,9 @@ class DataConfig:
     """longer utterances are cropped to this, at random, on a frame boundary"""
     min_seconds: float = 2.0
     """shorter utterances are left out by the scan"""
+    channel: Union[Literal["mix"], int] = "mix"
+    """what is taken of recordings of several channels: the mean of all (mix), or the channel of this number, the first
+    being 1; the scan leaves out a recording whose channels cancel in the mean, or that has no channel of the number"""
     valid_fraction: float = 0.05
     """share of the utterances that is held out where the corpus does not name its own split"""
     max_bad_utterances: float = 0.01

@@ -50,6 +50,8 @@ def _check_data(data: DataConfig) -> None:
         _check_batch("data.micro_batch_seconds", data.micro_batch_seconds, data.max_seconds)
     in_range = 0 <= data.min_seconds < LONGEST_SECONDS
     _require(in_range, "data.min_seconds", data.min_seconds, f"in [0, {LONGEST_SECONDS:g})")
+    counts = data.channel == "mix" or data.channel >= 1
+    _require(counts, "data.channel", data.channel, "mix or the number of a channel, 1 or more")
     _require(0 <= data.valid_fraction < 1, "data.valid_fraction", data.valid_fraction, "in [0, 1)")
     bad = data.max_bad_utterances
     _require(0 <= bad <= 1, "data.max_bad_utterances", bad, "in [0, 1]")

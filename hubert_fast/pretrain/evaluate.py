@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from hubert_fast.pretrain import atomic
-from hubert_fast.pretrain.audio import AudioError, load_audio
+from hubert_fast.pretrain.audio import load_audio
+from hubert_fast.pretrain.audio_error import AudioError
 from hubert_fast.pretrain.codebook import Codebook, fit_codebook
 from hubert_fast.pretrain.config import EvaluationConfig, IterationConfig, PretrainConfig
 from hubert_fast.pretrain.features import MfccFeatures, ModelLayers, file_sha256

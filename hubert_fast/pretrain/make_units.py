@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from hubert_fast.pretrain.atomic import write_text
-from hubert_fast.pretrain.audio import AudioError, load_audio
+from hubert_fast.pretrain.audio import load_audio
+from hubert_fast.pretrain.audio_error import AudioError
 from hubert_fast.pretrain.codebook import Codebook, fit_codebook
 from hubert_fast.pretrain.config import UnitsConfig
 from hubert_fast.pretrain.features import FeatureSource

@@ -35,13 +35,13 @@ class Recordings:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def add(self, path: str, *, rate: int, channels: int, samples: int, state: FileState) -> None:
-        """``rate`` in Hz, ``samples`` of each channel."""
+    def add(self, path: str, *, rate: int, samples: int, state: FileState, channel: int | None = None) -> None:
+        """``rate`` in Hz, ``samples`` of each channel; ``channel``, counted from 0, is taken, or the mean of all where None."""
         self.paths.append(path)
-        self._numbers.extend((rate, channels, samples, *state))
+        self._numbers.extend((rate, -1 if channel is None else channel, samples, *state))
 
     def numbers(self) -> np.ndarray:
-        """int64 ``[recordings, 6]``: rate, channels, samples, size, time of the last change, crc32."""
+        """int64 ``[recordings, 6]``: rate, channel (-1: all), samples, size, time of the last change, crc32."""
         return np.array(self._numbers, dtype=np.int64).reshape(-1, 6)
 
 
@@ -53,7 +53,7 @@ class Utterance(NamedTuple):
     start: int  # samples at ``rate``
     length: int  # samples at ``rate``
     rate: int  # Hz
-    channels: int
+    channel: int | None  # that is taken, counted from 0; None: the mean of all
     state: FileState
 
     @property
@@ -91,6 +91,7 @@ class Manifest(Sequence[Utterance]):
 
     def __getitem__(self, index: int) -> Utterance:
         columns, recording = self._columns, int(self._recordings[index])
+        channel = int(columns["channels"][recording])
         state = FileState(*(int(columns[name][recording]) for name in ("sizes", "changed", "crc32")))
         return Utterance(
             id=self.id(index),
@@ -98,7 +99,7 @@ class Manifest(Sequence[Utterance]):
             start=int(columns["starts"][index]),
             length=int(columns["lengths"][index]),
             rate=int(columns["rates"][recording]),
-            channels=int(columns["channels"][recording]),
+            channel=None if channel < 0 else channel,
             state=state,
         )
 

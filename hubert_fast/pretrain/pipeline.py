@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hubert_fast.pretrain.audio_folder import find_audio
 from hubert_fast.pretrain.config import IterationConfig, PretrainConfig, config_path
 from hubert_fast.pretrain.config_checks import check_config
 from hubert_fast.pretrain.config_file import read_config, write_config
@@ -24,7 +25,7 @@ from hubert_fast.pretrain.progress import say
 from hubert_fast.pretrain.report import write_report
 from hubert_fast.pretrain.resume_checks import is_trained, require_resumable
 from hubert_fast.pretrain.run_record import record, recorded
-from hubert_fast.pretrain.scan import find_audio, scan
+from hubert_fast.pretrain.scan import scan
 from hubert_fast.pretrain.tensor_files import naming
 from hubert_fast.pretrain.trainer import train, weights_path
 

@@ -1,28 +1,31 @@
-"""Decode a file once, from end to end, to learn what it really holds: headers of cut-off files lie.
+"""Decode a file once, from end to end, to learn what it really holds: headers lie.
 
-What tells a truncated file: FLAC fails to decode; MP3 decodes fewer samples than its Xing header promises (an MP3
-without one says nothing of its length); WAV's data chunk reaches beyond the end of the file; Ogg's last page is not
-marked as the last.
+What is taken, and what is left out:
+
+- A file whose header promises no more than can be decoded is taken. So is one that lacks less than 50 ms of its promise.
+- A file whose header says nothing (a placeholder, as of pipes and live encoders) or too little is taken to its last whole
+  frame, page or sample, and so are files of several streams that were joined, an Ogg without its end mark, and an MP3
+  without a header of length or with its last frame cut off. These are repaired.
+- A file that lacks more than 50 ms of what its header promises, or ends within an Ogg page, is truncated and left out. So is
+  one with a damaged or missing part in its middle, or with more than a tenth of bytes that belong to no audio.
+- Tags are passed over without a word; fewer bytes of another kind before or behind the audio than that are a repair.
 """
 
 from __future__ import annotations
 
-import struct
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Union
 
-import numpy as np
 import soundfile
 
-from hubert_fast.pretrain.audio import AudioError
-
-_BLOCK_SAMPLES = 1 << 20
-_LARGEST_LENGTH = 1 << 62
-_LARGEST_OGG_PAGE = 65_307
-_OGG_HEADER = 27
-_OGG_LAST_PAGE = 4
-# Programs that write a WAV into a pipe cannot know its length and put such a size into the header.
-_UNKNOWN_CHUNK_SIZES = range(0x7FFF0000, 0x100000000)
+from hubert_fast.pretrain.audio_error import AudioError
+from hubert_fast.pretrain.decoding import promised, read_blocks
+from hubert_fast.pretrain.layout import read_layout
+from hubert_fast.pretrain.signal_facts import SignalFacts
+from hubert_fast.pretrain.streams import TRIFLE_SECONDS, SequentialFile, Stream
 
 
 @dataclass(frozen=True)
@@ -32,103 +35,97 @@ class AudioInfo:
     rate: int
     channels: int
     samples: int
+    channel: int | None = None
+    """the channel that is taken, counted from 0; None: the mean of all"""
+    repair: str = ""
+    """what is wrong with the file, where it could be read all the same"""
+    silent: bool = False
+    constant: bool = False
+    clipped: bool = False
 
     @property
     def seconds(self) -> float:
         return self.samples / self.rate
 
 
-def probe(path: Path) -> AudioInfo:
+def probe(path: Path, channel: Union[Literal["mix"], int] = "mix") -> AudioInfo:
     """Decode ``path`` whole.
 
+    Args:
+        channel: "mix" for the mean of the channels, or the number of the one that is taken, counted from 1.
+
     Raises:
-        AudioError: it is empty, unreadable or truncated, or holds a NaN or an infinity.
+        AudioError: it is no file, empty, unreadable, truncated or damaged, holds a NaN or an infinity, has no such channel,
+            or channels that cancel where their mean is taken.
     """
     try:
-        if path.stat().st_size == 0:
-            raise AudioError(str(path), "the file is empty (0 bytes)")
-        with soundfile.SoundFile(path) as file:
-            promised = file.frames
-            if promised > _LARGEST_LENGTH:
-                raise AudioError(
-                    str(path), "its header does not say how long it is (written into a pipe?): encode it anew"
-                )
-            guessed = file.format == "MP3" and not _mp3_says_its_length(path)
-            decoded = _decode(file, path)
-            info = AudioInfo(rate=file.samplerate, channels=file.channels, samples=decoded)
-        ending = _missing_end(path)
+        _require_file(path)
+        return _probe(path, channel)
+    except PermissionError as error:
+        raise AudioError(str(path), "unreadable (no permission to read it)") from error
     except (soundfile.SoundFileError, OSError) as error:
-        raise AudioError(str(path), f"unreadable ({error})") from error
-    if ending is None and decoded < promised and not guessed:
-        ending = f"its header says {promised} samples, {decoded} can be decoded"
-    if ending is not None:
-        raise AudioError(str(path), f"truncated: {ending}")
-    if decoded == 0:
-        raise AudioError(str(path), "zero-length: it holds no samples")
-    return info
+        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"Error opening {str(path)!r}: ")
+        raise AudioError(str(path), f"unreadable ({reason})") from error
 
 
-def _decode(file: soundfile.SoundFile, path: Path) -> int:
-    samples = 0
-    while True:
-        try:
-            block = file.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True)
-        except soundfile.SoundFileError as error:
+def _require_file(path: Path) -> None:
+    """Raise for what would block whoever opens it, or holds nothing."""
+    state = os.stat(path)
+    if not stat.S_ISREG(state.st_mode):
+        raise AudioError(str(path), "unreadable: it is a folder, a pipe or a device, not a file")
+    if state.st_size == 0:
+        raise AudioError(str(path), "the file is empty (0 bytes)")
+
+
+def _probe(path: Path, channel: Union[Literal["mix"], int]) -> AudioInfo:
+    layout = read_layout(path)
+    repairs = list(layout.repairs)
+    samples, first, facts = 0, None, None
+    for stream in layout.streams:
+        with stream.open(str(path)) as file:
+            first = first or (file.samplerate, file.channels)
+            if (file.samplerate, file.channels) != first:
+                raise AudioError(str(path), "its streams have different sampling rates or numbers of channels")
+            facts = facts or SignalFacts(_index(path, channel, file.channels))
+            decoded = _decode(path, file, stream, samples, facts)
+            missing = promised(stream, file) - decoded
+        if missing > TRIFLE_SECONDS * first[0] or missing and stream is not layout.streams[-1]:
             raise AudioError(
-                str(path), f"truncated or damaged: decoding fails after sample {samples} ({error})"
-            ) from error
-        if not len(block):
-            return samples
-        if not np.isfinite(block).all():
-            raise AudioError(str(path), "it holds a NaN or an infinity")
-        samples += len(block)
+                str(path), f"truncated: its header says {decoded + missing} samples, {decoded} can be decoded"
+            )
+        if missing:
+            repairs.append(f"its header says {decoded + missing} samples, {decoded} can be decoded")
+        samples += decoded
+    if samples == 0:
+        raise AudioError(str(path), "zero-length: it holds no samples")
+    index = _index(path, channel, first[1])
+    if index is None and facts.cancelled:
+        raise AudioError(
+            str(path),
+            f"its channels cancel: their mean has {100 * facts.kept_share:.2g} % of their energy; data.channel takes one",
+        )
+    flags = {name: getattr(facts, name) for name in ("silent", "constant", "clipped")}
+    return AudioInfo(*first, samples, index, "; ".join(repairs), **flags)
 
 
-def _mp3_says_its_length(path: Path) -> bool:
-    """Whether the first frame after the ID3 tag is of the kinds that hold the length; else libsndfile estimates it."""
-    with open(path, "rb") as file:
-        head = file.read(10)
-        if head[:3] == b"ID3":
-            file.seek(10 + sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True)))
-        else:
-            file.seek(0)
-        frame = file.read(256)
-    return any(kind in frame for kind in (b"Xing", b"Info", b"VBRI"))
+def _index(path: Path, channel: Union[Literal["mix"], int], channels: int) -> int | None:
+    if channel == "mix":
+        return None
+    if channel > channels:
+        count = f"{channels} channel" + "s" * (channels > 1)
+        raise AudioError(str(path), f"it has {count}, and data.channel is {channel}")
+    return channel - 1
 
 
-def _missing_end(path: Path) -> str | None:
-    """What is missing at the end of a WAV or Ogg file, which libsndfile does not say; None where nothing is."""
-    with open(path, "rb") as file:
-        magic = file.read(12)
-        size = path.stat().st_size
-        if magic[:4] == b"RIFF" and magic[8:] == b"WAVE":
-            return _missing_wav_data(file, size)
-        if magic[:4] == b"OggS":
-            return _missing_ogg_page(file, size)
-    return None
-
-
-def _missing_wav_data(file, size: int) -> str | None:
-    position = 12
-    while position + 8 <= size:
-        file.seek(position)
-        name, length = struct.unpack("<4sI", file.read(8))
-        position += 8 + length + length % 2
-        if name == b"data":
-            available = size - file.tell()
-            if length <= available or length in _UNKNOWN_CHUNK_SIZES:
-                return None
-            return f"its header says {length} bytes of audio, {available} are there"
-    return None
-
-
-def _missing_ogg_page(file, size: int) -> str | None:
-    file.seek(max(0, size - 2 * _LARGEST_OGG_PAGE))
-    tail = file.read()
-    page = tail[tail.rfind(b"OggS") :]
-    if len(page) >= _OGG_HEADER and page[5] & _OGG_LAST_PAGE:
-        segments = page[26]
-        whole = _OGG_HEADER + segments + sum(page[_OGG_HEADER : _OGG_HEADER + segments])
-        if len(page) >= whole:
-            return None
-    return "its last Ogg page is not marked as the end of the stream"
+def _decode(path: Path, file: SequentialFile, stream: Stream, before: int, facts: SignalFacts) -> int:
+    samples = 0
+    try:
+        for block in read_blocks(file, 0, promised(stream, file)):
+            if not facts.add(block):
+                raise AudioError(str(path), "it holds a NaN or an infinity")
+            samples += len(block)
+    except soundfile.SoundFileError as error:
+        raise AudioError(
+            str(path), f"truncated or damaged: decoding fails after sample {before + samples} ({error})"
+        ) from error
+    return samples

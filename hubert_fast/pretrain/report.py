@@ -121,21 +121,31 @@ def what_was_run(run: Path) -> Markup:
 def speech(run: Path, manifest: Mapping[str, Any] | None) -> Markup:
     if manifest is None:
         return section("The speech", element("p", "The audio has not been scanned."))
-    path = run / "manifest" / "skipped.jsonl"
-    expected = '{"path": ..., "reason": ...}'
-    skipped = list(parsed_lines(path, _file_and_reason, expected)) if path.is_file() else []
-    if not skipped:
-        return section("The speech", _manifest_facts(manifest), element("p", "No file was skipped."))
-    title = f"Skipped files: {count(len(skipped))}"
-    if len(skipped) > _LISTED_FILES:
-        title += f", of which the first {_LISTED_FILES} are listed (all are in manifest/skipped.jsonl)"
-    listed = table(["file", "reason"], skipped[:_LISTED_FILES])
-    return section("The speech", _manifest_facts(manifest), element("h3", title), listed)
+    skipped = _listed(run, "skipped", ("path", "reason"))
+    noticed = _listed(run, "notices", ("path", "kind", "note"))
+    content = [_manifest_facts(manifest)]
+    content += _file_table("Skipped files", "skipped", ["file", "reason"], skipped)
+    content += _file_table("Files to look at", "notices", ["file", "kind", "what was noticed"], noticed)
+    return section("The speech", *content, *([] if skipped else [element("p", "No file was skipped.")]))
 
 
-def _file_and_reason(line: str) -> tuple[str, str]:
-    values = json.loads(line)
-    return values["path"], values["reason"]
+def _listed(run: Path, name: str, keys: Sequence[str]) -> list[tuple[str, ...]]:
+    def values(line: str) -> tuple[str, ...]:
+        entry = json.loads(line)
+        return tuple(entry[key] for key in keys)
+
+    path = run / "manifest" / f"{name}.jsonl"
+    expected = "{" + ", ".join(f'"{key}": ...' for key in keys) + "}"
+    return list(parsed_lines(path, values, expected)) if path.is_file() else []
+
+
+def _file_table(title: str, name: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Markup]:
+    if not rows:
+        return []
+    title += f": {count(len(rows))}"
+    if len(rows) > _LISTED_FILES:
+        title += f", of which the first {_LISTED_FILES} are listed (all are in manifest/{name}.jsonl)"
+    return [element("h3", title), table(header, rows[:_LISTED_FILES])]
 
 
 def _manifest_facts(manifest: Mapping[str, Any]) -> Markup:
@@ -149,6 +159,10 @@ def _manifest_facts(manifest: Mapping[str, Any]) -> Markup:
         "files by sampling rate": ", ".join(rates),
         "phone alignments": "yes" if manifest["has_alignments"] else "no",
     }
+    if manifest.get("closed_folders"):
+        others["folders that could not be entered"] = count(manifest["closed_folders"])
+    for kind, files in manifest.get("notices", {}).items():
+        others[f"{kind} recordings"] = count(files)
     return join([table(["part", "utterances", "duration"], rows), facts(others)])
 
 

@@ -11,7 +11,7 @@ from hubert_fast.pretrain.config_file import differences
 # An evaluation with other settings is made anew; the others decide no number of the result, or its rounding alone.
 _ALWAYS_FREE = ("device", "graphs", "logging.", "evaluation.")
 _ALWAYS_FREE += tuple(f"data.{name}" for name in ("workers", "micro_batch_seconds", "max_bad_utterances"))
-_OF_THE_SCAN = ("seed", "data.min_seconds", "data.valid_fraction")
+_OF_THE_SCAN = ("seed", "data.min_seconds", "data.channel", "data.valid_fraction")
 _ITERATIONS = ("first", "second", "third")
 
 

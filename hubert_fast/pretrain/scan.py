@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -19,16 +18,18 @@ from tqdm import tqdm
 
 from hubert_fast.pretrain.alignments import Alignments
 from hubert_fast.pretrain.atomic import write_text
-from hubert_fast.pretrain.audio import AudioError, resampled_length
+from hubert_fast.pretrain.audio import resampled_length
+from hubert_fast.pretrain.audio_error import AudioError
+from hubert_fast.pretrain.audio_folder import find_audio
 from hubert_fast.pretrain.config import DataConfig
 from hubert_fast.pretrain.file_state import FileState, file_state
 from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
 from hubert_fast.pretrain.manifest import SPLITS, Manifest, Recordings, manifest_path, write_manifest
+from hubert_fast.pretrain.notices import not_looked_into, notice_counts, notices_of, printable, unused_alignments
 from hubert_fast.pretrain.probe import AudioInfo, probe
 from hubert_fast.pretrain.run_summary import read_json
 from hubert_fast.pretrain.splits import held_out_files
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
 _FILES_AHEAD = 256
 LONGEST_SECONDS = 60.0
 """longer recordings become several cuts"""
@@ -46,17 +47,18 @@ def scan(
 ) -> dict[str, Any]:
     """Decode every audio file below ``audio`` once and write the manifest of the usable ones to ``out``; returns its summary.
 
-    Files that are unreadable, truncated, empty, shorter than ``min_seconds`` or hold a NaN or an infinity are left out,
-    counted, and listed with the reason in ``out/skipped.jsonl``. A recording longer than ``longest_seconds`` becomes
-    several utterances (see `manifest`).
+    Files that are unreadable, truncated, empty, shorter than ``min_seconds``, hold a NaN or an infinity or have channels
+    that cancel are left out, counted, and listed with the reason in ``out/skipped.jsonl``, and so are folders that cannot
+    be entered. Those that are taken though something is wrong with them, and alignments of no file, are listed in
+    ``out/notices.jsonl``. A recording longer than ``longest_seconds`` becomes several utterances (see `manifest`).
 
     Held out are the files that ``audio/splits.json`` names (``{"valid": [relative path, ...]}``); without that file,
     those whose path hashes below ``valid_fraction``, and at least one file where there are two. A complete manifest
     made with the same settings is kept as it is (remove ``out`` to scan again).
 
     Args:
-        config: its ``min_seconds`` and ``valid_fraction`` decide; as many threads decode as it has ``workers``, one
-            where it has none.
+        config: its ``min_seconds``, ``channel`` and ``valid_fraction`` decide; as many threads decode as it has
+            ``workers``, one where it has none.
         seed: varies which files are held out.
         forgotten: relative paths of files that are left out too.
 
@@ -67,6 +69,7 @@ def scan(
     settings = {
         "audio": str(audio),
         "min_seconds": config.min_seconds,
+        "channel": config.channel,
         "valid_fraction": config.valid_fraction,
         "seed": seed,
         "longest_seconds": longest_seconds,
@@ -80,76 +83,63 @@ def scan(
         return done
     (out / "summary.json").unlink(missing_ok=True)
 
-    files = find_audio(audio)
-    usable, skipped = _probe_all(audio, files, config, forgotten, progress)
-    write_text(out / "skipped.jsonl", "".join(json.dumps(line) + "\n" for line in skipped))
+    found, alignments = find_audio(audio), Alignments(audio)
+    skipped, noticed = (
+        not_looked_into(audio, found),
+        unused_alignments(audio, alignments.unused(found.alignments, found.files)),
+    )
+    usable = _probe_all(audio, found.files, config, forgotten, skipped, noticed, progress)
+    for name, lines in {"skipped": skipped, "notices": noticed}.items():
+        write_text(out / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     if not usable.paths:
+        first = skipped[len(found.closed) + len(found.unread)]
         raise ValueError(
-            f"audio={str(audio)!r}: none of its {len(files)} audio files is usable; the first, {skipped[0]['path']}: "
-            f"{skipped[0]['reason']}. {out / 'skipped.jsonl'} lists all."
+            f"audio={str(audio)!r}: none of its {len(found.files)} audio files is usable; the first, {first['path']}: "
+            f"{first['reason']}. {out / 'skipped.jsonl'} lists all."
         )
     held_out = held_out_files(audio, usable.paths, config.valid_fraction, seed)
-    phones_of = Alignments(audio).phones
     manifests = {}
     for split, chosen in zip(SPLITS, (~held_out, held_out)):
         path = manifest_path(out, split)
-        manifests[split] = write_manifest(path, audio, usable, chosen, phones_of, longest_seconds=longest_seconds)
+        manifests[split] = write_manifest(
+            path, audio, usable, chosen, alignments.phones, longest_seconds=longest_seconds
+        )
     summary = _summary(settings, manifests, usable.numbers()[:, 0], len(skipped))
+    summary |= {"closed_folders": len(found.closed), "notices": notice_counts(noticed)}
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def find_audio(folder: Path) -> list[str]:
-    """Audio files below ``folder``, as sorted relative paths. Links to folders are followed, hidden names are not.
-
-    Raises:
-        ValueError: ``folder`` is no folder or holds no audio.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"audio={str(folder)!r} is not a folder")
-    found = []
-    seen = set()
-    for directory, subfolders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(directory)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in names:
-            if name.lower().endswith(AUDIO_SUFFIXES) and not name.startswith("."):
-                found.append((Path(directory) / name).relative_to(folder).as_posix())
-    if not found:
-        raise ValueError(
-            f"audio={str(folder)!r} holds no audio: files ending in {', '.join(AUDIO_SUFFIXES)} are accepted"
-        )
-    return sorted(found)
-
-
 def _probe_all(
-    audio: Path, files: list[str], config: DataConfig, forgotten: Collection[str], progress: bool
-) -> tuple[Recordings, list[dict[str, str]]]:
-    """What each usable file holds, and the others with the reason; both in the order of ``files``."""
+    audio: Path,
+    files: list[str],
+    config: DataConfig,
+    forgotten: Collection[str],
+    skipped: list[dict[str, str]],
+    noticed: list[dict[str, str]],
+    progress: bool,
+) -> Recordings:
+    """What each usable file holds, in the order of ``files``; adds the others, with the reason, and what there is to notice."""
     usable = Recordings()
-    skipped: list[dict[str, str]] = []
     seconds, began = 0.0, time.monotonic()
 
     def examine(relative: str) -> tuple[AudioInfo, FileState] | str:
-        return "forgotten" if relative in forgotten else _examine(audio / relative, config.min_seconds)
+        return "forgotten" if relative in forgotten else _examine(audio / relative, config)
 
     bar = tqdm(total=len(files), desc="scan", unit=" files", disable=not progress)
     with bar:
         for relative, result in _mapped(examine, files, config.workers):
             if isinstance(result, str):
-                skipped.append({"path": _printable(audio / relative), "reason": result})
+                skipped.append({"path": printable(audio / relative), "reason": result})
             else:
                 info, state = result
-                usable.add(relative, rate=info.rate, channels=info.channels, samples=info.samples, state=state)
+                usable.add(relative, rate=info.rate, samples=info.samples, state=state, channel=info.channel)
+                noticed.extend(notices_of(audio / relative, info))
                 seconds += info.seconds
             bar.update()
             rate = seconds / (time.monotonic() - began)
             bar.set_postfix_str(f"{rate:.0f} audio-s/s, {len(skipped)} skipped", refresh=False)
-    return usable, skipped
+    return usable
 
 
 def _mapped(work: Callable[[str], Any], files: list[str], workers: int) -> Iterator[tuple[str, Any]]:
@@ -166,24 +156,20 @@ def _mapped(work: Callable[[str], Any], files: list[str], workers: int) -> Itera
             yield first, made.result()
 
 
-def _examine(path: Path, min_seconds: float) -> tuple[AudioInfo, FileState] | str:
-    if _printable(path) != str(path):
+def _examine(path: Path, config: DataConfig) -> tuple[AudioInfo, FileState] | str:
+    if printable(path) != str(path):
         return "the name of the file is not UTF-8"
     try:
-        info, state = probe(path), file_state(path)
+        info, state = probe(path, config.channel), file_state(path)
     except AudioError as error:
         return error.reason
     except OSError as error:
         return f"unreadable ({error})"
-    if info.seconds < min_seconds:
-        return f"too short: {info.seconds:.3f} s, min_seconds is {min_seconds}"
+    if info.seconds < config.min_seconds:
+        return f"too short: {info.seconds:.3f} s, min_seconds is {config.min_seconds}"
     if num_frames(resampled_length(info.samples, info.rate)) == 0:
         return f"too short: {info.seconds:.3f} s is less than one frame of 0.025 s"
     return info, state
-
-
-def _printable(path: Path) -> str:
-    return str(path).encode(errors="backslashreplace").decode()
 
 
 def _summary(

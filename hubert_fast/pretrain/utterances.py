@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hubert_fast.pretrain.audio import AudioError, load_audio, normalized
+from hubert_fast.pretrain.audio import load_audio, normalized
+from hubert_fast.pretrain.audio_error import AudioError
 from hubert_fast.pretrain.config import DataConfig
 from hubert_fast.pretrain.frames import FRAME_SHIFT, SAMPLE_RATE, num_frames, num_samples
 from hubert_fast.pretrain.left_out import LeftOut

@@ -61,9 +61,7 @@ def make(folder: Path, utterances: int, measured: Measured) -> None:
         recordings = Recordings()
         for index, each in enumerate(samples.tolist()):
             name = f"speaker{index % 9973:05d}/common_voice_en_{index:09d}.mp3"
-            recordings.add(
-                name, rate=48_000, channels=1, samples=3 * each, state=FileState(each, 10**18 + index, index)
-            )
+            recordings.add(name, rate=48_000, samples=3 * each, state=FileState(each, 10**18 + index, index))
     with measured.stage("split"):
         held_out = held_out_files(folder, recordings.paths, 0.01, 0)
     for split, chosen in (("train", ~held_out), ("valid", held_out)):

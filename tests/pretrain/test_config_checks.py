@@ -29,6 +29,7 @@ def test_presets_pass(name):
         ("data.batch_seconds", 0.5, "data.max_seconds=1.0 or more"),
         ("data.batch_seconds", float("nan"), "data.max_seconds=1.0 or more"),
         ("data.min_seconds", -1.0, r"in \[0, 60\)"),
+        ("data.channel", 0, "mix or the number of a channel, 1 or more"),
         ("data.valid_fraction", 1.0, r"in \[0, 1\)"),
         ("data.workers", -1, "0 or more"),
         ("logging.save_every", 0, "1 or more"),

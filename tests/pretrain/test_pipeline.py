@@ -49,7 +49,7 @@ def test_the_whole_job_leaves_everything_and_is_not_repeated(folder, tmp_path):
     assert len(recorded(run.directory)["starts"]) == 1
     results = "iteration*/**/*.safetensors"
     before = states(run.directory, results) | states(run.directory, "manifest/*")
-    assert len(before) == 12
+    assert len(before) == 13
     opened(run.directory, resume=True).everything(resume=True)
     assert before == states(run.directory, results) | states(run.directory, "manifest/*")
 
@@ -146,6 +146,7 @@ def run_with(folder, run, outputs):
 FREE_AT_FIRST = {
     "seed": 5,
     "data.min_seconds": 0.2,
+    "data.channel": 1,
     "data.batch_seconds": 3.0,
     "first.units.clusters": 5,
     "first.optimizer.steps": 3,
@@ -158,7 +159,7 @@ FREE_AT_FIRST = {
     ("there", "refused"),
     [
         ([], set()),
-        (["manifest/summary.json"], {"seed", "data.min_seconds"}),
+        (["manifest/summary.json"], {"seed", "data.min_seconds", "data.channel"}),
         (["iteration1/units/summary.json"], {"first.units.clusters"}),
         (["iteration1/train/checkpoints/step-00000001.pt"], {"first.optimizer.steps", "data.batch_seconds"}),
         (["iteration2/train/model.safetensors"], {"second.model.mask_prob"}),

@@ -153,6 +153,25 @@ def test_only_so_many_skipped_files_are_listed(tmp_path):
     assert "199.wav" in text and " 200.wav" not in text
 
 
+def test_what_was_noticed_of_files_that_were_taken_is_counted_and_listed(tmp_path):
+    run = fabricate_run(tmp_path, steps=8)
+    assert "Files to look at" not in read(write_report(run))[0]
+    path = run / "manifest" / "summary.json"
+    counts = {"closed_folders": 2, "notices": {"repaired": 1, "silent": 0}}
+    write_json(path, json.loads(path.read_text()) | counts)
+    noticed = [{"path": "a.wav", "kind": "repaired", "note": "2 streams that were joined"}]
+    write_json_lines(run / "manifest" / "notices.jsonl", noticed)
+    text = read(write_report(run))[0]
+    for expected in (
+        "Files to look at: 1 file kind what was noticed a.wav repaired 2 streams that were joined",
+        "folders that could not be entered 2",
+        "repaired recordings 1",
+        "silent recordings 0",
+        "No file was skipped",
+    ):
+        assert expected in text, expected
+
+
 def test_a_run_that_is_no_directory_is_refused(tmp_path):
     with pytest.raises(ValueError, match="run=.*nowhere.*RUN directory"):
         write_report(tmp_path / "nowhere")

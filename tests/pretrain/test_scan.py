@@ -5,8 +5,8 @@ import pytest
 import soundfile
 
 from hubert_fast.pretrain.audio import load_audio
+from hubert_fast.pretrain.audio_folder import find_audio
 from hubert_fast.pretrain.manifest import load_manifest
-from hubert_fast.pretrain.scan import find_audio
 from tests.pretrain.speech_folder import scan_folder, write_audio
 
 
@@ -98,17 +98,6 @@ def test_an_mp3_without_a_header_for_its_length_is_not_truncated(folder):
     assert scan_folder(folder, valid_fraction=0.1)["skipped"] == 1
 
 
-def test_a_flac_that_does_not_say_its_length_is_skipped_with_advice(folder):
-    path = folder / "audio" / "a.flac"
-    write_audio(path, 0.5)
-    content = bytearray(path.read_bytes())
-    content[21] &= 0xF0
-    content[22:26] = bytes(4)
-    path.write_bytes(content)
-    scan_folder(folder)
-    assert "does not say how long it is" in skipped(folder)["a.flac"]
-
-
 def test_ids_are_relative_paths_with_suffix_whatever_the_order_and_number_of_workers(folder):
     write_audio(folder / "audio" / "speaker" / "0.flac", 0.5)
     scan_folder(folder)
@@ -125,7 +114,7 @@ def test_links_to_folders_are_followed_once_and_hidden_files_are_not(folder):
     write_audio(folder / "audio" / "._0.wav", 0.5)
     (folder / "audio" / "link").symlink_to(elsewhere)
     (elsewhere / "loop").symlink_to(folder / "audio")
-    assert find_audio(folder / "audio") == ["link/x.WAV", *(f"speaker/{index}.wav" for index in range(4))]
+    assert find_audio(folder / "audio").files == ["link/x.WAV", *(f"speaker/{index}.wav" for index in range(4))]
 
 
 def test_the_split_depends_on_names_and_seed_only_and_is_never_empty(folder):
@@ -178,6 +167,36 @@ def test_summary_counts_what_was_found(folder):
     assert json.loads((folder / "manifest" / "summary.json").read_text()) == summary
 
 
+def test_what_is_taken_though_something_is_wrong_with_it_is_listed_and_counted(folder):
+    audio = folder / "audio"
+    soundfile.write(audio / "silent.wav", np.zeros(8_000), 16_000)
+    soundfile.write(audio / "loud.wav", np.clip(9 * np.sin(np.arange(8_000)), -1, 1), 16_000)
+    write_audio(audio / "joined.flac", 0.5)
+    (audio / "joined.flac").write_bytes(2 * (audio / "joined.flac").read_bytes())
+    summary = scan_folder(folder)
+    assert summary["skipped"] == 0
+    assert summary["notices"] == {"repaired": 1, "silent": 1, "constant": 0, "clipped": 1, "alignment": 0}
+    lines = [json.loads(line) for line in (folder / "manifest" / "notices.jsonl").read_text().splitlines()]
+    assert [(line["path"].removeprefix(f"{audio}/"), line["kind"]) for line in lines] == [
+        ("joined.flac", "repaired"),
+        ("loud.wav", "clipped"),
+        ("silent.wav", "silent"),
+    ]
+    assert "joined" in lines[0]["note"]
+
+
+def test_the_channel_that_is_taken_is_a_setting(folder):
+    time = np.arange(16_000)
+    channels = np.stack([0.5 * np.sin(time), -0.5 * np.sin(time)], axis=1)
+    soundfile.write(folder / "audio" / "opposite.wav", channels, 16_000)
+    assert scan_folder(folder)["skipped"] == 1
+    assert "channels cancel" in skipped(folder)["opposite.wav"]
+    assert scan_folder(folder, channel=2, valid_fraction=0.0)["skipped"] == 4
+    (cut,) = load_manifest(folder / "manifest", "train")
+    np.testing.assert_allclose(load_audio(cut), channels[:, 1], atol=1e-4)
+    assert "it has 1 channel," in skipped(folder)["speaker/0.wav"]
+
+
 def test_a_complete_manifest_is_kept_and_an_incomplete_one_made_anew(folder):
     summary = scan_folder(folder)
     train = folder / "manifest" / "train.safetensors"
@@ -215,6 +234,19 @@ def test_phone_alignments_are_found_in_the_list_and_beside_the_audio(folder):
     assert phones["speaker/1.wav"] == [("h", 0.0, 0.1), ("aI", 0.1, pytest.approx(0.3))]
     assert [phones[f"speaker/{n}.wav"][0].symbol for n in (2, 3)] == ["x", "y"]
     assert phones["speaker/0.wav"] == [] and manifest.has_phones.tolist() == [False, True, True, True]
+
+
+def test_alignments_that_belong_to_nothing_are_said_and_listed(folder, capsys):
+    lines = [{"path": f"speaker/{name}", "phones": []} for name in ("0.wav", "gone.wav")]
+    (folder / "audio" / "alignments.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in ("1.phones.tsv", "2.wav.phones.tsv", "3.flac.phones.tsv", "5.phones.tsv"):
+        (folder / "audio" / "speaker" / name).write_text("a\t0.1\t0.2\n")
+    (folder / "audio" / "speaker" / "notes.tsv").touch()
+    assert scan_folder(folder)["notices"]["alignment"] == 3
+    listed = [json.loads(line) for line in (folder / "manifest" / "notices.jsonl").read_text().splitlines()]
+    paths = [line["path"].removeprefix(str(folder / "audio") + "/") for line in listed]
+    assert paths == ["speaker/3.flac.phones.tsv", "speaker/5.phones.tsv", "alignments.jsonl: speaker/gone.wav"]
+    assert "warning: 3 phone alignments belong to no audio file, the first is" in capsys.readouterr().err
 
 
 OK = '{"path": "ok.wav", "phones": []}'
