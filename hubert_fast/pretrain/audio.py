@@ -54,8 +54,8 @@ def load_audio(utterance: Utterance) -> np.ndarray:
     if not np.isfinite(waveform).all():
         row = int(np.argmin(np.isfinite(waveform).all(axis=1)))
         raise AudioError(path, f"utterance {utterance.id!r} holds a NaN or an infinity at sample {row}")
-    taken = waveform.mean(axis=1) if utterance.channel is None else waveform[:, utterance.channel]
-    return resample(taken, rate)
+    channels = np.ascontiguousarray(waveform.T)  # the mean over a last dimension of two takes four times as long
+    return resample(channels.mean(axis=0) if utterance.channel is None else channels[utterance.channel], rate)
 
 
 def resample(waveform: np.ndarray, rate: int) -> np.ndarray:
