@@ -45,11 +45,11 @@ def load_audio(utterance: Utterance) -> np.ndarray:
         raise AudioError(path, "there is no such file (it was there when the manifest was made)") from error
     except (soundfile.SoundFileError, OSError) as error:
         raise AudioError(path, f"unreadable ({error})") from error
-    if rate != utterance.rate or len(waveform) != utterance.length:
+    if rate != utterance.rate or len(waveform) != utterance.length or waveform.shape[1] <= (utterance.channel or 0):
         raise AudioError(
             path,
             f"the manifest says {utterance.length} samples from sample {utterance.start} on at {utterance.rate} Hz, "
-            f"the file gives {len(waveform)} at {rate} Hz",
+            f"the file gives {len(waveform)} at {rate} Hz, of {waveform.shape[1]} channels",
         )
     if not np.isfinite(waveform).all():
         row = int(np.argmin(np.isfinite(waveform).all(axis=1)))

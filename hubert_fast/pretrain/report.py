@@ -162,7 +162,7 @@ def _manifest_facts(manifest: Mapping[str, Any]) -> Markup:
     if manifest.get("closed_folders"):
         others["folders that could not be entered"] = count(manifest["closed_folders"])
     for kind, files in manifest.get("notices", {}).items():
-        others[f"{kind} recordings"] = count(files)
+        others["alignments of no file" if kind == "alignment" else f"{kind} recordings"] = count(files)
     return join([table(["part", "utterances", "duration"], rows), facts(others)])
 
 

@@ -32,7 +32,7 @@ from hubert_fast.pretrain.splits import held_out_files
 
 _FILES_AHEAD = 256
 LONGEST_SECONDS = 60.0
-"""longer recordings become several cuts"""
+"""longer recordings become several utterances"""
 
 
 def scan(
@@ -74,20 +74,14 @@ def scan(
         "seed": seed,
         "longest_seconds": longest_seconds,
     }
-    done = read_json(out / "summary.json")
-    if (
-        done is not None
-        and done["settings"] == settings
-        and all(manifest_path(out, split).is_file() for split in SPLITS)
-    ):
+    done, tables = read_json(out / "summary.json"), [manifest_path(out, split) for split in SPLITS]
+    if done is not None and done["settings"] == settings and all(path.is_file() for path in tables):
         return done
     (out / "summary.json").unlink(missing_ok=True)
 
     found, alignments = find_audio(audio), Alignments(audio)
-    skipped, noticed = (
-        not_looked_into(audio, found),
-        unused_alignments(audio, alignments.unused(found.alignments, found.files)),
-    )
+    skipped = not_looked_into(audio, found)
+    noticed = unused_alignments(audio, alignments.unused(found.alignments, found.files))
     usable = _probe_all(audio, found.files, config, forgotten, skipped, noticed, progress)
     for name, lines in {"skipped": skipped, "notices": noticed}.items():
         write_text(out / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
@@ -99,11 +93,9 @@ def scan(
         )
     held_out = held_out_files(audio, usable.paths, config.valid_fraction, seed)
     manifests = {}
-    for split, chosen in zip(SPLITS, (~held_out, held_out)):
-        path = manifest_path(out, split)
-        manifests[split] = write_manifest(
-            path, audio, usable, chosen, alignments.phones, longest_seconds=longest_seconds
-        )
+    options = {"longest_seconds": longest_seconds}
+    for split, path, chosen in zip(SPLITS, tables, (~held_out, held_out)):
+        manifests[split] = write_manifest(path, audio, usable, chosen, alignments.phones, **options)
     summary = _summary(settings, manifests, usable.numbers()[:, 0], len(skipped))
     summary |= {"closed_folders": len(found.closed), "notices": notice_counts(noticed)}
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -126,8 +118,7 @@ def _probe_all(
     def examine(relative: str) -> tuple[AudioInfo, FileState] | str:
         return "forgotten" if relative in forgotten else _examine(audio / relative, config)
 
-    bar = tqdm(total=len(files), desc="scan", unit=" files", disable=not progress)
-    with bar:
+    with tqdm(total=len(files), desc="scan", unit=" files", disable=not progress) as bar:
         for relative, result in _mapped(examine, files, config.workers):
             if isinstance(result, str):
                 skipped.append({"path": printable(audio / relative), "reason": result})

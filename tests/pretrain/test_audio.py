@@ -83,6 +83,26 @@ def test_a_file_that_was_copied_or_touched_is_the_same_file(tmp_path):
     np.testing.assert_array_equal(load_audio(only_utterance(tmp_path)), before)
 
 
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg", "opus"])
+def test_decay_gives_other_samples_or_an_error_of_audio_and_nothing_else(tmp_path, suffix):
+    path = tmp_path / "audio" / f"a.{suffix}"
+    write_audio(path, 0.6, rate=48_000, channels=2, subtype="OPUS" if suffix == "opus" else None)
+    scan_folder(tmp_path)
+    good, state, utterance = path.read_bytes(), path.stat(), only_utterance(tmp_path)
+    rng, failed = np.random.default_rng(0), 0
+    for number in range(24):
+        data = bytearray(good)
+        for place in rng.integers(0, 200 if number % 2 else len(good), 9):
+            data[place] = rng.integers(256)
+        path.write_bytes(data)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        try:
+            assert len(load_audio(utterance)) == utterance.samples
+        except AudioError:
+            failed += 1
+    assert failed
+
+
 def test_normalized_has_zero_mean_and_unit_variance_and_leaves_silence():
     waveform = normalized(np.random.default_rng(0).normal(3, 2, 10_000).astype(np.float32))
     assert waveform.dtype == np.float32
