@@ -36,7 +36,9 @@ from hubert_fast.pretrain.units import Units
 _FIT_BYTES = 2 * 1024**3
 _MIN_FRAMES_PER_CLUSTER = 20
 _OVERSAMPLING = 4
-_NO_ALIGNMENTS = "The held-out part has no phone alignments, so phone purity, cluster purity and PNMI are unknown."
+_UNKNOWN = "so phone purity, cluster purity and PNMI are unknown."
+_NO_ALIGNMENTS = f"The held-out part has no phone alignments, {_UNKNOWN}"
+_NO_AUDIO = f"Of the training or the held-out part no utterance that counts could be read, {_UNKNOWN}"
 
 
 class Representation(NamedTuple):
@@ -125,7 +127,7 @@ def evaluate(
     if done is not None and done["settings"] == settings:
         return done
     training = training_metrics(iteration_dir / "train").outcome()
-    left_out = LeftOut(sum(map(len, manifests.values())), config.data.max_bad_utterances)
+    left_out = LeftOut(sum(map(len, manifests.values())), config.data.max_bad_utterances, may_be_empty=True)
     result: dict[str, Any] = {"settings": settings, "training": training, "representations": []}
     audio = {
         split: _Audio(manifest, not_forgotten(manifest, forgotten), left_out, progress)
@@ -137,9 +139,9 @@ def evaluate(
         codebooks, fitted = _fit_codebooks(audio["train"], encoder, config.evaluation, seed=config.seed)
         training_units = Units(iteration_dir / "units" / "valid.safetensors")
         result |= {"clusters": config.evaluation.clusters, "fit_frames": fitted}
-        result |= _held_out_scores(scored, encoder, codebooks, training_units, seed=config.seed)
-    else:
-        result["note"] = _NO_ALIGNMENTS
+        result |= _held_out_scores(scored, encoder, codebooks, training_units, seed=config.seed) if codebooks else {}
+    if not result["representations"]:
+        result["note"] = _NO_AUDIO if len(scored.indices) else _NO_ALIGNMENTS
     result["left_out"] = {utterance: bad.reason for utterance, bad in left_out.bad.items()}
     atomic.write_text(target, json.dumps(result, indent=2) + "\n")
     return result
@@ -178,7 +180,7 @@ class _Audio:
 def _fit_codebooks(
     audio: _Audio, encoder: Encoder, config: EvaluationConfig, *, seed: int
 ) -> tuple[dict[Representation, Codebook], int]:
-    """A codebook per representation, and on how many frames each was fitted."""
+    """A codebook per representation, none where nothing can be read, and on how many frames each was fitted."""
     rng = np.random.default_rng(seed)
     fit_frames = _affordable_frames(config.fit_frames, encoder, config.clusters)
     chosen, share = _choose_utterances(audio, fit_frames, rng)
@@ -188,7 +190,7 @@ def _fit_codebooks(
         rows = [_choose_rows(len(utterance), share, rng) for utterance in features[MFCC]]
         for each, utterances in features.items():
             kept.setdefault(each, []).extend(utterance[row] for utterance, row in zip(utterances, rows, strict=True))
-    fitted = sum(map(len, kept[MFCC]))
+    fitted = sum(map(len, kept.get(MFCC, ())))
     codebooks = {}
     for each in tqdm(list(kept), desc="k-means", unit=" representations", disable=not audio.progress):
         # Popped, so that the memory of a representation is free once it is clustered.
@@ -222,7 +224,10 @@ def _choose_rows(frames: int, share: float, rng: np.random.Generator) -> np.ndar
 def _held_out_scores(
     audio: _Audio, encoder: Encoder, codebooks: dict[Representation, Codebook], training_units: Units, *, seed: int
 ) -> dict[str, Any]:
-    """What the result says of the held-out frames: how many there are, their phones, and how each one's units score."""
+    """What the result says of the held-out frames: how many there are, their phones, and how each one's units score.
+
+    Nothing where none can be read.
+    """
     phones: list[np.ndarray] = []
     units: dict[Representation, list[np.ndarray]] = {each: [] for each in [*codebooks, TRAINING_UNITS]}
     of_training = dict(_training_units(audio, training_units))
@@ -235,6 +240,8 @@ def _held_out_scores(
         for index, waveform in zip(indices, waveforms, strict=True):
             phones.append(frame_phones(audio.manifest.phones(index), num_frames(len(waveform))))
             units[TRAINING_UNITS].append(of_training[index])
+    if not phones:
+        return {}
     spoken = np.concatenate(phones)
     symbols, counts = np.unique(spoken, return_counts=True)
     frequencies = {str(symbols[index]): int(counts[index]) for index in np.argsort(-counts, kind="stable")}

@@ -7,6 +7,7 @@ their audio again.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hubert_fast.pretrain.atomic import write_text
 from hubert_fast.pretrain.manifest import SPLITS, Manifest, load_manifest, recording_of
 from hubert_fast.pretrain.run_record import now
 from hubert_fast.pretrain.run_summary import parsed_lines
+from hubert_fast.pretrain.units import Units
 
 
 def forgotten(run: Path) -> frozenset[str]:
@@ -27,32 +29,44 @@ def forget(run: Path, files: Sequence[str]) -> list[str]:
     """Take recordings out of a run; returns the paths of those that are new.
 
     Whatever comes after (units, training, evaluation, a scan) goes on without them. A training that runs learns of it when it is
-    resumed. What was made of them before (units, weights) stays.
+    resumed. What was made of them before stays: units, and weights that learned from them.
 
     Args:
-        files: paths of recordings or of folders of them, absolute or relative to the run's folder of audio. The files need
-            not be there any more.
+        files: paths of recordings or of folders of them, absolute, relative to the current folder or to the run's folder of
+            audio. The files need not be there any more.
 
     Raises:
-        ValueError: the run's manifest has no recording of that name.
+        ValueError: no file is named, or the run has no recording of that name.
     """
+    if not files:
+        raise ValueError("files: name at least one recording or folder to forget")
     run = Path(run)
     manifests = [load_manifest(run / "manifest", split) for split in SPLITS]
-    known = [path for manifest in manifests for path in manifest.recording_paths()]
+    known = sorted(_recordings(run, manifests) | forgotten(run))
     chosen: set[str] = set()
     for file in files:
-        name = _relative(file, manifests[0].audio)
-        found = [path for path in known if path == name or path.startswith(f"{name}/")]
+        found, name = [], ""
+        for name in dict.fromkeys([_relative(str(Path(file).absolute()), manifests[0].audio), Path(file).as_posix()]):
+            found = found or [path for path in known if path == name or path.startswith(f"{name}/")]
         if not found:
             raise ValueError(
-                f"file={file!r}: the manifest of {run} has no recording {name!r} and none in a folder of that name; paths "
-                f"relative to {manifests[0].audio} are accepted, such as {known[0]!r}"
+                f"file={file!r}: {run} has no recording {name!r} and none in a folder of that name; paths relative to "
+                f"{manifests[0].audio}, or to the current folder, are accepted, such as {known[0]!r}"
             )
         chosen.update(found)
     new = sorted(chosen - forgotten(run))
     lines = [*_lines(run), *({"path": path, "date": now()} for path in new)]
     write_text(_path(run), "".join(json.dumps(line) + "\n" for line in lines))
     return new
+
+
+def _recordings(run: Path, manifests: Sequence[Manifest]) -> set[str]:
+    """The paths of all recordings of a run: those of its manifest, and those that it makes units of or trains on."""
+    known = {path for manifest in manifests for path in manifest.recording_paths()}
+    for file in run.glob("iteration*/units/*.safetensors"):
+        if file.stem in SPLITS:
+            known.update(map(recording_of, Units(file).ids))
+    return known
 
 
 def not_forgotten(manifest: Manifest, recordings: Collection[str]) -> np.ndarray:
@@ -70,10 +84,8 @@ def forgotten_ids(ids: Sequence[str], recordings: Collection[str]) -> list[str]:
 
 
 def _relative(file: str, audio: Path) -> str:
-    path = Path(file)
-    if path.is_absolute() and path.is_relative_to(audio):
-        path = path.relative_to(audio)
-    return path.as_posix()
+    path = Path(os.path.normpath(file))
+    return (path.relative_to(audio) if path.is_relative_to(audio) else path).as_posix()
 
 
 def _lines(run: Path) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Utterances that a run goes past because their audio can no longer be read, and how many there may be."""
+"""Utterances that a run leaves out because their audio can no longer be read, and how many there may be."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LISTED = 3
 
 
 class TooManyBadUtterancesError(RuntimeError):
-    """More audio cannot be read than ``data.max_bad_utterances`` lets a run go past."""
+    """More audio is unreadable than ``data.max_bad_utterances`` allows, or all of it is."""
 
 
 class Bad(NamedTuple):
@@ -33,12 +33,15 @@ class LeftOut:
 
     Args:
         utterances: how many the part has.
-        share: of them, the most that may be bad; all those of one recording may be in any case, unless it is 0.
+        share: the largest share that may be bad; those of one recording may always be, unless ``share`` is 0.
         forgotten: ids that the user took out (see `forget`); they are no fault and do not count.
+        may_be_empty: nothing at all may be left.
     """
 
-    def __init__(self, utterances: int, share: float, forgotten: Iterable[str] = ()) -> None:
-        self._utterances, self._share = utterances, share
+    def __init__(
+        self, utterances: int, share: float, forgotten: Iterable[str] = (), *, may_be_empty: bool = False
+    ) -> None:
+        self._utterances, self._share, self._may_be_empty = utterances, share, may_be_empty
         self._most = ceil(share * utterances)
         self.bad: dict[str, Bad] = {}
         self.forgotten = frozenset(forgotten)
@@ -53,17 +56,19 @@ class LeftOut:
         """Leave out the utterances in ``found``, with the reasons, and say so once.
 
         Raises:
-            TooManyBadUtterancesError: they are too many now.
+            TooManyBadUtterancesError: they are too many now, or nothing is left.
         """
         new = {utterance: Bad(reason, step) for utterance, reason in found.items() if utterance not in self}
         first = not self.bad
         self.bad |= new
         if len(self.bad) > self._most and (self._share == 0 or len(set(map(recording_of, self.bad))) > 1):
             raise TooManyBadUtterancesError(self._too_many())
+        if not self._may_be_empty and self._utterances and len(self.bad) + len(self.forgotten) >= self._utterances:
+            raise TooManyBadUtterancesError(f"no utterance is left: {self._listed()}")
         if new and first and not quiet:
             utterance, (reason, _) = next(iter(new.items()))
             say(
-                f"going on without utterance {utterance!r}: {reason}. More of the kind will be counted and listed, not said"
+                f"utterance {utterance!r} is left out: {reason}. Further ones are listed in left_out.jsonl without a message"
             )
 
     def state_dict(self) -> list[list[Any]]:
@@ -71,15 +76,19 @@ class LeftOut:
         return [[utterance, *bad] for utterance, bad in self.bad.items()]
 
     def load_state_dict(self, state: Iterable[list[Any]]) -> None:
-        self.bad |= {utterance: Bad(reason, step) for utterance, reason, step in state}
+        known = {utterance: Bad(reason, step) for utterance, reason, step in state}
+        self.bad |= {utterance: bad for utterance, bad in known.items() if utterance not in self.forgotten}
 
     def _too_many(self) -> str:
-        listed = "; ".join(f"{utterance!r}: {bad.reason}" for utterance, bad in list(self.bad.items())[:_LISTED])
         return (
             f"{len(self.bad)} of {self._utterances} utterances cannot be used, more than data.max_bad_utterances="
-            f"{self._share} of them: {listed}{' ...' if len(self.bad) > _LISTED else ''}. Where the audio is there again, "
-            "go on by --resume; `hubert-fast forget` takes recordings out of a run; a larger share, up to 1, is accepted too"
+            f"{self._share:g} of them: {self._listed()}. Where the audio is there again, go on by --resume. Else "
+            "--data.max-bad-utterances allows more, up to 1, and `hubert-fast forget` takes recordings out of the run"
         )
+
+    def _listed(self) -> str:
+        listed = "; ".join(f"{utterance!r}: {bad.reason}" for utterance, bad in list(self.bad.items())[:_LISTED])
+        return f"{len(self.forgotten)} were forgotten" if not listed else listed + " ..." * (len(self.bad) > _LISTED)
 
 
 def write_left_out(directory: Path, *parts: LeftOut) -> None:

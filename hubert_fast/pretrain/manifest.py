@@ -124,6 +124,11 @@ class Manifest(Sequence[Utterance]):
         """The places in `recording_paths` of utterances."""
         return self._recordings[indices]
 
+    def sources(self) -> np.ndarray:
+        """What the samples of each utterance come of: int64 ``[utterances, 2]``, its recording's CRC and channel."""
+        each = [self._columns[name][self._recordings].astype(np.int64) for name in ("crc32", "channels")]
+        return np.stack(each, axis=1)
+
     @property
     def has_phones(self) -> np.ndarray:
         """Which utterances have a phone alignment: bool ``[utterances]``."""

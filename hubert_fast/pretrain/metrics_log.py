@@ -39,13 +39,13 @@ class Meter:
     def read(self, process: Process) -> dict[str, float]:
         """Means over all ranks' masked frames since the last reading, and start anew; all ranks call it together.
 
-        ``loss`` is what training minimises; ``masked_loss``, the cross-entropy of the masked frames, and
-        ``masked_accuracy`` are left out where they were not computed, ``grad_norm`` where there was no update.
+        ``loss`` is what training minimises; it and ``feature_penalty`` are left out where no frame was masked, ``masked_loss``,
+        the cross-entropy of the masked frames, and ``masked_accuracy`` where they were not computed, ``grad_norm`` where there
+        was no update.
         """
         loss, masked_loss, correct, known, count, penalty, norm, updates = process.sum_on_host(self._sums.tolist())
         self._sums.zero_()
-        frames = max(count, 1.0)
-        means = {"loss": loss / frames, "feature_penalty": penalty / frames}
+        means = {"loss": loss / count, "feature_penalty": penalty / count} if count else {}
         if known:
             means |= {"masked_loss": masked_loss / known, "masked_accuracy": correct / known}
         if updates:

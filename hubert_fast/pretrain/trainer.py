@@ -130,7 +130,8 @@ def _batches(
 
     def stream(kind: type[GlobalBatches | ValidationBatches], split: str) -> Any:
         own, of_split = config.data_of(iteration), units[split]
-        left_out = LeftOut(len(of_split), own.max_bad_utterances, forgotten_ids(of_split.ids, forgotten))
+        gone, share = forgotten_ids(of_split.ids, forgotten), own.max_bad_utterances
+        left_out = LeftOut(len(of_split), share, gone, may_be_empty=split == "valid")
         options = {"seed": config.seed, "process": process}
         return kind(load_manifest(manifest_dir, split), of_split, own, model.mask_generator, left_out, **options)
 

@@ -306,7 +306,7 @@ class Trainer:
         if self.process.sum_on_host([len(failed)])[0]:
             self._leave_out(self.valid_batches.left_out, failed)
         means = meter.read(self.process)
-        if log is not None:
+        if log is not None and "loss" in means:  # nothing may be left of what is held out
             log(
                 self.step,
                 {f"valid_{name}": means[name] for name in ("loss", "masked_loss", "masked_accuracy") if name in means},

@@ -30,8 +30,11 @@ class Units:
             raise FileNotFoundError(f"there are no units at {str(path)!r}: `hubert-fast units` makes them")
         self._columns = Columns(path)
         metadata = self._columns.metadata
-        if "num_classes" not in metadata:
-            raise ValueError(f"path={str(path)!r} is no file of units: it lacks the metadata num_classes")
+        for name in ("num_classes", "manifest_sha256"):
+            if name not in metadata:
+                raise ValueError(
+                    f"path={str(path)!r} is no file of units of this version: it lacks the metadata {name}"
+                )
         self.num_classes = int(metadata["num_classes"])
         self.manifest_sha256 = metadata["manifest_sha256"]
         self.ids = Strings(self._columns["ids"], self._columns["id_ends"])
@@ -65,13 +68,15 @@ class Units:
         self._columns.verify()
 
     def places_in(self, manifest: Manifest) -> np.ndarray:
-        """The place of each utterance in ``manifest``, int64 ``[utterances]``; -1 where it is not there, or of another length."""
+        """The place of each utterance in ``manifest``, int64 ``[utterances]``; -1 where it is not there, or of other audio."""
         if manifest.sha256 == self.manifest_sha256:
             return np.arange(len(self))
         there = {name: place for place, name in enumerate(manifest.ids())}
         places = np.array([there.get(name, -1) for name in self.ids], dtype=np.int64)
-        same = manifest.samples[places] == self.samples if len(manifest) else False
-        return np.where(same, places, -1)
+        if not len(manifest):
+            return places
+        same = (manifest.sources()[places] == self._columns["sources"].reshape(-1, 2)).all(axis=1)
+        return np.where(same & (manifest.samples[places] == self.samples), places, -1)
 
 
 @contextmanager
@@ -83,12 +88,19 @@ def new_units(path: Path, manifest: Manifest, num_classes: int) -> Iterator[Unit
         "ids": (np.uint8, len(ids.text)),
         "id_ends": (np.int64, len(ids)),
         "samples": (np.int64, len(ids)),
+        "sources": (np.int64, 2 * len(ids)),
         "known": (np.uint8, len(ids)),
         "units": (dtype, int(frames.sum())),
     }
     metadata = {"num_classes": str(num_classes), "manifest_sha256": manifest.sha256}
     with new_columns(path, columns, metadata) as file:
-        for name, values in (("ids", ids.text), ("id_ends", ids.ends), ("samples", manifest.samples)):
+        made_of = {
+            "ids": ids.text,
+            "id_ends": ids.ends,
+            "samples": manifest.samples,
+            "sources": manifest.sources().ravel(),
+        }
+        for name, values in made_of.items():
             file.put(name, values)
         units = UnitsToFill(file, np.cumsum(frames), num_classes)
         yield units

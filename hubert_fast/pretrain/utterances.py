@@ -134,7 +134,7 @@ class Utterances(Dataset):
         reasons = {ids[row]: "its audio could not be read when the units were made" for row in np.flatnonzero(~known)}
         gone = np.flatnonzero(known & (self._place_in_manifest < 0))
         return reasons | {
-            ids[row]: "the manifest has no such utterance any more, or one of another length" for row in gone
+            ids[row]: "the manifest has no such utterance any more, or one of other audio" for row in gone
         }
 
     def __getitem__(self, wanted: tuple[Place, np.ndarray]) -> tuple[Place, list[Batch]]:

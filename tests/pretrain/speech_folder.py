@@ -36,9 +36,15 @@ def numbered_folder(folder: Path, lengths: list[int]) -> None:
         numbers = (1 + np.arange(samples) // FRAME_SHIFT).astype(np.int16)
         soundfile.write(folder / "audio" / f"{index:03d}.wav", numbers, 16_000, subtype="PCM_16")
     scan_folder(folder, valid_fraction=0.0)
-    with new_units(folder / "units.safetensors", load_manifest(folder / "manifest", "train"), 1000) as units:
-        for index, samples in enumerate(lengths):
-            units.put(index, np.arange(num_frames(samples)))
+    number_units(folder)
+
+
+def number_units(folder: Path) -> None:
+    """Write the units of `numbered_folder` for the manifest that is there now."""
+    manifest = load_manifest(folder / "manifest", "train")
+    with new_units(folder / "units.safetensors", manifest, 1000) as units:
+        for index, frames in enumerate(num_frames(manifest.samples)):
+            units.put(index, np.arange(frames))
 
 
 def scan_folder(folder: Path, *, seed: int = 0, longest_seconds: float = 60.0, forgotten=(), **changes) -> dict:

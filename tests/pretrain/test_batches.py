@@ -17,7 +17,7 @@ from hubert_fast.pretrain.frames import num_frames
 from hubert_fast.pretrain.left_out import LeftOut, TooManyBadUtterancesError
 from hubert_fast.pretrain.manifest import load_manifest
 from hubert_fast.pretrain.units import Units
-from tests.pretrain.speech_folder import numbered_folder, scan_folder
+from tests.pretrain.speech_folder import number_units, numbered_folder, scan_folder
 
 LENGTHS = [4000, 4321, 5000, 6400, 7000, 8000, 8123, 9000, 9600, 10_000, 12_000, 16_000, 20_000]
 NAMES = [f"{index:03d}.wav" for index in range(len(LENGTHS))]
@@ -219,6 +219,7 @@ def test_audio_that_is_not_finite_names_utterance_and_file(tmp_path, bad):
     path = tmp_path / "audio" / "001.wav"
     soundfile.write(path, audio, 16_000, subtype="FLOAT")
     scan_folder(tmp_path, valid_fraction=0.0, seed=1)
+    number_units(tmp_path)
     audio[4567], state = bad, path.stat()
     soundfile.write(path, audio, 16_000, subtype="FLOAT")
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
@@ -255,9 +256,9 @@ def test_utterances_without_units_or_audio_are_left_out_from_the_start_and_bound
     scan_folder(tmp_path, valid_fraction=0.0, seed=1)
     batches = stream(tmp_path, max_bad_utterances=0.01)
     assert batches.left_out.bad["001.wav"].reason.startswith("the manifest has no such utterance")
-    assert "going on without utterance '001.wav': the manifest has no such utterance" in capsys.readouterr().err
+    assert "utterance '001.wav' is left out: the manifest has no such utterance" in capsys.readouterr().err
     assert {name for (batch,) in take(batches, 3) for name in batch.ids} == {f"00{n}.wav" for n in (0, 2, 3, 4)}
-    (tmp_path / "audio" / "002.wav").unlink()
+    soundfile.write(tmp_path / "audio" / "002.wav", np.full(8000, 0.1), 16_000)  # as long, and other audio
     scan_folder(tmp_path, valid_fraction=0.0, seed=2)
     with pytest.raises(TooManyBadUtterancesError, match="2 of 5 utterances cannot be used, more than .*=0.01 of them"):
         stream(tmp_path, max_bad_utterances=0.01)

@@ -245,7 +245,7 @@ def test_what_fails_is_left_out_from_there_on_counted_and_listed_and_resuming_kn
     whole = trainer_at(tmp_path / "whole", batches=Batches(change=fail))
     with pytest.raises(TooManyBadUtterancesError, match="3 of 12 .*'u1': gone; 'u4': gone; 'u7': gone. .*--resume"):
         trainer_at(tmp_path / "strict", batches=Batches(change=fail)).fit()
-    assert capsys.readouterr().err.count("going on without utterance 'u1': gone") == 1
+    assert capsys.readouterr().err.count("utterance 'u1' is left out: gone") == 1
     # What came with the last one is not saved: the audio may be there again tomorrow.
     saved = load_checkpoint(list_checkpoints(tmp_path / "strict" / "checkpoints")[-1])
     assert saved["step"] == 6 and saved["left_out"] == {"train": [["u1", "gone", 2], ["u4", "gone", 5]], "valid": []}

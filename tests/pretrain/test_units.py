@@ -249,7 +249,9 @@ def test_missing_files_and_files_of_something_else_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no train.safetensors: `hubert-fast scan` makes it"):
         load_manifest(tmp_path, "train")
     save_file({"a": np.arange(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="other.safetensors' is no file of units: it lacks the metadata num_classes"):
+    with pytest.raises(
+        ValueError, match="other.safetensors' is no file of units of this version: it lacks the metadata num_classes"
+    ):
         Units(tmp_path / "other.safetensors")
 
 
