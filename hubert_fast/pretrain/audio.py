@@ -40,7 +40,7 @@ def load_audio(utterance: Utterance) -> np.ndarray:
     try:
         if not is_unchanged(path, utterance.state):
             raise AudioError(path, "the file changed since the scan")
-        rate, waveform = decode(Path(path), utterance.start, utterance.length)
+        rate, waveform = decode(Path(path), utterance.start, utterance.length, plain=utterance.plain)
     except FileNotFoundError as error:
         raise AudioError(path, "there is no such file (it was there when the manifest was made)") from error
     except (soundfile.SoundFileError, OSError) as error:

@@ -11,22 +11,26 @@ from pathlib import Path
 
 import numpy as np
 
-from hubert_fast.pretrain.layout import read_layout
+from hubert_fast.pretrain.layout import PLAIN, read_layout
 from hubert_fast.pretrain.streams import SequentialFile, Stream
 
 _BLOCK_SAMPLES = 1 << 20
 
 
-def decode(path: Path, start: int, samples: int) -> tuple[int, np.ndarray]:
+def decode(path: Path, start: int, samples: int, *, plain: int = 0) -> tuple[int, np.ndarray]:
     """The sampling rate of a file in Hz, and float32 ``[samples, channels]`` of it from sample ``start`` on; fewer
     samples where it ends before.
+
+    Args:
+        plain: the file's `plain_kind`. Where it is not 0, the file is not searched for what it holds: of a long one that takes
+            longer than decoding a part.
 
     Raises:
         AudioError: the file is cut off or damaged.
         soundfile.SoundFileError, OSError: it cannot be read.
     """
     rate, blocks = 0, []
-    streams = read_layout(path).streams
+    streams = (PLAIN[plain - 1],) if plain else read_layout(path).streams
     for stream in streams:
         length = stream.length(str(path)) if len(streams) > 1 else start + samples
         if start < length and samples > 0:

@@ -18,6 +18,7 @@ _INFO_BLOCK = b"\x00\x00\x00\x22"  # STREAMINFO, 34 bytes; it always comes first
 _LAST_INFO_BLOCK = b"\x80\x00\x00\x22"
 _HEADER = 4 + 4 + 34
 _TAIL = 1 << 18
+_MOST_CANDIDATES = 64  # from the end; the last whole frame is among the last few
 _BLOCK_SIZES = {
     1: 192,
     **{code: 576 << code - 2 for code in range(2, 6)},
@@ -143,7 +144,7 @@ def _last_frame(window: ByteWindow, start: int, stop: int, info: _Info) -> tuple
     """Where the last whole frame ends, and that frame; None where none is found near the end."""
     origin = max(start + _HEADER, stop - _TAIL)
     tail = window.read(origin, stop - origin)
-    candidates = list(_candidates(tail, info))
+    candidates = list(_candidates(tail, info))[-_MOST_CANDIDATES:]
     # Zeros may fill the file up, and may belong to the last frame's checksum.
     filled = len(tail.rstrip(b"\0"))
     ends = [len(tail), *range(filled, min(filled + 3, len(tail))), *(position for position, _ in reversed(candidates))]

@@ -12,11 +12,13 @@ from hubert_fast.pretrain.byte_view import ByteWindow
 from hubert_fast.pretrain.flac_layout import flac_layout, is_flac
 from hubert_fast.pretrain.mp3_frames import frame_length
 from hubert_fast.pretrain.mp3_layout import mp3_layout
-from hubert_fast.pretrain.ogg_layout import is_ogg, ogg_layout
+from hubert_fast.pretrain.ogg_layout import OggStream, is_ogg, ogg_layout
 from hubert_fast.pretrain.streams import Layout, Stream, foreign
 from hubert_fast.pretrain.wav_layout import is_wav, wav_layout
 
 _FORMATS = ((is_wav, wav_layout), (is_flac, flac_layout), (is_ogg, ogg_layout))
+PLAIN = (Stream(), OggStream())
+"""how a file is read that holds one stream, with nothing wrong about it"""
 _MAGIC = re.compile(rb"RIFF|RIFX|RF64|BW64|fLaC|OggS")
 _SEARCHED = 1 << 16  # bytes of garbage that may precede a header
 
@@ -30,6 +32,14 @@ def read_layout(path: Path) -> Layout:
     """
     state = path.stat()
     return _read_layout(str(path), state.st_size, state.st_mtime_ns)
+
+
+def plain_kind(layout: Layout) -> int:
+    """Which of `PLAIN` reads a file of this layout, counted from 1; 0 where it takes the layout to read it."""
+    first = layout.streams[0]
+    if len(layout.streams) > 1 or layout.repairs or first.pieces is not None:
+        return 0
+    return next((number for number, each in enumerate(PLAIN, start=1) if type(each) is type(first)), 0)
 
 
 # The same file is asked for again and again where a long recording was cut into parts. A layout takes up to a megabyte for

@@ -49,9 +49,6 @@ class LeftOut:
     def __contains__(self, utterance: str) -> bool:
         return utterance in self.bad or utterance in self.forgotten
 
-    def __bool__(self) -> bool:
-        return bool(self.bad or self.forgotten)
-
     def add(self, found: Mapping[str, str], *, step: int = 0, quiet: bool = False) -> None:
         """Leave out the utterances in ``found``, with the reasons, and say so once.
 

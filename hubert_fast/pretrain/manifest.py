@@ -35,14 +35,16 @@ class Recordings:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def add(self, path: str, *, rate: int, samples: int, state: FileState, channel: int | None = None) -> None:
-        """``rate`` in Hz, ``samples`` of each channel; ``channel``, counted from 0, is taken, or the mean of all where None."""
+    def add(
+        self, path: str, *, rate: int, samples: int, state: FileState, channel: int | None = None, plain: int = 0
+    ) -> None:
+        """``rate`` in Hz, ``samples`` of each channel; ``channel`` and ``plain`` as of an `Utterance`."""
         self.paths.append(path)
-        self._numbers.extend((rate, -1 if channel is None else channel, samples, *state))
+        self._numbers.extend((rate, -1 if channel is None else channel, samples, *state, plain))
 
     def numbers(self) -> np.ndarray:
-        """int64 ``[recordings, 6]``: rate, channel (-1: all), samples, size, time of the last change, crc32."""
-        return np.array(self._numbers, dtype=np.int64).reshape(-1, 6)
+        """int64 ``[recordings, 7]``: rate, channel (-1: all), samples, size, time of the last change, crc32, plain."""
+        return np.array(self._numbers, dtype=np.int64).reshape(-1, 7)
 
 
 class Utterance(NamedTuple):
@@ -55,6 +57,7 @@ class Utterance(NamedTuple):
     rate: int  # Hz
     channel: int | None  # that is taken, counted from 0; None: the mean of all
     state: FileState
+    plain: int  # how the file is read (`layout.plain_kind`)
 
     @property
     def samples(self) -> int:
@@ -101,6 +104,7 @@ class Manifest(Sequence[Utterance]):
             rate=int(columns["rates"][recording]),
             channel=None if channel < 0 else channel,
             state=state,
+            plain=int(columns["plain"][recording]),
         )
 
     def __iter__(self) -> Iterator[Utterance]:
@@ -170,7 +174,7 @@ def write_manifest(
     alignment of a recording by its path, empty where it has none.
     """
     names = [path for path, wanted in zip(recordings.paths, chosen.tolist(), strict=True) if wanted]
-    rates, channels, samples, sizes, changed, crc32 = recordings.numbers()[chosen].T
+    rates, channels, samples, sizes, changed, crc32, plain = recordings.numbers()[chosen].T
     parts = np.ceil(samples / rates / longest_seconds).astype(np.int64)
     of = np.repeat(np.arange(len(names)), parts)  # the recording of each utterance
     part = np.arange(len(of)) - np.repeat(np.cumsum(parts) - parts, parts)
@@ -185,6 +189,7 @@ def write_manifest(
         "sizes": sizes,
         "changed": changed,
         "crc32": crc32.astype(np.uint32),
+        "plain": plain.astype(np.uint8),
         "recordings": of.astype(np.int32),
         "parts": np.where(parts[of] == 1, -1, part).astype(np.int32),
         "starts": first,

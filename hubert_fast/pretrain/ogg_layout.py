@@ -50,7 +50,7 @@ class _Logical:
 
 
 @dataclass(frozen=True)
-class _OggStream(Stream):
+class OggStream(Stream):
     """A stream that is read from somewhat before its start: what a packet decodes to depends on those before it.
 
     Measured in the tests: Vorbis gives the samples of decoding from the beginning after one packet, Opus after seconds.
@@ -102,8 +102,8 @@ def ogg_layout(window: ByteWindow, start: int) -> Layout:
         raise AudioError(window.path, "unreadable: it is an Ogg file without a stream")
     pieces = [tuple(stream.pieces) if stream.ended else _ended(window, stream) for stream in streams]
     if len(streams) == 1 and streams[0].ended and start + between + window.size - position == 0 and len(links[0]) == 1:
-        return Layout((_OggStream(),), tuple(repairs))
-    return Layout(tuple(map(_OggStream, pieces)), tuple(repairs))
+        return Layout((OggStream(),), tuple(repairs))
+    return Layout(tuple(map(OggStream, pieces)), tuple(repairs))
 
 
 def _read_page(window: ByteWindow, start: int) -> _Page | None:

@@ -23,7 +23,7 @@ import soundfile
 
 from hubert_fast.pretrain.audio_error import AudioError
 from hubert_fast.pretrain.decoding import promised, read_blocks
-from hubert_fast.pretrain.layout import read_layout
+from hubert_fast.pretrain.layout import plain_kind, read_layout
 from hubert_fast.pretrain.signal_facts import SignalFacts
 from hubert_fast.pretrain.streams import TRIFLE_SECONDS, SequentialFile, Stream
 
@@ -37,6 +37,8 @@ class AudioInfo:
     samples: int
     channel: int | None = None
     """the channel that is taken, counted from 0; None: the mean of all"""
+    plain: int = 0
+    """see `layout.plain_kind`"""
     repair: str = ""
     """what is wrong with the file, where it could be read all the same"""
     silent: bool = False
@@ -105,7 +107,8 @@ def _probe(path: Path, channel: Union[Literal["mix"], int]) -> AudioInfo:
             f"its channels cancel: their mean has {100 * facts.kept_share:.2g} % of their energy; data.channel takes one",
         )
     flags = {name: getattr(facts, name) for name in ("silent", "constant", "clipped")}
-    return AudioInfo(*first, samples, index, "; ".join(repairs), **flags)
+    plain = 0 if repairs else plain_kind(layout)
+    return AudioInfo(*first, samples, index, plain, "; ".join(repairs), **flags)
 
 
 def _index(path: Path, channel: Union[Literal["mix"], int], channels: int) -> int | None:

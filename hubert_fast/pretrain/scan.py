@@ -124,7 +124,8 @@ def _probe_all(
                 skipped.append({"path": printable(audio / relative), "reason": result})
             else:
                 info, state = result
-                usable.add(relative, rate=info.rate, samples=info.samples, state=state, channel=info.channel)
+                options = {"state": state, "channel": info.channel, "plain": info.plain}
+                usable.add(relative, rate=info.rate, samples=info.samples, **options)
                 noticed.extend(notices_of(audio / relative, info))
                 seconds += info.seconds
             bar.update()

@@ -91,6 +91,8 @@ def _read_header(window: ByteWindow, start: int) -> _Riff:
 
 
 def _read_format(riff: _Riff, body: bytes) -> None:
+    if len(body) < 16:
+        return
     tag, channels, rate, riff.bytes_per_second, block, bits = struct.unpack(riff.order + "HHIIHH", body[:16])
     if tag == _EXTENSIBLE and len(body) >= 26:
         (tag,) = struct.unpack(riff.order + "H", body[24:26])
@@ -157,5 +159,7 @@ def _mended(window: ByteWindow, riff: _Riff, stop: int) -> tuple[bytes | tuple[i
     else:
         struct.pack_into("<I", header, len(header) - 4, _LARGEST_CHUNK)
         position = header.find(b"ds64") + 8
+        if position < 8 or len(header) < position + 16:
+            raise AudioError(window.path, "unreadable: it is an RF64 without its 64 bits of size")
         struct.pack_into("<QQ", header, position, len(header) - 8 + size, size)
     return bytes(header), (riff.data, stop)

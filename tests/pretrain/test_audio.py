@@ -3,6 +3,7 @@ import os
 import numpy as np
 import pytest
 
+from hubert_fast.pretrain import decoding
 from hubert_fast.pretrain.audio import (
     AudioError,
     load_audio,
@@ -83,6 +84,19 @@ def test_a_file_that_was_copied_or_touched_is_the_same_file(tmp_path):
     np.testing.assert_array_equal(load_audio(only_utterance(tmp_path)), before)
 
 
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "opus", "mp3"])
+def test_parts_of_long_files_are_read_without_a_search_and_to_the_same_bits(tmp_path, suffix, monkeypatch):
+    write_audio(tmp_path / "audio" / f"a.{suffix}", 12.0, rate=48_000, subtype="OPUS" if suffix == "opus" else None)
+    scan_folder(tmp_path, longest_seconds=2.5, valid_fraction=0.0)
+    parts = list(load_manifest(tmp_path / "manifest", "train"))
+    whole = [load_audio(part._replace(plain=0)) for part in parts]
+    if suffix != "mp3":  # whose frames must be counted to find one
+        monkeypatch.setattr(decoding, "read_layout", lambda path: pytest.fail("it was searched"))
+    assert len(parts) == 5
+    for part, expected in zip(parts, whole, strict=True):
+        np.testing.assert_array_equal(load_audio(part), expected)
+
+
 @pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg", "opus"])
 def test_decay_gives_other_samples_or_an_error_of_audio_and_nothing_else(tmp_path, suffix):
     path = tmp_path / "audio" / f"a.{suffix}"
@@ -100,7 +114,7 @@ def test_decay_gives_other_samples_or_an_error_of_audio_and_nothing_else(tmp_pat
             assert len(load_audio(utterance)) == utterance.samples
         except AudioError:
             failed += 1
-    assert failed
+    assert failed or suffix == "mp3", "of its frames the decoder passes over those that it cannot read"
 
 
 def test_normalized_has_zero_mean_and_unit_variance_and_leaves_silence():
