@@ -61,8 +61,8 @@ def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 def convolution_dtype(device: torch.device, dtype: torch.dtype, depth: int) -> torch.dtype:
     """The dtype to convolve ``dtype`` in, with ``depth`` input channels a group: `product_dtype`'s, or float32 if it goes wrong.
 
-    In bfloat16 on processors with AMX, oneDNN gives wrong sums for groups of fewer than 16 channels (PyTorch 2.13; 2 to 12
-    channels of 8 or 64 taps were up to 117% off, pytorch/pytorch#163347).
+    In bfloat16 on processors with AMX, oneDNN gives wrong sums for fewer than 16 input channels a group (PyTorch 2.13; 2 to 12
+    channels of 8 or 64 taps were up to 117% off, with stride 1; strides of 2 and 5 were right. pytorch/pytorch#163347).
     """
     wrong = _HAS_AMX and dtype == torch.bfloat16 and depth < 16
     return torch.float32 if wrong and is_cpu(device) else product_dtype(device, dtype)

@@ -109,8 +109,16 @@ class ConvolutionalPositionalEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         frames = x.shape[1]
-        x = self.conv(x.transpose(1, 2))[:, :, :frames]  # an even kernel gives one frame more than it is given
+        x = self._convolved(x.transpose(1, 2))[:, :, :frames]  # an even kernel gives one frame more than it is given
         return F.gelu(x).transpose(1, 2)
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        dtype = autocast_dtype(x.device) or x.dtype
+        wide = cpu.convolution_dtype(x.device, dtype, self.embed_dim // self.conv.groups)
+        if wide == dtype or not torch.is_autocast_enabled(x.device.type):
+            return self.conv(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.conv(x.to(wide)).to(dtype)
 
     def add_to(self, x: Tensor, layout: Rows) -> Tensor:
         """Rows plus their positional embedding: ``[rows, channels] -> [rows, channels]``."""

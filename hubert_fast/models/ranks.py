@@ -1,7 +1,7 @@
 """What processes that train together must agree on, whatever each of them draws.
 
 A process that gathers weights or sums gradients waits for all others to do the same, without a message where one does not. So
-which modules are called, and which parameters get a gradient, may not hang on a process's own random numbers or batch.
+which modules are called, and which parameters get a gradient, must not depend on a process's own random numbers or batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP, of either make, gathers weights as ``module`` is called."""
+    """Whether FSDP1 or FSDP2 gathers weights as ``module`` is called."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # it takes long to import, and who shards has imported it
     return fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
 
@@ -47,7 +47,7 @@ def await_every_gradient() -> bool:
 
 
 def beside(x: Tensor, unused: Iterable[Tensor]) -> Tensor:
-    """``x``; in the backward ``unused``, of which it does not depend, get zeros."""
+    """``x``; in the backward ``unused``, on which it does not depend, get zeros."""
     return _Beside.apply(x, *unused)
 
 

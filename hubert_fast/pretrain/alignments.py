@@ -34,6 +34,11 @@ class Alignments:
                 return _read_tsv(self._folder / name)
         return self._listed.get(relative, [])
 
+    def check(self, beside: Iterable[str]) -> None:
+        """Read the alignments at the paths ``beside`` audio; ValueError names a line that is malformed."""
+        for name in beside:
+            _read_tsv(self._folder / name)
+
     def unused(self, beside: Collection[str], files: Iterable[str]) -> list[str]:
         """The alignments that belong to none of ``files``: of the paths ``beside`` audio, and of the list."""
         if not beside and not self._listed:

@@ -127,14 +127,14 @@ def new_columns(
 
 
 def write_columns(path: Path, columns: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write arrays that are there already."""
+    """Write the file ``path`` from arrays."""
     with new_columns(path, {name: (each.dtype, len(each)) for name, each in columns.items()}, metadata) as file:
         for name, each in columns.items():
             file.put(name, each)
 
 
 class Strings(Sequence[str]):
-    """Texts that lie in two columns: their bytes (UTF-8), one behind the other, and where each ends."""
+    """Texts in two columns: their bytes (UTF-8), one after another, and where each ends."""
 
     def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
         self.text, self.ends = text, ends

@@ -102,10 +102,8 @@ class Train(Units):
 
 @dataclass(frozen=True)
 class Forget:
-    """Take recordings out of a run, for instance because a speaker asks for it; units, checkpoints and weights stay.
-
-    What comes after goes on without them; a training that runs learns of it when it is resumed.
-    """
+    """Take recordings out of a run, for instance because a speaker asks for it; units, checkpoints and weights stay. A training
+    that runs learns of it when it is resumed."""
 
     out: tyro.conf.Positional[Path]
     """the run directory"""
@@ -127,7 +125,9 @@ def run_stage(command: str, arguments: list[str]) -> int:
         )
     if isinstance(options, Forget):
         new = forget(options.out, options.files)
-        print(f"forgotten: {', '.join(new) or 'nothing new'}")
+        print(
+            f"forgotten: {', '.join(new) or 'nothing new'}; `hubert-fast pretrain --out {options.out} --resume` goes on"
+        )
         return 0
     if config is None:
         print(f"report: {write_report(options.out)}")

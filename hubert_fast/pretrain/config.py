@@ -99,10 +99,10 @@ class DataConfig:
     """what is taken of recordings of several channels: the mean of all (mix), or the channel of this number, the first
     being 1; the scan leaves out a recording whose channels cancel in the mean, or that has no channel of the number"""
     valid_fraction: float = 0.05
-    """share of the utterances that is held out where the corpus does not name its own split"""
+    """share of the files that is held out where the corpus does not name its own split"""
     max_bad_utterances: float = 0.01
-    """share of the utterances that a run goes past where their audio cannot be read any more, or is not what was scanned;
-    those of one recording in any case. 0: the first one stops it"""
+    """largest share of the utterances that a run leaves out where their audio cannot be read any more, or is not what was
+    scanned. Those of one recording may always be left out, unless this is 0"""
     workers: int = 4
     """data-loader worker processes of each rank"""
     normalize_audio: bool = False
@@ -152,7 +152,7 @@ class UnitsConfig:
     """k-means++ starts, of which the best is kept"""
     min_perplexity: float = 1.5
     """units of a lower perplexity, which are nearly all the same one, end the run: of silence, or of the wrong folder, there is
-    nothing to learn. 1: none do"""
+    nothing to learn. 1: never"""
 
 
 @dataclass(frozen=True)

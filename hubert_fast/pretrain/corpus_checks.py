@@ -14,7 +14,7 @@ _FEW_FRAMES = 20  # of a cluster
 
 
 def check_corpus(config: PretrainConfig, manifest_dir: Path, world_size: int) -> list[str]:
-    """What speaks against the corpus, in sentences; empty where nothing does.
+    """Warnings about the corpus, in words; none where it will do.
 
     Raises:
         ValueError: units or batches cannot be made of it: there are fewer frames than clusters, or fewer utterances than

@@ -70,7 +70,7 @@ def _recordings(run: Path, manifests: Sequence[Manifest]) -> set[str]:
 
 
 def not_forgotten(manifest: Manifest, recordings: Collection[str]) -> np.ndarray:
-    """The utterances of ``manifest`` but for those of ``recordings`` (paths): int64 indices."""
+    """The utterances of ``manifest`` without those of ``recordings`` (paths): int64 indices."""
     indices = np.arange(len(manifest))
     if not recordings:
         return indices

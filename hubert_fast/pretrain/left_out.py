@@ -22,7 +22,7 @@ class TooManyBadUtterancesError(RuntimeError):
 
 
 class Bad(NamedTuple):
-    """Why an utterance is left out, and from which update of the weights on (0: from the first)."""
+    """Why an utterance is left out, and the update of the weights at which that was noticed (0: before the first)."""
 
     reason: str
     step: int = 0

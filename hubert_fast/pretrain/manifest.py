@@ -125,7 +125,7 @@ class Manifest(Sequence[Utterance]):
         return self._paths
 
     def recordings(self, indices: np.ndarray) -> np.ndarray:
-        """The places in `recording_paths` of utterances."""
+        """The row of each utterance's recording in `recording_paths`."""
         return self._recordings[indices]
 
     def sources(self) -> np.ndarray:

@@ -31,9 +31,8 @@ def unused_alignments(audio: Path, names: Iterable[str]) -> list[dict[str, str]]
     """A line for each alignment that belongs to no audio file; how many there are is told on stderr too."""
     lines = [{"path": str(audio / name), "kind": "alignment", "note": NOTICES["alignment"]} for name in names]
     if lines:
-        say(
-            f"warning: {len(lines)} phone alignments belong to no audio file, the first is {printable(Path(lines[0]['path']))}"
-        )
+        first = printable(Path(lines[0]["path"]))
+        say(f"warning: phone alignments that belong to no audio file: {len(lines)}, the first is {first}")
     return lines
 
 

@@ -162,7 +162,8 @@ def _manifest_facts(manifest: Mapping[str, Any]) -> Markup:
     if manifest.get("closed_folders"):
         others["folders that could not be entered"] = count(manifest["closed_folders"])
     for kind, files in manifest.get("notices", {}).items():
-        others["alignments of no file" if kind == "alignment" else f"{kind} recordings"] = count(files)
+        if files or kind != "alignment":
+            others["alignments of no audio file" if kind == "alignment" else f"{kind} recordings"] = count(files)
     return join([table(["part", "utterances", "duration"], rows), facts(others)])
 
 
@@ -188,7 +189,7 @@ def lost(run: Path, found: Sequence[IterationSummary]) -> Markup:
         text = (
             f"Utterances that were scanned and could not be read later, and were left out: {count(len(rows))}{shown}."
         )
-        header = ["stage", "utterance", "reason", "from update"]
+        header = ["stage", "utterance", "reason", "noticed at update"]
         content += [element("p", text, class_="warning"), table(header, rows[:_LISTED_FILES])]
     if paths:
         listed = ", ".join(paths[:_LISTED_FILES])

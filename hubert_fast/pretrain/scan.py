@@ -27,6 +27,7 @@ from hubert_fast.pretrain.frames import SAMPLE_RATE, num_frames
 from hubert_fast.pretrain.manifest import SPLITS, Manifest, Recordings, manifest_path, write_manifest
 from hubert_fast.pretrain.notices import not_looked_into, notice_counts, notices_of, printable, unused_alignments
 from hubert_fast.pretrain.probe import AudioInfo, probe
+from hubert_fast.pretrain.progress import say
 from hubert_fast.pretrain.run_summary import read_json
 from hubert_fast.pretrain.splits import held_out_files
 
@@ -45,7 +46,7 @@ def scan(
     forgotten: Collection[str] = (),
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Decode every audio file below ``audio`` once and write the manifest of the usable ones to ``out``; returns its summary.
+    """Decode every audio file below ``audio`` once, and write the manifest of the usable ones to ``out``; return its summary.
 
     Files that are unreadable, truncated, empty, shorter than ``min_seconds``, hold a NaN or an infinity or have channels
     that cancel are left out, counted, and listed with the reason in ``out/skipped.jsonl``, and so are folders that cannot
@@ -80,6 +81,7 @@ def scan(
     (out / "summary.json").unlink(missing_ok=True)
 
     found, alignments = find_audio(audio), Alignments(audio)
+    alignments.check(found.alignments)  # not after hours of decoding
     skipped = not_looked_into(audio, found)
     noticed = unused_alignments(audio, alignments.unused(found.alignments, found.files))
     usable = _probe_all(audio, found.files, config, forgotten, skipped, noticed, progress)
@@ -99,7 +101,17 @@ def scan(
     summary = _summary(settings, manifests, usable.numbers()[:, 0], len(skipped))
     summary |= {"closed_folders": len(found.closed), "notices": notice_counts(noticed)}
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    say(_said(summary, len({line["path"] for line in noticed})))
     return summary
+
+
+def _said(summary: Mapping[str, Any], noticed: int) -> str:
+    hours = sum(summary["hours"].values())
+    length = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+    said = f"scan: {sum(summary['utterances'].values())} utterances, {length}; {summary['skipped']} files skipped"
+    said += f", {noticed} with a notice (skipped.jsonl, notices.jsonl)" if noticed or summary["skipped"] else ""
+    silent = summary["notices"]["silent"]
+    return said + (f"; {silent} recordings are silent" if silent else "")
 
 
 def _probe_all(
@@ -111,7 +123,7 @@ def _probe_all(
     noticed: list[dict[str, str]],
     progress: bool,
 ) -> Recordings:
-    """What each usable file holds, in the order of ``files``; adds the others, with the reason, and what there is to notice."""
+    """What each usable file holds, in the order of ``files``. Adds the others to ``skipped``, and remarks to ``noticed``."""
     usable = Recordings()
     seconds, began = 0.0, time.monotonic()
 

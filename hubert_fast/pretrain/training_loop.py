@@ -165,7 +165,7 @@ class Trainer:
                 if stopping:
                     self._interrupt(stop.signum)
                 if failures:
-                    self._leave_out(self.batches.left_out, failed)
+                    self._leave_out(self.batches.left_out, failed, self.step + 1)
                 self._update(step, update, masked_frames)
                 self.clock.add_audio(audio_seconds)
                 self.position = self.batches.state_dict()
@@ -180,11 +180,11 @@ class Trainer:
             if self.process.sum_on_host([stop.signum > 0])[0]:
                 self._interrupt(stop.signum)
 
-    def _leave_out(self, left_out: LeftOut, failed: Mapping[str, str]) -> None:
-        """Take note of what failed on any rank, on all of them: they must leave out the same from here on."""
+    def _leave_out(self, left_out: LeftOut, failed: Mapping[str, str], step: int) -> None:
+        """Take note of what failed at ``step`` on any rank, on all of them: they must leave out the same from here on."""
         of_ranks = self.process.from_main(self.process.gather(failed))
         merged = {utterance: reason for each in of_ranks for utterance, reason in each.items()}
-        left_out.add(merged, step=self.step + 1, quiet=not self.process.is_main)
+        left_out.add(merged, step=step, quiet=not self.process.is_main)
         self._list_left_out()
 
     def _list_left_out(self) -> None:
@@ -304,7 +304,7 @@ class Trainer:
                     meter.add_micro_batch(self._forward(self.objective, batch))
         self.objective.train()
         if self.process.sum_on_host([len(failed)])[0]:
-            self._leave_out(self.valid_batches.left_out, failed)
+            self._leave_out(self.valid_batches.left_out, failed, self.step)
         means = meter.read(self.process)
         if log is not None and "loss" in means:  # nothing may be left of what is held out
             log(

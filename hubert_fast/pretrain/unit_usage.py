@@ -37,8 +37,8 @@ def require_variety(usage: Mapping[str, Any], min_perplexity: float) -> None:
     """Raise `DegenerateUnitsError` for units of a lower perplexity."""
     if usage["perplexity"] < min_perplexity:
         raise DegenerateUnitsError(
-            f"the units say nothing: {_described(usage)}. Is the audio silent, or the folder the wrong one? "
-            f"units.min_perplexity={min_perplexity:g} forbids to train on them; 1 allows it"
+            f"the units are nearly all the same: {_described(usage)}. Is the audio silent, or the folder the wrong one? "
+            f"units.min_perplexity={min_perplexity:g} forbids to train on them; --first.units.min-perplexity 1 allows it"
         )
 
 

@@ -108,7 +108,7 @@ def new_units(path: Path, manifest: Manifest, num_classes: int) -> Iterator[Unit
 
 
 class UnitsToFill:
-    """Units that are being made."""
+    """A file of units while it is made."""
 
     def __init__(self, file: NewColumns, ends: np.ndarray, num_classes: int) -> None:
         self._file, self._ends = file, ends

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hubert_fast import backend, cpu
+from hubert_fast.models.encoder import ConvolutionalPositionalEmbedding
 from hubert_fast.ops.positional_conv import positional_conv
 from hubert_fast.torch_backend import positional_conv as convolution
 from tests.ops.comparison import assert_as_precise, assert_twins, device_of, on_every_backend
@@ -148,3 +149,17 @@ def test_bad_arguments_are_named(message, change):
     arguments |= {"offsets": offsets_of([10]), "groups": 2, "max_frames": 10, **change}
     with pytest.raises(ValueError, match=message):
         positional_conv(**arguments)
+
+
+@pytest.mark.parametrize("amx", [None, True])
+def test_the_module_by_itself_is_right_in_bfloat16_for_narrow_groups_too(monkeypatch, amx):
+    """Hooks and replaced modules have it called, and oneDNN is wrong for such groups on some processors."""
+    if amx:
+        monkeypatch.setattr(cpu, "_HAS_AMX", amx)
+    torch.manual_seed(0)
+    module, x = ConvolutionalPositionalEmbedding(32, 8, 4), torch.randn(2, 49, 32)
+    expected = module(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module(x)
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).norm() < 0.02 * expected.norm()

@@ -210,6 +210,15 @@ def test_what_cannot_be_read_was_forgotten_or_has_no_units_takes_no_part_and_is_
     assert run(iteration, forgotten=["a.wav"])["representations"] == result["representations"]
 
 
+@pytest.mark.parametrize("gone", ["abc", "de"])
+def test_where_nothing_can_be_read_any_more_it_says_so(iteration, tmp_path, gone):
+    for name in gone:
+        (tmp_path / "audio" / f"{name}.wav").unlink()
+    result = run(iteration, max_bad_utterances=0.6)
+    assert result["representations"] == [] and "no utterance that counts could be read" in result["note"]
+    assert set(result["left_out"]) == {f"{name}.wav" for name in gone} and result["training"]["last_loss"] == 5.0
+
+
 def test_a_real_model_and_real_units_are_scored(tmp_path, manifest):
     directory = tmp_path / "iteration1"
     config = UnitsConfig(clusters=6, init_attempts=2)

@@ -2,7 +2,8 @@ import pytest
 
 from hubert_fast import cli
 from hubert_fast.pretrain.forget import forget, forgotten, forgotten_ids, not_forgotten
-from hubert_fast.pretrain.manifest import load_manifest
+from hubert_fast.pretrain.manifest import load_manifest, recording_of
+from hubert_fast.pretrain.units import new_units
 from tests.pretrain.speech_folder import scan_folder, write_audio
 
 
@@ -45,6 +46,20 @@ def test_a_name_that_the_run_does_not_have_is_an_error_and_changes_nothing(run, 
     assert "forgotten: ann/1.wav, bob/1.wav" in capsys.readouterr().out
     assert cli.main(["forget", str(run / "nothing"), "ann/1.wav"]) == 1
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_what_only_units_or_an_earlier_call_know_can_be_forgotten_too(run, monkeypatch):
+    with new_units(run / "iteration1" / "units" / "train.safetensors", load_manifest(run / "manifest", "train"), 4):
+        pass
+    names = {recording_of(name) for name in load_manifest(run / "manifest", "train").ids()}
+    gone = sorted(names)[0]
+    (run / "audio" / gone).unlink()
+    scan_folder(run, longest_seconds=0.5, seed=1)
+    monkeypatch.chdir(run)
+    assert forget(run, [f"audio/{gone}"]) == [gone], "relative to the current folder"
+    assert forget(run, [gone]) == []
+    with pytest.raises(ValueError, match="name at least one recording"):
+        forget(run, [])
 
 
 def test_a_scan_made_anew_leaves_them_out(run):

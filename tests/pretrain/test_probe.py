@@ -1,4 +1,5 @@
 import os
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import soundfile
 
 from hubert_fast.pretrain.audio_error import AudioError
 from hubert_fast.pretrain.probe import probe
+from tests.pretrain.speech_folder import write_audio
 
 RATE = 16_000
 NOISE = 0.1 * np.random.default_rng(0).standard_normal(RATE)
@@ -103,3 +105,15 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("hubert_fast.pretrain.probe.read_layout", refuse)
     with pytest.raises(AudioError, match="no permission"):
         probe(tmp_path / "a.wav")
+
+
+def test_a_wav_header_that_ends_or_lies_anywhere_is_an_error_of_audio(tmp_path):
+    path = tmp_path / "a.wav"
+    write_audio(path, 0.5)
+    good = path.read_bytes()
+    rf64 = b"RF64" + 4 * b"\xff" + b"WAVE"
+    data = b"data" + 4 * b"\xff" + bytes(1000)
+    for stub in [*(good[:size] for size in range(1, 80)), rf64 + data, rf64 + good[12:36] + data]:
+        path.write_bytes(stub)
+        with suppress(AudioError):
+            probe(path)

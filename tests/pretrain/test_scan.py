@@ -246,7 +246,7 @@ def test_alignments_that_belong_to_nothing_are_said_and_listed(folder, capsys):
     listed = [json.loads(line) for line in (folder / "manifest" / "notices.jsonl").read_text().splitlines()]
     paths = [line["path"].removeprefix(str(folder / "audio") + "/") for line in listed]
     assert paths == ["speaker/3.flac.phones.tsv", "speaker/5.phones.tsv", "alignments.jsonl: speaker/gone.wav"]
-    assert "warning: 3 phone alignments belong to no audio file, the first is" in capsys.readouterr().err
+    assert "warning: phone alignments that belong to no audio file: 3, the first is" in capsys.readouterr().err
 
 
 OK = '{"path": "ok.wav", "phones": []}'

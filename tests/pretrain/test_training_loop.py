@@ -261,3 +261,13 @@ def test_what_fails_is_left_out_from_there_on_counted_and_listed_and_resuming_kn
     resumed.fit()
     assert torch.equal(weights(resumed), weights(whole))
     assert read_left_out(tmp_path / "strict") == read_left_out(tmp_path / "whole")
+
+
+def test_a_validation_of_which_nothing_is_left_logs_no_loss(tmp_path):
+    trainer = trainer_at(tmp_path)
+    trainer.valid_batches = Batches(change=lambda number, batch: batch.mask.zero_())
+    trainer.valid_batches.__class__ = type(
+        "Two", (Batches,), {"__iter__": lambda self: itertools.islice(Batches.__iter__(self), 2)}
+    )
+    trainer.fit()
+    assert not any("valid_loss" in line for line in read_metrics(tmp_path))

@@ -204,7 +204,7 @@ def test_units_that_are_all_the_same_stop_it_at_once_unless_allowed(folder, caps
     config = dataclasses.replace(SMALL, fit_frames=50)
     with pytest.raises(
         DegenerateUnitsError,
-        match="say nothing: 1 of 6 units are used, their perplexity is 1.00, the commonest has 100.0%",
+        match="are nearly all the same: 1 of 6 units are used, their perplexity is 1.00, the commonest has 100.0%",
     ):
         make(folder, config, OneUnit())
     assert not (folder / "units" / "train.safetensors").exists(), "the rest of the corpus was not looked at"
