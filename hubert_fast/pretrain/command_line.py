@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -125,12 +127,11 @@ def run_stage(command: str, arguments: list[str]) -> int:
         )
     if isinstance(options, Forget):
         new = forget(options.out, options.files)
-        print(
-            f"forgotten: {', '.join(new) or 'nothing new'}; `hubert-fast pretrain --out {options.out} --resume` goes on"
-        )
+        said = ", ".join(new) or "nothing new"
+        _show(f"forgotten: {said}; `hubert-fast pretrain --out {options.out} --resume` goes on")
         return 0
     if config is None:
-        print(f"report: {write_report(options.out)}")
+        _show(f"report: {write_report(options.out)}")
         return 0
     with joined(config.device) as process:
         run = open_run(
@@ -145,8 +146,16 @@ def run_stage(command: str, arguments: list[str]) -> int:
         )
         message = options.work(run)
         if process.is_main:
-            print(message)
+            _show(message)
     return 0
+
+
+def _show(line: str) -> None:
+    """Print what is said at the end; that nobody reads it is no reason to fail."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # or Python would try once more as it ends
 
 
 def _parse(command: str, arguments: list[str]) -> tuple[Any, Optional[PretrainConfig]]:

@@ -1,6 +1,9 @@
 import io
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,8 @@ from hubert_fast.pretrain.config_file import read_config, write_config
 from hubert_fast.pretrain.pipeline import EMBEDDED_CORPUS
 from hubert_fast.pretrain.presets import PRESETS
 from tests.pretrain.small_run import small_config, small_folder
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -111,3 +116,14 @@ def test_what_a_terminal_cannot_show_is_no_reason_to_fail(monkeypatch):
     assert cli.main(["report"]) == 0
     sys.stdout.flush()
     assert said.getvalue() == b"report: /l\\xe4ufe/\\udcff.html\n"
+
+
+def test_a_reader_that_has_gone_is_no_reason_to_fail(folder, tmp_path):
+    assert hubert_fast("scan --audio speech --config small.toml --out run --no-progress") == 0
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "hubert_fast.cli", "report", "--out", str(tmp_path / "run")]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    os.close(writer)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "run" / "report.html").is_file()
