@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hubert_fast.pretrain.frames import FRAME_SHIFT, RECEPTIVE_FIELD, SAMPLE_RATE
+from hubert_fast.pretrain.phones import Phone
 
 SILENCE = "sil"
 
@@ -35,19 +36,18 @@ class PhoneScores:
     frames: int
 
 
-def frame_phones(alignment: Sequence[tuple], frames: int) -> np.ndarray:
+def frame_phones(alignment: Sequence[Phone], frames: int) -> np.ndarray:
     """The phone at the centre sample, ``320 t + 200`` at 16 kHz, of each HuBERT frame ``t``.
 
     Args:
-        alignment: (symbol, start, duration, ...) items, times in seconds, such as lhotse's ``AlignmentItem``; any
-            order. Of items that overlap, the one that starts last counts.
+        alignment: phones in any order. Of those that overlap, the one that starts last counts.
         frames: how many frames.
 
     Returns:
-        str array ``[frames]``; a frame that no item covers is silence (``"sil"``).
+        str array ``[frames]``; a frame that no phone covers is silence (``"sil"``).
     """
     phones = np.full(frames, SILENCE, dtype=object)
-    for symbol, start, duration, *_ in sorted(alignment, key=lambda item: item[1]):
+    for symbol, start, duration in sorted(alignment, key=lambda phone: phone.start):
         phones[_first_centred_at(start) : _first_centred_at(start + duration)] = symbol
     return phones.astype(str)
 
