@@ -1,4 +1,4 @@
-"""What processes that train together must agree on, whatever each of them draws.
+"""Agreement between processes that train together, whatever each of them draws.
 
 A process that gathers weights or sums gradients waits for all others to do the same, without a message where one does not. So
 which modules are called, and which parameters get a gradient, must not depend on a process's own random numbers or batch.

@@ -1,4 +1,4 @@
-"""What is raised for audio that cannot be used."""
+"""The error of audio that cannot be used."""
 
 from __future__ import annotations
 

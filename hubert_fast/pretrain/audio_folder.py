@@ -18,7 +18,7 @@ OTHER_SUFFIXES = (
 
 @dataclass
 class AudioFolder:
-    """What a folder holds. Links to folders are followed, each folder once; hidden names are not looked at."""
+    """The audio in a folder, and what is there besides. Links to folders are followed, each folder once; hidden names are not looked at."""
 
     files: list[str] = field(default_factory=list)
     """audio files, as sorted paths relative to the folder"""
@@ -31,7 +31,7 @@ class AudioFolder:
 
 
 def find_audio(folder: Path) -> AudioFolder:
-    """What ``folder`` holds.
+    """Find the audio below ``folder``.
 
     Raises:
         ValueError: ``folder`` is no folder, cannot be read, or holds no audio.

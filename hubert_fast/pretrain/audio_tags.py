@@ -26,7 +26,7 @@ def tag_length(window: ByteWindow, start: int) -> int:
 
 
 def skip_tags(window: ByteWindow, start: int) -> int:
-    """Where the tags that begin at ``start`` end."""
+    """The byte at which the tags that begin at ``start`` end."""
     while start < window.size and (length := tag_length(window, start)):
         start += length
     return min(start, window.size)

@@ -263,7 +263,8 @@ def _held_out_scores(
 def _training_units(audio: _Audio, units: Units) -> Iterator[tuple[int, np.ndarray]]:
     """The utterances of ``audio`` that the model was validated on, with their units."""
     places = units.places_in(audio.manifest)
-    of_place = {place: row for row, place in enumerate(places.tolist()) if place >= 0 and units.known[row]}
+    rows = np.flatnonzero(units.known & (places >= 0))
+    of_place = dict(zip(places[rows].tolist(), rows.tolist()))
     for index in audio.indices.tolist():
         if index in of_place:
             yield index, units[of_place[index]]
