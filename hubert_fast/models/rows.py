@@ -35,7 +35,7 @@ class Rows(NamedTuple):
         return (frame >= self.key_lengths[:, None]).flatten()
 
     def key_mask(self) -> Optional[Tensor]:
-        """The mask of keys of a whole grid: the valid frames of each sequence, ``[batch, 1, frames, frames]`` bool; None where all are.
+        """The keys of a whole grid, valid frames of each sequence: ``[batch, 1, frames, frames]`` bool; None where all are.
 
         All queries have the same, but ONNX's attention does not broadcast them.
         """

@@ -18,7 +18,7 @@ OTHER_SUFFIXES = (
 
 @dataclass
 class AudioFolder:
-    """The audio in a folder, and what is there besides. Links to folders are followed, each folder once; hidden names are not looked at."""
+    """The audio in a folder, and what else is there. Links to folders are followed, each once; hidden names are not looked at."""
 
     files: list[str] = field(default_factory=list)
     """audio files, as sorted paths relative to the folder"""
