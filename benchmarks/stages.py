@@ -21,10 +21,13 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from hubert_fast.models.encoder import ConvolutionalPositionalEmbedding, Encoder, EncoderLayer, Transformer
+from hubert_fast.models.encoder import Encoder
+from hubert_fast.models.encoder_layer import EncoderLayer
 from hubert_fast.models.feature_extractor import FeatureExtractor
 from hubert_fast.models.hubert import HuBERTPretrainModel
 from hubert_fast.models.logits import LogitGenerator
+from hubert_fast.models.positional_embedding import ConvolutionalPositionalEmbedding
+from hubert_fast.models.transformer import Transformer
 
 from .flops import ATTENTION, FEED_FORWARD, FRONT_END, LOSS, POSITIONAL, PROJECTION
 from .peers.peer import PeerModel
@@ -42,7 +45,7 @@ _OUR_SCOPES = (
     (HuBERTPretrainModel, "_plan", PROJECTION),
     (Encoder, "masked_rows", PROJECTION),
     (ConvolutionalPositionalEmbedding, "add_to", POSITIONAL),
-    (Transformer, "forward", ELEMENTWISE),
+    (Transformer, "stream", ELEMENTWISE),
     (EncoderLayer, "_attend", ATTENTION),
     (EncoderLayer, "_feed_forward", FEED_FORWARD),
     (LogitGenerator, "forward", LOSS),

@@ -10,19 +10,14 @@ from typing import List, Optional, Tuple
 
 from torch import nn
 
-from hubert_fast.models.encoder import (
-    ConvolutionalPositionalEmbedding,
-    Encoder,
-    EncoderLayer,
-    FeatureProjection,
-    FeedForward,
-    SelfAttention,
-    Transformer,
-)
+from hubert_fast.models.encoder import Encoder, FeatureProjection
+from hubert_fast.models.encoder_layer import EncoderLayer, FeedForward, SelfAttention
 from hubert_fast.models.feature_extractor import ConvLayerBlock, FeatureExtractor
 from hubert_fast.models.hubert import HuBERTPretrainModel
 from hubert_fast.models.logits import LogitGenerator
 from hubert_fast.models.masking import MaskGenerator
+from hubert_fast.models.positional_embedding import ConvolutionalPositionalEmbedding
+from hubert_fast.models.transformer import Transformer
 from hubert_fast.models.wav2vec2 import Wav2Vec2Model
 
 _STANDARD_CONV_LAYERS = [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2

@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 
 from hubert_fast.models.capacities import Capacities, Capacity
 from hubert_fast.models.capture import CudaCapture
-from hubert_fast.models.encoder import Seeds
 from hubert_fast.models.gradient_buffers import GradientBuffers
 from hubert_fast.models.graphed_step_checks import check_objective, check_optimizer, check_settings, check_update
 from hubert_fast.models.masking import MaskGenerator
@@ -30,6 +29,7 @@ from hubert_fast.models.plain import is_plain
 from hubert_fast.models.plan_tensors import PlanTensors
 from hubert_fast.models.stage_pass import PassTensors, Piece, StagePass
 from hubert_fast.models.stages import encoder_stages, front_end_parameters, head_parameters
+from hubert_fast.models.transformer import Seeds
 from hubert_fast.models.weight_copies import WeightCopies
 
 _log = logging.getLogger(__name__)

@@ -10,11 +10,11 @@ import torch
 from torch.optim import Optimizer
 
 from hubert_fast.models.capacities import Capacities
-from hubert_fast.models.encoder import Transformer
 from hubert_fast.models.micro_batch import MicroBatch
 from hubert_fast.models.objective import PretrainingObjective
 from hubert_fast.models.plain import is_plain
-from hubert_fast.models.ranks import gathers
+from hubert_fast.models.transformer import Transformer
+from hubert_fast.models.wrappers import gathers
 
 
 def check_objective(objective: PretrainingObjective) -> None:

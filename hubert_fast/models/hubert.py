@@ -7,13 +7,13 @@ from typing import NamedTuple, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from hubert_fast.models.checks import check_audio, check_labels, check_mask
+from hubert_fast.models.checks import check_audio, check_labels
 from hubert_fast.models.logits import LogitGenerator
-from hubert_fast.models.masking import MaskGenerator
+from hubert_fast.models.masking import MaskGenerator, draw_masks
 from hubert_fast.models.plain import Stream, is_plain
 from hubert_fast.models.plan import PlanSettings, StepPlan, make_plan
-from hubert_fast.models.ranks import is_sharded
 from hubert_fast.models.wav2vec2 import Wav2Vec2Model
+from hubert_fast.models.wrappers import as_built, is_sharded, runs_as
 from hubert_fast.ops.host_tensors import on_host, to_device
 
 
@@ -119,6 +119,9 @@ class HuBERTPretrainModel(nn.Module):
         if plan is not None and plan.valid_samples is not None:
             audio_lengths = plan.valid_samples
         features, lengths = self.wav2vec2.feature_extractor(waveforms, audio_lengths)
+        encoder = self.wav2vec2.encoder
+        if plan is None and as_built(self.mask_generator)[1] is not MaskGenerator:
+            return self._encode_masked_elsewhere(features, labels, lengths, masked_only)
         if plan is None:  # made while a GPU is at work on the features
             plan = self._plan(labels, lengths, mask, features.shape[:2], features.device, PlanSettings(masked_only))
         elif features.shape[:2] != plan.layout[:2]:
@@ -128,16 +131,29 @@ class HuBERTPretrainModel(nn.Module):
             )
         features = self.scaled_gradient(features)
         penalty = feature_penalty(features)
-        encoder = self.wav2vec2.encoder
         if is_sharded(encoder):  # it gathers its weights as it is called
             hidden = encoder(features, plan=plan, mask_generator=self.mask_generator)
         else:
             hidden = self.head_rows(encoder.masked_stream(features, plan, self.mask_generator))
         return Encoded(HeadInput(hidden, plan.labels, plan.masked, plan.unmasked), penalty)
 
+    def _encode_masked_elsewhere(
+        self, features: Tensor, labels: Tensor, lengths: Optional[Tensor], masked_only: bool
+    ) -> Encoded:
+        """`encode` with a mask generator of somebody else's, which is called for its mask."""
+        features, encoder = self.scaled_gradient(features), self.wav2vec2.encoder
+        x, mask = encoder.masked_by(self.mask_generator, features, lengths)
+        if mask is None:
+            mask = torch.zeros(x.shape[:2], dtype=torch.bool)
+        check_labels(labels, *x.shape[:2])
+        settings = PlanSettings(masked_only)
+        plan = make_plan(labels, lengths, mask, None, x.device, self.logit_generator.num_classes, settings)
+        hidden = self.head_rows(encoder.transform(plan.layout.pack(x), plan.kept_layout, plan.keep))
+        return Encoded(HeadInput(hidden, plan.labels, plan.masked, plan.unmasked), feature_penalty(features))
+
     def head_rows(self, stream: Stream) -> Tensor:
         """The rows that the head is given, ``[rows, dim]``: in the dtype of its product, where its code is ours."""
-        return stream.operand if type(self.logit_generator) is LogitGenerator else stream.x
+        return stream.operand if runs_as(type(self.logit_generator)) is LogitGenerator else stream.x
 
     def scaled_gradient(self, features: Tensor) -> Tensor:
         """``features``, whose gradient is scaled by ``feature_grad_mult``."""
@@ -191,16 +207,7 @@ class HuBERTPretrainModel(nn.Module):
     ) -> StepPlan:
         batch, frames = grid
         check_labels(labels, batch, frames)
-        if mask is not None:
-            check_mask(mask, batch, frames)
-        else:
-            if lengths is not None and not torch.compiler.is_compiling():
-                lengths = lengths.cpu()  # the draw needs them
-            mask = self.mask_generator.draw(batch, frames, lengths)
-        # A generator that is called as a module draws them there.
-        channel_mask = (
-            self.mask_generator.draw_channels(batch) if is_plain(self.mask_generator, MaskGenerator) else None
-        )
+        mask, channel_mask = draw_masks(self.mask_generator, batch, frames, lengths, mask)
         return make_plan(labels, lengths, mask, channel_mask, device, self.logit_generator.num_classes, settings)
 
 

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 
+from hubert_fast.models.checks import check_mask
+from hubert_fast.models.plain import is_plain
+from hubert_fast.models.rows import Rows
 from hubert_fast.ops.host_tensors import to_device
 from hubert_fast.ops.span_mask import span_mask
 
-__all__ = ["MaskGenerator", "span_mask"]
+__all__ = ["InputMask", "MaskGenerator", "draw_masks", "span_mask"]
+
+
+class InputMask(NamedTuple):
+    """What is masked of the transformer's input."""
+
+    frames: Tensor  # bool, [batch, frames] or [rows]: replaced by the mask embedding
+    channels: Optional[Tensor]  # [batch, dim] bool: channels of a sequence that are zeroed; None: none
+
+    def to_rows(self, layout: Rows) -> InputMask:
+        """The frames' mask as rows, valid ones alone, and both on the device of ``layout``."""
+        device = layout.offsets.device
+        frames, padding = layout.pack(to_device(self.frames, device)), layout.padding()
+        channels = None if self.channels is None else to_device(self.channels, device)
+        return InputMask(frames if padding is None else frames & ~padding, channels)
 
 
 class MaskGenerator(nn.Module):
@@ -90,18 +107,41 @@ class MaskGenerator(nn.Module):
         padding_mask: Optional[Tensor] = None,  # [batch, frames] bool, True is padding
         *,
         mask: Optional[Tensor] = None,  # [batch, frames] bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Optional[Tensor]]:
         """``x`` with the masked frames replaced and the masked channels zeroed, and the mask of frames.
 
-        ``mask`` is one made ahead by `draw`; without it one is drawn here. ``x`` is not changed.
+        ``mask`` is one made ahead by `draw`; without it one is drawn here, or None is returned for it where ``mask_prob`` is 0.
+        ``x`` is not changed.
         """
         batch, frames, _ = x.shape
-        if mask is None:
+        if mask is None and self.mask_prob > 0:
             lengths = None if padding_mask is None else (~padding_mask).sum(1)
             mask = self.draw(batch, frames, lengths)
-        mask = to_device(mask, x.device)
-        x = torch.where(mask[:, :, None], self.mask_embedding.to(x.dtype), x)
+        if mask is not None:
+            mask = to_device(mask, x.device)
+            x = torch.where(mask[:, :, None], self.mask_embedding.to(x.dtype), x)
         channel_mask = self.draw_channels(batch)
         if channel_mask is not None:
             x = x.masked_fill(to_device(channel_mask, x.device)[:, None], 0.0)
         return x, mask
+
+
+def draw_masks(
+    generator: MaskGenerator,
+    batch: int,
+    frames: int,
+    lengths: Optional[Tensor] = None,  # [batch], frames
+    mask: Optional[Tensor] = None,  # [batch, frames] bool
+) -> tuple[Tensor, Optional[Tensor]]:
+    """The mask of frames, ``mask`` or one drawn here, and that of channels, None where a generator is called that draws it.
+
+    Raises:
+        ValueError: for a mask of another shape or dtype.
+    """
+    if mask is not None:
+        check_mask(mask, batch, frames)
+    else:
+        if lengths is not None and not torch.compiler.is_compiling():
+            lengths = lengths.cpu()  # the draw needs them
+        mask = generator.draw(batch, frames, lengths)
+    return mask, generator.draw_channels(batch) if is_plain(generator, MaskGenerator) else None

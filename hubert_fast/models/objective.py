@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hubert_fast.models.hubert import HeadInput, HuBERTPretrainModel
 from hubert_fast.models.plan import StepPlan
-from hubert_fast.models.ranks import is_sharded
+from hubert_fast.models.wrappers import is_sharded
 
 
 class FrameLosses(NamedTuple):

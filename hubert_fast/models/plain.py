@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hubert_fast import backend, cpu
+from hubert_fast.models.wrappers import runs_as
 from hubert_fast.ops.arguments import autocast_dtype
 from hubert_fast.ops.bias_dropout_residual import bias_dropout_residual
 from hubert_fast.ops.linear import linear as linear_product
@@ -33,6 +34,13 @@ class Stream(NamedTuple):
         return self.x if self.narrow is None else self.narrow
 
 
+def wanted_rows(stream: Stream, keep: Optional[Tensor]) -> Stream:
+    """The rows of a stream that ``keep`` ([kept] int64) names; None: all."""
+    if keep is None:
+        return stream
+    return Stream(*(None if each is None else each.index_select(0, keep) for each in stream))
+
+
 class Update(NamedTuple):
     """``dropout(value + bias)``, not yet made: what a sub-layer adds to the residual stream."""
 
@@ -45,7 +53,7 @@ class Update(NamedTuple):
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling ``module`` is nothing but ``kind``'s own forward."""
     return (
-        type(module) is kind
+        (type(module) is kind or runs_as(type(module)) is kind)
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hubert_fast.exporters import is_exporting
 from hubert_fast.models.checks import check_values
+from hubert_fast.models.masking import InputMask
 from hubert_fast.models.rows import Rows, first_true, valid_rows, whole_grid
 from hubert_fast.ops.host_tensors import to_device
 
@@ -32,6 +33,11 @@ class StepPlan(NamedTuple):
     masked: Tensor  # [kept] bool: valid and masked
     unmasked: Tensor  # [kept] bool: valid and not masked, and no filler
     valid_samples: Optional[Tensor]  # [batch] int64, where the feature extractor asks for them
+
+    @property
+    def input_mask(self) -> InputMask:
+        """What is masked of the transformer's input."""
+        return InputMask(self.mask, self.channel_mask)
 
     @property
     def kept_layout(self) -> Rows:

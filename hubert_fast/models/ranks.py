@@ -6,33 +6,12 @@ which modules are called, and which parameters get a gradient, must not depend o
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP1 or FSDP2 gathers weights as ``module`` is called."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # it takes long to import, and who shards has imported it
-    return fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
-
-
-def gathers(module: nn.Module) -> bool:
-    """Whether anything in ``module``, or all of it, is sharded."""
-    return "torch.distributed.fsdp" in sys.modules and any(map(is_sharded, module.modules()))
-
-
-def as_built(module: nn.Module) -> tuple[nn.Module, type[nn.Module]]:
-    """The module and its class as they were before FSDP wrapped the one, or put another in the other's place."""
-    if not is_sharded(module):
-        return module, type(module)
-    if isinstance(module, sys.modules["torch.distributed.fsdp"].FSDPModule):
-        return module, type(module).__mro__[2]  # `fully_shard` derives a class from `FSDPModule` and the module's own
-    return module.module, type(module.module)
 
 
 def await_every_gradient() -> bool:

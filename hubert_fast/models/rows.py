@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from hubert_fast.ops.host_tensors import to_device
+from hubert_fast.ops.host_tensors import may_decide_shapes, to_device
 
 
 class Rows(NamedTuple):
@@ -26,13 +26,22 @@ class Rows(NamedTuple):
     # [batch + 1] int64, where the last layer gives the rows ``keep`` alone: keep[kept_offsets[i] : kept_offsets[i + 1]] are those
     # of sequence i, and fillers follow, of which attention gives 0. None: ``keep`` may name any rows, in any order.
     kept_offsets: Optional[Tensor] = None
+    mask: Optional[Tensor] = (
+        None  # [batch, 1, frames, frames]: added to the scores of the whole grid; no other field tells of it
+    )
+
+    def lengths(self) -> Optional[Tensor]:
+        """Valid frames of each sequence: ``[batch]`` int64; None: all."""
+        return self.key_lengths if self.index is None else self.offsets.diff()
 
     def padding(self) -> Optional[Tensor]:
         """Which rows are padding, ``[rows]`` bool; None where none is."""
-        if self.key_lengths is None:
-            return None
-        frame = torch.arange(self.frames, device=self.key_lengths.device)
-        return (frame >= self.key_lengths[:, None]).flatten()
+        return None if self.key_lengths is None else self.padding_mask().flatten()
+
+    def padding_mask(self) -> Optional[Tensor]:
+        """Which frames of the grid are padding, ``[batch, frames]`` bool; None where none is."""
+        lengths = self.lengths()
+        return None if lengths is None else torch.arange(self.frames, device=lengths.device) >= lengths[:, None]
 
     def key_mask(self) -> Optional[Tensor]:
         """The keys of a whole grid, valid frames of each sequence: ``[batch, 1, frames, frames]`` bool; None where all are.
@@ -70,6 +79,16 @@ def whole_grid(batch: int, frames: int, lengths: Optional[Tensor], device: torch
     """Every frame is a row; padding, where ``lengths`` ([batch], frames) tells of it, is merely no key."""
     offsets = torch.arange(batch + 1, device=device) * frames
     return Rows(batch, frames, None, offsets, None if lengths is None else to_device(lengths.long(), device))
+
+
+def rows_of(batch: int, frames: int, lengths: Optional[Tensor], device: torch.device) -> Rows:
+    """The valid frames, for which the host waits where ``lengths`` ([batch], frames) lie on a device.
+
+    All frames where no lengths are given or no shape may follow from them.
+    """
+    if lengths is None or not may_decide_shapes(lengths):
+        return whole_grid(batch, frames, lengths, device)
+    return valid_rows(batch, frames, lengths.cpu().clamp(0, frames), device)
 
 
 def valid_rows(

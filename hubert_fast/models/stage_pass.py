@@ -9,7 +9,6 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from hubert_fast.models.encoder import Seeds
 from hubert_fast.models.gradient_buffers import GradientBuffers
 from hubert_fast.models.objective import FrameLosses, PretrainingObjective
 from hubert_fast.models.plain import Stream
@@ -24,6 +23,7 @@ from hubert_fast.models.stages import (
     skipped,
     skipped_gradient,
 )
+from hubert_fast.models.transformer import Seeds
 from hubert_fast.models.weight_copies import WeightCopies
 from hubert_fast.weights import Lent
 

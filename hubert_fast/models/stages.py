@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from hubert_fast.models.encoder import Seeds, SelfAttention, run_layer, wanted_rows
+from hubert_fast.models.encoder_layer import SelfAttention
 from hubert_fast.models.hubert import HeadInput
 from hubert_fast.models.objective import FrameLosses, PretrainingObjective
-from hubert_fast.models.plain import Stream
+from hubert_fast.models.plain import Stream, wanted_rows
 from hubert_fast.models.plan import StepPlan
+from hubert_fast.models.transformer import Seeds
 from hubert_fast.weights import Lent, lend
 
 
@@ -49,13 +50,13 @@ def encoder_stages(objective: PretrainingObjective) -> list[Stage]:
     transformer = encoder.transformer
 
     def embed(stream: Stream, plan: StepPlan, seeds: Seeds) -> Stream:
-        x = encoder.masked_rows(stream.x, plan, masks, seeds.projection)
+        x = encoder.masked_rows(stream.x, plan.layout, plan.input_mask, masks, seeds.projection)
         return transformer.embed(x, plan.layout, seeds.embedding)
 
     def layer(i: int, last: bool) -> Callable[[Stream, StepPlan, Seeds], Stream]:
         def run(stream: Stream, plan: StepPlan, seeds: Seeds) -> Stream:
             layout, keep = (plan.kept_layout, plan.keep) if last else (plan.layout, None)
-            return run_layer(transformer.layers[i], stream, layout, keep, seeds.of_layer(i))
+            return transformer.run_layer(transformer.layers[i], stream, layout, keep, seeds.of_layer(i))
 
         return run
 

@@ -16,7 +16,7 @@ from benchmarks.peers.peer import Setting
 from benchmarks.stages import ELEMENTWISE, OPTIMIZER, OTHER, STAGES, split
 from benchmarks.training import TrainingStep
 from hubert_fast import backend, hubert_pretrain_model
-from hubert_fast.models.encoder import EncoderLayer
+from hubert_fast.models.encoder_layer import EncoderLayer
 from hubert_fast.torch_backend import (
     bias_gelu_dropout,
     cosine_cross_entropy,

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import hubert_fast
-from hubert_fast.models.encoder import Encoder, EncoderLayer, FeedForward, SelfAttention
+from hubert_fast.models.encoder import Encoder
+from hubert_fast.models.encoder_layer import EncoderLayer, FeedForward, SelfAttention
 from tests.models import configurations
 from tests.models.processes import WORLD_SIZE, join
 from tests.models.twins import LENGTHS, SAMPLES, batch

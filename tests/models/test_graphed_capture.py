@@ -55,8 +55,9 @@ class Bad(nn.Module):
         super().__init__()
         self.layer, self.work = layer, work
 
-    def forward(self, x: Tensor, layout: Any, keep: Any = None, seeds: Any = None) -> Tensor:
-        return self.work(self.layer(x, layout, keep, seeds))
+    def forward(self, x: Tensor, attention_mask: Tensor, position_bias: None) -> tuple[Tensor, None]:
+        rows = self.layer(x, attention_mask)[0].flatten(0, 1)
+        return self.work(rows).view(x.shape), None
 
 
 ON_HOST = torch.tensor(0.5)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hubert_fast
 from hubert_fast import Capacities, GraphedStep, cpu
-from hubert_fast.models import encoder
+from hubert_fast.models import encoder_layer
 from hubert_fast.ops.masked_attention import masked_attention
 from tests.models import configurations
 from tests.models.graph_stand_in import replace_capture
@@ -382,7 +382,7 @@ def test_the_last_layer_alone_has_queries_of_kept_rows_alone(monkeypatch):
         seen.append(named["query_rows"])
         return masked_attention(*arguments, **named)
 
-    monkeypatch.setattr(encoder, "masked_attention", watched)
+    monkeypatch.setattr(encoder_layer, "masked_attention", watched)
     objective = build(encoder_layer_drop=0.0)
     step = GraphedStep(objective, adamw(objective), capacities=ROOM)
     step([step.planner(*data(0))])

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import hubert_fast
 from hubert_fast import backend
-from hubert_fast.models import encoder as encoder_module
 from hubert_fast.models import plan
+from hubert_fast.models import rows as rows_module
 from hubert_fast.models.rows import valid_rows, whole_grid
 from tests.models import configurations
 from tests.models.twins import (
@@ -45,7 +45,9 @@ def test_the_last_layer_computes_the_masked_rows_alone_where_no_others_are_wante
     _, model = twins(configurations.base(), torch.float64)
     sizes = []
     layers = model.wav2vec2.encoder.transformer.layers
-    with layers[-1].feed_forward.register_forward_hook(lambda module, inputs, output: sizes.append(len(output))):
+    with layers[-1].feed_forward.output_dense.register_forward_hook(
+        lambda module, inputs, output: sizes.append(len(output))
+    ):
         masked_only, everything = (
             seeded(hubert_fast.PretrainingObjective(model, unmasked_weight=weight), batch(torch.float64, LENGTHS))
             for weight in (0.0, 0.5)
@@ -62,9 +64,10 @@ def test_the_encoder_computes_valid_frames_alone_and_gives_what_whole_rows_give(
         hooked = {"layer": transformer.layers[0], "pos_conv_embed": transformer.pos_conv_embed}
         hooked.get(change, encoder.encoder.feature_projection).register_forward_hook(lambda *call: None)
     waveforms, _, lengths = batch(torch.float64, LENGTHS)
-    with transformer.layers[1].feed_forward.register_forward_hook(lambda _, inputs, output: sizes.append(len(output))):
+    product = transformer.layers[1].feed_forward.output_dense
+    with product.register_forward_hook(lambda _, inputs, output: sizes.append(len(output))):
         packed = [encoder(waveforms, lengths)[0], *encoder.extract_features(waveforms, lengths)[0]]
-        with mock.patch.object(encoder_module, "may_decide_shapes", lambda lengths: False):
+        with mock.patch.object(rows_module, "may_decide_shapes", lambda lengths: False):
             whole = [encoder(waveforms, lengths)[0], *encoder.extract_features(waveforms, lengths)[0]]
     valid = valid_frames(lengths)
     assert sizes == [int(valid.sum())] * 2 + [valid.numel()] * 2
@@ -131,7 +134,7 @@ def test_lengths_and_mask_on_a_gpu_give_what_those_on_the_cpu_give():
     mask = model.mask_generator.draw(3, 38, model.wav2vec2.feature_extractor.output_lengths(LENGTHS))
     expected = model(*data, mask=mask), model.wav2vec2(data.waveforms, data.lengths)
     layer = model.wav2vec2.encoder.transformer.layers[0]
-    with layer.feed_forward.register_forward_hook(lambda _, inputs, output: sizes.append(len(output))):
+    with layer.feed_forward.output_dense.register_forward_hook(lambda _, inputs, output: sizes.append(len(output))):
         logits = model(data.waveforms, data.labels.cuda(), data.lengths.cuda(), mask=mask.cuda())
         output, frames = model.wav2vec2(data.waveforms, data.lengths.cuda())
     assert sizes == [int(valid_frames(LENGTHS).sum())] * 2

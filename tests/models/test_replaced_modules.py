@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import hubert_fast
-from hubert_fast.models import encoder as encoder_module
 from hubert_fast.models import plain
+from hubert_fast.models import transformer as transformer_module
+from hubert_fast.models.encoder_layer import EncoderLayer
 from tests.models import configurations
 from tests.models.twins import LENGTHS, batch, float32_layer_norm, num_frames, relative_error, twins
 
@@ -27,8 +28,13 @@ class _Doubled(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("inner"), name)
 
-    def forward(self, *arguments):
-        return self.factor * self.inner(*arguments)
+    def forward(self, *arguments, **named):
+        return _times(self.factor, self.inner(*arguments, **named))
+
+
+def _times(factor, output):
+    """A layer and an attention return a tuple, as torchaudio's do."""
+    return (factor * output[0], *output[1:]) if isinstance(output, tuple) else factor * output
 
 
 def _model(**settings):
@@ -72,7 +78,7 @@ def _replace(parent, name, factor):
 
 
 def _hook(parent, name, factor):
-    getattr(parent, name).register_forward_hook(lambda module, inputs, output: factor * output)
+    getattr(parent, name).register_forward_hook(lambda module, inputs, output: _times(factor, output))
 
 
 @pytest.mark.parametrize("change", [_replace, _hook])
@@ -88,11 +94,12 @@ def test_a_module_in_anothers_place_is_called_and_a_hook_changes_what_it_returns
 class _Selected(nn.Module):
     """A transformer of somebody else's: no layers, and no attribute of ours."""
 
-    def forward(self, x, layout, keep=None):
-        return x if keep is None else x.index_select(0, keep)
+    def forward(self, x, attention_mask=None):
+        assert x.ndim == 3 and attention_mask.shape == (len(x), 1, x.shape[1], x.shape[1])
+        return x
 
 
-def test_another_transformer_is_called_with_rows_where_they_lie_and_which_are_kept():
+def test_another_transformer_is_called_with_a_grid_and_a_mask_as_torchaudio_calls_it():
     model = _model(encoder_projection_dropout=0.1)
     model.wav2vec2.encoder.transformer = _Selected()
     assert _loss(model).isfinite()
@@ -121,7 +128,7 @@ def test_dropout_of_everything_is_zeros():
 
 def test_a_layer_that_is_dropped_in_a_captured_step_is_not_used(monkeypatch):
     """Capture needs a GPU; which numbers it gives does not."""
-    monkeypatch.setattr(encoder_module, "_is_capturing", lambda x: True)
+    monkeypatch.setattr(transformer_module, "_is_capturing", lambda x: True)
     model = _model(encoder_layer_drop=0.5)
     captured = [_loss(model) for _ in range(2)]
     monkeypatch.undo()
@@ -132,7 +139,7 @@ def test_a_hooked_layer_is_dropped_in_a_captured_step_whose_stream_has_a_copy(mo
     monkeypatch.setattr(plain, "stream_dtype", lambda x: torch.float32)
     losses = []
     for capturing in (False, True):
-        monkeypatch.setattr(encoder_module, "_is_capturing", lambda x, capturing=capturing: capturing)
+        monkeypatch.setattr(transformer_module, "_is_capturing", lambda x, capturing=capturing: capturing)
         model = twins(configurations.base(encoder_layer_drop=0.5))[1]
         model.wav2vec2.encoder.transformer.layers[0].register_forward_hook(lambda *call: None)
         torch.manual_seed(0)
@@ -184,13 +191,13 @@ def test_a_hook_of_all_modules_sees_tensors(monkeypatch):
             model.wav2vec2(batch(torch.float32).waveforms)
     finally:
         hook.remove()
-    layers = [result for module, result in seen if isinstance(module, encoder_module.EncoderLayer)]
+    layers = [result for module, result in seen if isinstance(module, EncoderLayer)]
     assert layers and all(isinstance(each, torch.Tensor) for each in layers)
 
 
 def _hook_of_all_modules(called):
     def note(module, given):
-        if isinstance(module, encoder_module.Transformer):
+        if isinstance(module, transformer_module.Transformer):
             called.append(module)
 
     return torch.nn.modules.module.register_module_forward_pre_hook(note).remove
@@ -198,9 +205,9 @@ def _hook_of_all_modules(called):
 
 def _compiled_in_place(called):
     compiled = mock.patch.object(
-        encoder_module.Transformer,
+        transformer_module.Transformer,
         "_compiled_call_impl",
-        lambda self, *arguments: called.append(self) or self._call_impl(*arguments),
+        lambda self, *arguments, **named: called.append(self) or self._call_impl(*arguments, **named),
     )
     compiled.start()
     return compiled.stop

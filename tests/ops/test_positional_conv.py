@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hubert_fast import backend, cpu
-from hubert_fast.models.encoder import ConvolutionalPositionalEmbedding
+from hubert_fast.models.positional_embedding import ConvolutionalPositionalEmbedding
 from hubert_fast.ops.positional_conv import positional_conv
 from hubert_fast.torch_backend import positional_conv as convolution
 from tests.ops.comparison import assert_as_precise, assert_twins, device_of, on_every_backend
