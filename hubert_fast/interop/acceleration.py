@@ -1,0 +1,204 @@
+"""Models of torchaudio and transformers, made to run on the fused operators where they stand.
+
+A module's class is replaced by one that derives from ours and from its own: parameters, hooks, state dicts, pickles, ``isinstance``
+and whoever holds the module see no difference, and what a class of ours finds hooked or replaced it calls, as ever.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any, Callable, NamedTuple, Optional
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from hubert_fast.models.wrappers import runs_as
+
+# The module of this folder for each library, which it imports.
+_LIBRARIES = {"torchaudio.models": "torchaudio_modules", "transformers": "transformers_modules"}
+
+# What may stand inside a module of ours without a word: it is no other way of computing the same.
+_ORDINARY = (nn.Linear, nn.Dropout, nn.LayerNorm, nn.GroupNorm, nn.Conv1d, nn.ModuleList)
+_ORDINARY_NAMES = ("GELUActivation", "HubertSamePadLayer", "Wav2Vec2SamePadLayer")
+_MODELS = ("torchaudio.models.", "transformers.models.")  # modules of Python that define models
+
+
+class Acceleration(NamedTuple):
+    """What `accelerate` did to a model. Names are those of ``model.named_modules()``, "" is the model itself."""
+
+    fused: list[str]
+    """modules that run on the fused operators"""
+    left: dict[str, str]
+    """modules that are called as they are, and why"""
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.fused)} modules run on the fused operators"]
+        return "\n".join(
+            [*lines, *(f"{name or 'the model'} is called as it is: {why}" for name, why in self.left.items())]
+        )
+
+
+def accelerate(model: nn.Module) -> Acceleration:
+    """Let the modules of a model of torchaudio or transformers run on the fused operators, in place.
+
+    Parameters, buffers and names stay as they are, so an optimizer, a wrapper or a checkpoint goes on with them. Outputs have the
+    types that they had; in the padding they are 0. The modules' ``__class__`` changes, to one that derives from what it was.
+    What is hooked, replaced (as LoRA does) or set to compute something else is called as it is; new hooks and replacements
+    are honoured later too. Called again, it takes what is new.
+
+    Args:
+        model: torchaudio's ``HuBERTPretrainModel`` or ``Wav2Vec2Model``, transformers' ``HubertModel`` or ``Wav2Vec2Model``, or any
+            module that holds one, such as ``HubertForCTC``.
+
+    Raises:
+        TypeError: for a model that holds none of their modules, or WavLM's.
+    """
+    kinds = _kinds()
+    found = [(name, each) for name, each in model.named_modules() if _original(type(each)) in kinds]
+    if not found:
+        raise TypeError(
+            f"model must be or hold a HuBERT or wav2vec 2.0 of torchaudio or transformers; got {type(model).__qualname__}"
+        )
+    for _, each in found:
+        kinds[_original(type(each))].refuse(each)
+    fused, left = [], {}
+    for name, each in found:
+        kind = kinds[_original(type(each))]
+        if why := kind.differs(each):
+            _restore(each)
+            left[name] = why
+        elif type(each) is not kind:
+            vars(each).update(kind.attributes(each))
+            each.__class__ = kind
+        if not why:
+            fused.append(name)
+    return Acceleration(fused, left | _called(model))
+
+
+def unaccelerate(model: nn.Module) -> None:
+    """Give the modules of ``model`` back the classes that they had before `accelerate`."""
+    for each in model.modules():
+        _restore(each)
+
+
+def _restore(module: nn.Module) -> None:
+    kind = type(module)
+    if _is_accelerated(kind):
+        for name in kind.attributes(module):
+            delattr(module, name)
+        module.__class__ = _original(kind)
+
+
+class Accelerated:
+    """What classes of accelerated modules have beside those of ours and their own."""
+
+    runs_as: type[nn.Module]
+    """the class of ours whose code runs"""
+
+    @staticmethod
+    def refuse(module: nn.Module) -> None:
+        """Raise for a module whose model must not be touched."""
+
+    @staticmethod
+    def attributes(module: nn.Module) -> dict[str, Any]:
+        """What ours keep in attributes that the library's have not."""
+        return {}
+
+    @staticmethod
+    def differs(module: nn.Module) -> Optional[str]:
+        """Why ``module`` computes something else than ours would; None: it does not."""
+        return None
+
+
+def accelerated_classes(names: dict[str, Any]) -> dict[type[nn.Module], type[Any]]:
+    """The accelerated classes among the ``names`` of a module of Python, by the library's class of each."""
+    classes = [each for each in names.values() if isinstance(each, type) and issubclass(each, nn.Module)]
+    return {_original(each): each for each in classes if _is_accelerated(each)}
+
+
+def _kinds() -> dict[type[nn.Module], type[Any]]:
+    """The accelerated class for each class of the libraries that are imported."""
+    kinds: dict[type[nn.Module], type[Any]] = {}
+    for library, name in _LIBRARIES.items():
+        if library in sys.modules:
+            kinds |= importlib.import_module(f"hubert_fast.interop.{name}").kinds()
+    return kinds
+
+
+def _original(kind: type[nn.Module]) -> type[nn.Module]:
+    """The library's own class of an accelerated one; another class itself."""
+    return kind.__bases__[-1] if _is_accelerated(kind) else kind
+
+
+def _is_accelerated(kind: type[nn.Module]) -> bool:
+    return issubclass(kind, Accelerated) and "runs_as" in vars(kind)  # `fully_shard` derives from one
+
+
+def _called(model: nn.Module) -> dict[str, str]:
+    """Modules inside accelerated ones that are called as they are, and why; what is below them is left out."""
+    called: dict[str, str] = {}
+
+    def look(name: str, module: nn.Module, inside: bool) -> None:
+        inside = inside or isinstance(module, Accelerated)
+        if inside and (why := _looks_different(module)):
+            called[name] = why
+            return
+        # A library's own model is not accelerated where its modules are, but what stands in their place belongs to it.
+        inside = inside or type(module).__module__.startswith(_MODELS)
+        for child, each in module.named_children():
+            if each is not None and child != "parametrizations":
+                look(f"{name}.{child}" if name else child, each, inside)
+
+    look("", model, False)
+    return called
+
+
+def _looks_different(module: nn.Module) -> Optional[str]:
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks"
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    kind = type(module).__base__ if parametrize.is_parametrized(module) else type(module)
+    if issubclass(kind, Accelerated) or kind in _ORDINARY or kind.__name__ in _ORDINARY_NAMES:
+        return None
+    return f"{kind.__module__}.{kind.__qualname__} is no module that is fused"
+
+
+def patch_torchaudio() -> ExitStack:
+    """Let torchaudio's factories of HuBERT and wav2vec 2.0 return accelerated models, until the result is closed.
+
+    The models are torchaudio's, and ours as well: ``isinstance`` says so of both. Whoever imported a factory by name from torchaudio
+    into a module of his own before has the one that it was. WavLM's factories stay.
+
+        hubert_fast.patch_torchaudio()  # or: with hubert_fast.patch_torchaudio(): ...
+        model = torchaudio.models.hubert_pretrain_base()
+
+    Returns:
+        a context manager whose end, or ``close()``, undoes it.
+    """
+    import torchaudio.models
+    from torchaudio.models.wav2vec2 import model as module
+
+    originals = (getattr(module, name) for name in dir(module) if name.startswith(("hubert_", "wav2vec2_")))
+    patched = {each: _accelerating(each) for each in originals if not hasattr(each, "_accelerates")}
+    undo = ExitStack()
+    for place in [each for name, each in sys.modules.items() if name.partition(".")[0] == "torchaudio"]:
+        for name, value in list(vars(place).items()):
+            if callable(value) and getattr(value, "__hash__", None) and value in patched:
+                setattr(place, name, patched[value])
+                undo.callback(setattr, place, name, value)
+    return undo
+
+
+def _accelerating(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    @wraps(factory)
+    def accelerated(*arguments: Any, **named: Any) -> nn.Module:
+        model = factory(*arguments, **named)
+        accelerate(model)
+        return model
+
+    accelerated._accelerates = factory
+    return accelerated
