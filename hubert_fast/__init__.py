@@ -2,6 +2,7 @@
 
 from hubert_fast import backend, source_tree  # noqa: F401  (the latter makes the kernels of a source tree importable)
 from hubert_fast._version import __version__
+from hubert_fast.interop.acceleration import Acceleration, accelerate, patch_torchaudio, unaccelerate
 from hubert_fast.models.capacities import Capacities
 from hubert_fast.models.factories import (
     hubert_pretrain_base,
@@ -16,6 +17,7 @@ from hubert_fast.models.objective import PretrainingLoss, PretrainingObjective
 from hubert_fast.models.wav2vec2 import Wav2Vec2Model
 
 __all__ = [
+    "Acceleration",
     "Capacities",
     "GraphedStep",
     "HuBERTPretrainModel",
@@ -26,9 +28,12 @@ __all__ = [
     "UpdateResult",
     "Wav2Vec2Model",
     "__version__",
+    "accelerate",
     "backend",
     "hubert_pretrain_base",
     "hubert_pretrain_large",
     "hubert_pretrain_model",
     "hubert_pretrain_xlarge",
+    "patch_torchaudio",
+    "unaccelerate",
 ]

@@ -1,7 +1,7 @@
 """Models of torchaudio and transformers, made to run on the fused operators where they stand.
 
-A module's class is replaced by one that derives from ours and from its own: parameters, hooks, state dicts, pickles, ``isinstance``
-and whoever holds the module see no difference, and what a class of ours finds hooked or replaced it calls, as ever.
+A module's class is replaced by one that derives from ours and from its own: parameters, hooks, state dicts, ``isinstance`` and
+whoever holds the module see no difference, and what a class of ours finds hooked or replaced it calls, as ever.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import importlib
 import sys
 from contextlib import ExitStack
 from functools import wraps
+from types import FunctionType
 from typing import Any, Callable, NamedTuple, Optional
 
 from torch import nn
 from torch.nn.utils import parametrize
-
-from hubert_fast.models.wrappers import runs_as
 
 # The module of this folder for each library, which it imports.
 _LIBRARIES = {"torchaudio.models": "torchaudio_modules", "transformers": "transformers_modules"}
@@ -50,8 +49,8 @@ def accelerate(model: nn.Module) -> Acceleration:
     are honoured later too. Called again, it takes what is new.
 
     Args:
-        model: torchaudio's ``HuBERTPretrainModel`` or ``Wav2Vec2Model``, transformers' ``HubertModel`` or ``Wav2Vec2Model``, or any
-            module that holds one, such as ``HubertForCTC``.
+        model: torchaudio's ``HuBERTPretrainModel`` or ``Wav2Vec2Model``, transformers' ``HubertModel`` or ``Wav2Vec2Model``, or
+            any module that holds one, such as ``HubertForCTC``.
 
     Raises:
         TypeError: for a model that holds none of their modules, or WavLM's.
@@ -170,8 +169,8 @@ def _looks_different(module: nn.Module) -> Optional[str]:
 def patch_torchaudio() -> ExitStack:
     """Let torchaudio's factories of HuBERT and wav2vec 2.0 return accelerated models, until the result is closed.
 
-    The models are torchaudio's, and ours as well: ``isinstance`` says so of both. Whoever imported a factory by name from torchaudio
-    into a module of his own before has the one that it was. WavLM's factories stay.
+    The models are torchaudio's, and ours as well: ``isinstance`` says so of both. A module that imported a factory by name before has
+    the one that it was. WavLM's factories stay.
 
         hubert_fast.patch_torchaudio()  # or: with hubert_fast.patch_torchaudio(): ...
         model = torchaudio.models.hubert_pretrain_base()
@@ -179,7 +178,6 @@ def patch_torchaudio() -> ExitStack:
     Returns:
         a context manager whose end, or ``close()``, undoes it.
     """
-    import torchaudio.models
     from torchaudio.models.wav2vec2 import model as module
 
     originals = (getattr(module, name) for name in dir(module) if name.startswith(("hubert_", "wav2vec2_")))
@@ -187,7 +185,7 @@ def patch_torchaudio() -> ExitStack:
     undo = ExitStack()
     for place in [each for name, each in sys.modules.items() if name.partition(".")[0] == "torchaudio"]:
         for name, value in list(vars(place).items()):
-            if callable(value) and getattr(value, "__hash__", None) and value in patched:
+            if isinstance(value, FunctionType) and value in patched:
                 setattr(place, name, patched[value])
                 undo.callback(setattr, place, name, value)
     return undo

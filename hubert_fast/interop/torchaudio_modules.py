@@ -13,8 +13,17 @@ from torchaudio.models.wav2vec2 import model as models
 from torchaudio.models.wav2vec2.wavlm_attention import WavLMSelfAttention
 
 from hubert_fast.interop.acceleration import Accelerated, accelerated_classes
-from hubert_fast.models import encoder, encoder_layer, feature_extractor, hubert, logits, masking, positional_embedding
-from hubert_fast.models import transformer, wav2vec2
+from hubert_fast.models import (
+    encoder,
+    encoder_layer,
+    feature_extractor,
+    hubert,
+    logits,
+    masking,
+    positional_embedding,
+    transformer,
+    wav2vec2,
+)
 
 
 class ConvLayerBlock(Accelerated, feature_extractor.ConvLayerBlock, components.ConvLayerBlock):

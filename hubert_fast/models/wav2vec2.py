@@ -34,12 +34,16 @@ class Wav2Vec2Model(nn.Module):
         self,
         waveforms: Tensor,  # [batch, samples]
         lengths: Optional[Tensor] = None,  # [batch], samples
+        *,
+        mask_generator: Optional[nn.Module] = None,
+        mask: Optional[Tensor] = None,  # [batch, frames] bool
     ) -> tuple[Tensor, Optional[Tensor]]:
         """The encoder's output and the valid frames of each row.
 
         Args:
             waveforms: ``[batch, samples]`` float, 16 kHz.
             lengths: ``[batch]`` integer: valid samples of each row. None: all.
+            mask_generator, mask: what is masked of the transformer's input, as in fine-tuning; see `Encoder.forward`.
 
         Returns:
             ``[batch, frames, dim]``, 0 in the padding (or what ``aux`` makes of it), and ``[batch]`` frames or None where
@@ -49,7 +53,10 @@ class Wav2Vec2Model(nn.Module):
             ValueError: for a wrong rank, dtype or length, an empty batch, or audio shorter than one frame.
         """
         x, frames = self._features(waveforms, lengths)
-        x = self.encoder(x, frames)
+        masking = (
+            {"mask_generator": mask_generator, "mask": mask} if mask_generator is not None or mask is not None else {}
+        )
+        x = self.encoder(x, frames, **masking)
         if self.aux is not None:
             x = self.aux(x)
         return x, _beside(lengths, frames)

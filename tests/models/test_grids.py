@@ -1,0 +1,249 @@
+"""Parts of the encoder, called as code written for torchaudio calls them: on grids, with its masks, hooked."""
+
+import pytest
+import torch
+from torch import nn
+
+import hubert_fast
+from tests.models import configurations
+from tests.models.twins import LENGTHS, batch, num_frames, relative_error, seeded, twins, valid_frames
+
+FRAMES = num_frames(12400)
+VALID = valid_frames(LENGTHS)
+EVERY_FRAME = torch.ones_like(VALID)
+MODELS = ["base", "large"]
+
+
+def _pair(name="base", **settings):
+    return twins({**configurations.ALL[name], **settings}, torch.float64)
+
+
+def _features(model):
+    waveforms, _, lengths = batch(torch.float64, LENGTHS)
+    return model.wav2vec2.feature_extractor(waveforms, lengths)
+
+
+def _causal():
+    return torch.full((3, 1, FRAMES, FRAMES), -torch.inf, dtype=torch.float64).triu(1)
+
+
+def _grid(dim=128):
+    return torch.randn(3, FRAMES, dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def _close(ours, theirs, where=EVERY_FRAME):
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    assert relative_error(ours[where], theirs[where]) <= 1e-10
+
+
+def _learn(output, where=VALID):
+    (output[where] * torch.linspace(-1, 1, output.shape[-1], dtype=output.dtype)).sum().backward()
+
+
+def _same_gradients(ours, theirs):
+    """Of what has any; those of the keys' biases are 0 in truth."""
+    for (name, mine), wanted in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert (mine.grad is None) == (wanted.grad is None), name
+        if mine.grad is not None and not name.endswith("k_proj.bias"):
+            assert relative_error(mine.grad, wanted.grad) <= 1e-8, name
+
+
+@pytest.mark.parametrize("lengths", [None, "int64", "int32", "float"])
+@pytest.mark.parametrize("name", MODELS)
+def test_preprocessed_features_and_their_mask_are_torchaudios(name, lengths):
+    theirs, ours = _pair(name)
+    features, frames = _features(theirs)
+    frames = None if lengths is None else frames.to(getattr(torch, lengths))
+    (x, mask), (wanted, wanted_mask) = (each.wav2vec2.encoder._preprocess(features, frames) for each in (ours, theirs))
+    _close(x, wanted)
+    if lengths is None:
+        assert mask is wanted_mask is None
+    else:
+        assert torch.equal(mask, wanted_mask) and mask.dtype == wanted_mask.dtype and not x[~VALID].any()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_fine_tuning_calls_gives_torchaudios_numbers_and_gradients(name):
+    """torchaudio's recipe and ESPnet preprocess, mask and run the transformer by themselves."""
+    outputs, masks = [], []
+    pair = _pair(name, mask_channel_prob=0.2)
+    for model in pair:
+        features, frames = _features(model)
+        encoder = model.wav2vec2.encoder
+        x, attention_mask = encoder._preprocess(features, frames)
+        torch.manual_seed(3)
+        x, mask = model.mask_generator(x, torch.arange(FRAMES) >= frames[:, None])
+        outputs.append(encoder.transformer(x, attention_mask=attention_mask))
+        masks.append(mask)
+        _learn(outputs[-1])
+    assert torch.equal(*masks)
+    _close(outputs[1], outputs[0], VALID)
+    _same_gradients(pair[1], pair[0])
+    assert not outputs[1][~VALID].any()
+
+
+def test_a_mask_generator_that_masks_nothing_returns_no_mask():
+    theirs, ours = _pair(mask_prob=0.0)
+    x = _grid()
+    results = [model.mask_generator(x.clone(), None) for model in (ours, theirs)]
+    assert results[0][1] is results[1][1] is None and torch.equal(results[0][0], results[1][0])
+
+
+MASKS = {
+    "none": lambda mask: None,
+    "of the encoder": lambda mask: mask,
+    "of somebody else": lambda mask: mask.clone().expand(3, 1, FRAMES, FRAMES),
+    "one row in memory": lambda mask: torch.where(mask[:, :, :1] == 0, 0.0, -1e9).expand(3, 1, FRAMES, FRAMES).double(),
+    "changed since": lambda mask: mask.clone().index_fill_(3, torch.tensor([2]), -1e4),
+    "causal": lambda mask: _causal(),
+    "bool": lambda mask: mask == 0,
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", MODELS)
+def test_transformer_layer_and_attention_take_any_mask(name, mask):
+    """Also where the padding is not 0, which the positional embedding of a valid frame sees."""
+    theirs, ours = _pair(name)
+    x = _grid()
+    where = EVERY_FRAME if mask in ("none", "causal") else VALID
+    masks = [MASKS[mask](model.wav2vec2.encoder._preprocess(*_features(theirs))[1]) for model in (ours, theirs)]
+    mine, their = (each.wav2vec2.encoder.transformer for each in (ours, theirs))
+    _close(mine(x, masks[0]), their(x, masks[1]), where)
+    for out, wanted in zip(
+        mine.get_intermediate_outputs(x, masks[0], 2), their.get_intermediate_outputs(x, masks[1], 2), strict=True
+    ):
+        _close(out, wanted, where)
+    for part in ("", "attention"):
+        called = (each.layers[0].get_submodule(part) for each in (mine, their))
+        given, wanted = (each(x, mask, None, None) for each, mask in zip(called, masks))
+        assert given[1] is wanted[1] is None
+        _close(given[0], wanted[0])
+
+
+def test_a_mask_of_another_shape_is_refused():
+    transformer = _pair()[1].wav2vec2.encoder.transformer
+    for call in (transformer, transformer.layers[0], transformer.layers[0].attention):
+        with pytest.raises(ValueError, match=r"attention_mask must have shape \(3, 1, 38, 38\)"):
+            call(_grid(), torch.zeros(3, 1, 1, FRAMES, dtype=torch.float64))
+
+
+PLACES = {
+    "layer": "layers.1",
+    "attention": "layers.1.attention",
+    "feed-forward": "layers.1.feed_forward",
+    "positional embedding": "pos_conv_embed",
+    "transformer": "",
+}
+
+
+def _hooked_run(model, place, call):
+    """(what the hook saw, the result): the hook takes a tenth off what it sees."""
+    seen = []
+
+    def hook(module, given, output):
+        first = output[0] if isinstance(output, tuple) else output
+        seen.append((given[0], first))
+        return (0.9 * first, None) if isinstance(output, tuple) else 0.9 * first
+
+    with model.wav2vec2.encoder.transformer.get_submodule(PLACES[place]).register_forward_hook(hook):
+        result = call(model)
+    return seen, result
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_hook_sees_and_changes_what_torchaudios_hook_sees_and_changes(name, place):
+    data = batch(torch.float64, LENGTHS)
+    calls = {
+        "pre-training": lambda model: [each for each in seeded(model, data)[:2]],
+        "features": lambda model: [model.wav2vec2(data.waveforms, data.lengths)[0][VALID]],
+        "layers": lambda model: [
+            each[VALID] for each in model.wav2vec2.extract_features(data.waveforms, data.lengths)[0]
+        ],
+    }
+    for what, call in calls.items():
+        theirs, ours = _pair(name)
+        (seen, result), (wanted_seen, wanted) = (_hooked_run(each, place, call) for each in (ours, theirs))
+        assert len(seen) == len(wanted_seen) == (0 if (place, what) == ("transformer", "layers") else 1)
+        for mine, their in zip(seen, wanted_seen, strict=True):
+            for tensor, other in zip(mine, their, strict=True):
+                _close(tensor, other, VALID)
+        for mine, their in zip(result, wanted, strict=True):
+            assert relative_error(mine, their) <= 1e-10
+
+
+def test_a_hooked_last_layer_of_the_objective_sees_every_frame_and_has_torchaudios_gradients():
+    theirs, ours = _pair(skip_nomask=True)
+    data, seen = batch(torch.float64, LENGTHS), []
+    for model in (theirs, ours):
+        layer = model.wav2vec2.encoder.transformer.layers[-1]
+        layer.register_forward_hook(lambda module, given, output: seen.append(output[0].shape))
+        seeded(model, data)[0][:, 0].sum().backward()
+    assert seen == [(3, FRAMES, 128)] * 2
+    _same_gradients(ours, theirs)
+
+
+def test_modules_of_torchaudio_may_stand_in_place_of_ours():
+    theirs, ours = _pair(mask_channel_prob=0.2)
+    data = batch(torch.float64, LENGTHS)
+    wanted = seeded(theirs, data)
+    ours.mask_generator = theirs.mask_generator
+    ours.wav2vec2.encoder.transformer.layers[1] = theirs.wav2vec2.encoder.transformer.layers[1]
+    ours.wav2vec2.encoder.transformer.layers[0].attention = theirs.wav2vec2.encoder.transformer.layers[0].attention
+    for mine, their in zip(seeded(ours, data), wanted, strict=True):
+        assert relative_error(mine, their) <= 1e-10
+
+
+def test_the_encoder_masks_its_input_without_labels():
+    theirs, ours = _pair(mask_channel_prob=0.2)
+    waveforms, _, lengths = batch(torch.float64, LENGTHS)
+    features, frames = _features(theirs)
+    x, attention_mask = theirs.wav2vec2.encoder._preprocess(features, frames)
+    torch.manual_seed(0)
+    x, mask = theirs.mask_generator(x, ~VALID)
+    wanted = theirs.wav2vec2.encoder.transformer(x, attention_mask=attention_mask)
+    encoder, generator = ours.wav2vec2.encoder, ours.mask_generator
+    for settings in ({}, {"mask": mask}):
+        torch.manual_seed(0)
+        if settings:
+            generator.draw(3, FRAMES, frames)  # the channels are drawn after the frames
+        _close(encoder(features, frames, mask_generator=generator, **settings), wanted, VALID)
+    torch.manual_seed(0)
+    _close(encoder(features, frames, mask_generator=theirs.mask_generator), wanted, VALID)
+    torch.manual_seed(0)
+    output, valid = ours.wav2vec2(waveforms, lengths, mask_generator=generator)
+    _close(output, wanted, VALID)
+    assert torch.equal(valid, frames)
+    for wrong in ({"mask": mask}, {"mask": mask, "mask_generator": theirs.mask_generator}):
+        with pytest.raises(ValueError, match="mask needs mask_generator, a MaskGenerator of this package"):
+            encoder(features, frames, **wrong)
+    with pytest.raises(ValueError, match=r"mask must be bool of shape \[3, 38\]"):
+        encoder(features, frames, mask=mask[:, 1:], mask_generator=generator)
+
+
+def test_a_model_is_quantised_as_torchaudios_is():
+    """Its tests prepare the positional embedding, and quantise the products."""
+    waveforms = batch().waveforms
+    outputs = []
+    for model in twins(configurations.base()):
+        encoder = model.wav2vec2.eval()
+        embedding = encoder.encoder.transformer.pos_conv_embed
+        assert embedding.__prepare_scriptable__() is embedding and not hasattr(embedding.conv, "parametrizations")
+        quantised = torch.ao.quantization.quantize_dynamic(encoder, {nn.Linear}, torch.qint8)
+        outputs.append(quantised(waveforms)[0])
+    assert relative_error(outputs[1], outputs[0]) <= 1e-4
+
+
+def test_wrappers_that_look_at_nothing_leave_the_padding_out():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model, sizes = _pair()[1], []
+    objective, data = hubert_fast.PretrainingObjective(model, unmasked_weight=0.5), batch(torch.float64, LENGTHS)
+    wanted = seeded(objective, data).loss
+    layers = model.wav2vec2.encoder.transformer.layers
+    layers[0].feed_forward.output_dense.register_forward_hook(lambda _, given, output: sizes.append(len(output)))
+    for i, wrap in enumerate([checkpoint_wrapper, lambda layer: torch.compile(layer, backend="eager")]):
+        layers[i] = wrap(layers[i])
+    assert relative_error(seeded(objective, data).loss, wanted) <= 1e-12
+    assert sizes == [int(VALID.sum())]
