@@ -16,8 +16,12 @@ from typing import Any, Callable, NamedTuple, Optional
 from torch import nn
 from torch.nn.utils import parametrize
 
-# The module of this folder for each library, which it imports.
-_LIBRARIES = {"torchaudio.models": "torchaudio_modules", "transformers": "transformers_modules"}
+# The module of this folder that is asked where one of a library is imported.
+_LIBRARIES = {
+    "torchaudio.models.wav2vec2.model": "torchaudio_modules",
+    "transformers.models.hubert.modeling_hubert": "transformers_modules",
+    "transformers.models.wav2vec2.modeling_wav2vec2": "transformers_modules",
+}
 
 # What may stand inside a module of ours without a word: it is no other way of computing the same.
 _ORDINARY = (nn.Linear, nn.Dropout, nn.LayerNorm, nn.GroupNorm, nn.Conv1d, nn.ModuleList)
@@ -169,8 +173,8 @@ def _looks_different(module: nn.Module) -> Optional[str]:
 def patch_torchaudio() -> ExitStack:
     """Let torchaudio's factories of HuBERT and wav2vec 2.0 return accelerated models, until the result is closed.
 
-    The models are torchaudio's, and ours as well: ``isinstance`` says so of both. A module that imported a factory by name before has
-    the one that it was. WavLM's factories stay.
+    The models are torchaudio's, and ours as well: ``isinstance`` says so of both. A module that imported a factory by name before
+    has the one that it was. WavLM's factories stay.
 
         hubert_fast.patch_torchaudio()  # or: with hubert_fast.patch_torchaudio(): ...
         model = torchaudio.models.hubert_pretrain_base()

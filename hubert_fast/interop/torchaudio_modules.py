@@ -5,7 +5,7 @@ Names of parameters and submodules are the same on both sides; what ours keep be
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 from torch import nn
 from torchaudio.models.wav2vec2 import components
@@ -24,10 +24,15 @@ from hubert_fast.models import (
     transformer,
     wav2vec2,
 )
+from hubert_fast.reference.conv_frontend import NORM_EPS
 
 
 class ConvLayerBlock(Accelerated, feature_extractor.ConvLayerBlock, components.ConvLayerBlock):
     runs_as = feature_extractor.ConvLayerBlock
+
+    @staticmethod
+    def attributes(module: nn.Module) -> dict[str, Any]:
+        return {"_padding_invariant": False}
 
 
 class LayerNorm(Accelerated, feature_extractor.LayerNorm, components.LayerNorm):
@@ -39,8 +44,18 @@ class FeatureExtractor(Accelerated, feature_extractor.FeatureExtractor, componen
 
     @staticmethod
     def attributes(module: nn.Module) -> dict[str, Any]:
-        norm_mode = "layer_norm" if isinstance(module.conv_layers[0].layer_norm, nn.LayerNorm) else "group_norm"
-        return {"norm_mode": norm_mode, "padding_invariant": False}
+        over_channels = isinstance(module.conv_layers[0].layer_norm, nn.LayerNorm)
+        return {
+            "norm_mode": "layer_norm" if over_channels else "group_norm",
+            "padding_invariant": False,
+            "_norm_kind": feature_extractor.LayerNorm if over_channels else nn.GroupNorm,
+        }
+
+    @staticmethod
+    def differs(module: nn.Module) -> Optional[str]:
+        norms = [each for each in module.modules() if isinstance(each, (nn.LayerNorm, nn.GroupNorm))]
+        other = sorted({each.eps for each in norms} - {NORM_EPS})
+        return f"its norms have an eps of {other[0]}, the operator's have {NORM_EPS}" if other else None
 
 
 class FeatureProjection(Accelerated, encoder.FeatureProjection, components.FeatureProjection):

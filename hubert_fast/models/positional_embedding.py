@@ -27,6 +27,7 @@ class ConvolutionalPositionalEmbedding(nn.Module):
         super().__init__()
         self.embed_dim = embed_dim
         self.kernel_size = kernel_size
+        self.num_remove = 1 - kernel_size % 2  # frames that the convolution gives more than it is given
         conv = nn.Conv1d(embed_dim, embed_dim, kernel_size, padding=kernel_size // 2, groups=groups)
         self.conv = parametrizations.weight_norm(conv, name="weight", dim=2)
 
@@ -37,8 +38,7 @@ class ConvolutionalPositionalEmbedding(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        frames = x.shape[1]
-        x = self._convolved(x.transpose(1, 2))[:, :, :frames]  # an even kernel gives one frame more than it is given
+        x = self._convolved(x.transpose(1, 2))[:, :, : x.shape[1]]
         return F.gelu(x).transpose(1, 2)
 
     def _convolved(self, x: Tensor) -> Tensor:

@@ -100,6 +100,11 @@ class Transformer(nn.Module):
         stream, layout = self._embed_grid(x, attention_mask)
         return [layout.unpack(each) for each in self._outputs(stream, layout, num_layers)]
 
+    def _preprocess(self, x: Tensor) -> Tensor:
+        """The first layer's input, ``[batch, frames, dim]``, both: torchaudio's method of this name."""
+        layout = whole_grid(*x.shape[:2], None, x.device)
+        return self.embed(x.flatten(0, 1), layout).x.view(x.shape)
+
     def _embed_grid(
         self, x: Tensor, attention_mask: Optional[Tensor], seed: Optional[Tensor] = None
     ) -> tuple[Stream, Rows]:

@@ -114,6 +114,7 @@ def test_transformer_layer_and_attention_take_any_mask(name, mask):
         mine.get_intermediate_outputs(x, masks[0], 2), their.get_intermediate_outputs(x, masks[1], 2), strict=True
     ):
         _close(out, wanted, where)
+    _close(mine._preprocess(x), their._preprocess(x))
     for part in ("", "attention"):
         called = (each.layers[0].get_submodule(part) for each in (mine, their))
         given, wanted = (each(x, mask, None, None) for each, mask in zip(called, masks))
