@@ -62,8 +62,7 @@ def _say_once_that_lengths_are_cut(given: list[float], samples: int) -> None:
     if not _said:
         _said = True
         warnings.warn(
-            f"lengths beyond the {samples} samples of waveforms count as all of them; got {given}. This is said once.",
-            stacklevel=4,
+            f"lengths beyond the {samples} samples of waveforms count as all of them; got {given}. This is said once."
         )
 
 

@@ -107,13 +107,15 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         if norm_mode not in NORMS:
             raise ValueError(f"extractor_mode must be one of {NORMS}; got {norm_mode!r}")
+        group_norm = ChannelNorm if padding_invariant else nn.GroupNorm
+        self._norm_kind: type[nn.Module] = LayerNorm if norm_mode == "layer_norm" else group_norm
         blocks, in_channels = [], 1
         for i, (channels, kernel, stride) in enumerate(shapes):
             norm: Optional[nn.Module] = None
             if norm_mode == "layer_norm":
                 norm = LayerNorm(channels)
             elif i == 0:
-                norm = (ChannelNorm if padding_invariant else nn.GroupNorm)(channels, channels)
+                norm = group_norm(channels, channels)
             blocks.append(ConvLayerBlock(in_channels, channels, kernel, stride, bias, norm))
             in_channels = channels
         self.conv_layers = nn.ModuleList(blocks)
@@ -179,10 +181,9 @@ class FeatureExtractor(nn.Module):
         """Whether ``norm`` is what the operator has after convolution ``i``."""
         if self.norm_mode == "group_norm" and i > 0:
             return norm is None
-        kind = LayerNorm if self.norm_mode == "layer_norm" else ChannelNorm if self.padding_invariant else nn.GroupNorm
-        if norm is None or not is_plain(norm, kind) or norm.eps != NORM_EPS or _part(norm, "bias") is None:
+        if norm is None or not is_plain(norm, self._norm_kind) or norm.eps != NORM_EPS or _part(norm, "bias") is None:
             return False
-        return kind is LayerNorm or norm.num_groups == norm.num_channels
+        return self._norm_kind is LayerNorm or norm.num_groups == norm.num_channels
 
 
 def _part(module: nn.Module, name: str) -> Any:

@@ -41,7 +41,7 @@ def _assert_same(theirs, ours, lengths=LENGTHS):
 
 
 def _fused(extractor):
-    """How often the one operator runs in a call."""
+    """Whether a call runs the one operator."""
     with mock.patch.object(module, "conv_frontend", wraps=module.conv_frontend) as operator:
         extractor(batch(torch.float64).waveforms, LENGTHS)
     return operator.call_count == 1
