@@ -78,7 +78,7 @@ def accelerate(model: nn.Module) -> Acceleration:
             each.__class__ = kind
         if not why:
             fused.append(name)
-    return Acceleration(fused, left | _called(model))
+    return Acceleration(fused, _called(model) | left)
 
 
 def unaccelerate(model: nn.Module) -> None:

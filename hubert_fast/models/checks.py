@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Optional
 
 import torch
 from torch import Tensor
 
+from hubert_fast.ops.host_tensors import may_decide_shapes
+
 
 def check_audio(waveforms: Tensor, audio_lengths: Optional[Tensor]) -> None:
     """Raises ValueError unless ``audio_lengths`` fits ``waveforms``; the operator checks the waveforms themselves."""
-    if waveforms.ndim != 2:
-        raise ValueError(f"waveforms must be 2-D [batch, samples]; got shape {tuple(waveforms.shape)}")
+    _check_shapes(waveforms, audio_lengths, "audio_lengths")
     if audio_lengths is None:
         return
-    batch, samples = waveforms.shape
-    if audio_lengths.shape != (batch,):
-        raise ValueError(f"audio_lengths must have shape [{batch}], one a row; got {tuple(audio_lengths.shape)}")
-    if audio_lengths.is_floating_point() or audio_lengths.is_complex() or audio_lengths.dtype == torch.bool:
+    if not _is_integer(audio_lengths):
         raise ValueError(f"audio_lengths must be integers (samples); got {audio_lengths.dtype}")
-    if audio_lengths.device.type != "cpu" and audio_lengths.device != waveforms.device:
-        raise ValueError(
-            f"audio_lengths must be on the CPU or on the device of waveforms ({waveforms.device}); got {audio_lengths.device}"
-        )
     # The number in a message would make a compiler's or an exporter's graph one for this number alone.
+    samples = waveforms.shape[1]
     most = "samples" if torch.compiler.is_compiling() else samples
     check_values(
         (audio_lengths >= 0) & (audio_lengths <= samples),
@@ -32,9 +28,65 @@ def check_audio(waveforms: Tensor, audio_lengths: Optional[Tensor]) -> None:
     )
 
 
+def usable_lengths(waveforms: Tensor, lengths: Optional[Tensor]) -> Optional[Tensor]:
+    """``lengths`` as torchaudio takes them, floats among them, where more than there are samples counts as all.
+
+    The first time that is so it is said in a UserWarning. Where values may not be looked at, as in a compiled graph or on a GPU,
+    numbers out of range are taken into it without a word.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or device, and for numbers that are negative or not whole.
+    """
+    _check_shapes(waveforms, lengths, "lengths")
+    if lengths is None:
+        return None
+    if not (_is_integer(lengths) or lengths.is_floating_point()):
+        raise ValueError(f"lengths must be whole numbers (samples), integer or float; got {lengths.dtype}")
+    samples = waveforms.shape[1]
+    if lengths.device.type != "cpu" or not may_decide_shapes(lengths):
+        return lengths.long().clamp(0, samples).to(lengths.dtype)
+    given = lengths.tolist()
+    if wrong := [each for each in given if not (each >= 0 and each % 1 == 0)]:
+        raise ValueError(f"lengths must be whole numbers (samples), none of them negative; got {wrong[:8]}")
+    if max(given, default=0) <= samples:
+        return lengths
+    _say_once_that_lengths_are_cut([each for each in given if each > samples][:8], samples)
+    return lengths.clamp(max=samples)
+
+
+_said = False
+
+
+def _say_once_that_lengths_are_cut(given: list[float], samples: int) -> None:
+    global _said
+    if not _said:
+        _said = True
+        warnings.warn(
+            f"lengths beyond the {samples} samples of waveforms count as all of them; got {given}. This is said once."
+        )
+
+
+def _check_shapes(waveforms: Tensor, lengths: Optional[Tensor], name: str) -> None:
+    """Raises ValueError unless ``lengths``, which the message calls ``name``, are one a row and lie where they can be used."""
+    if waveforms.ndim != 2:
+        raise ValueError(f"waveforms must be 2-D [batch, samples]; got shape {tuple(waveforms.shape)}")
+    if lengths is None:
+        return
+    if lengths.shape != waveforms.shape[:1]:
+        raise ValueError(f"{name} must have shape [{len(waveforms)}], one a row; got {tuple(lengths.shape)}")
+    if lengths.device.type != "cpu" and lengths.device != waveforms.device:
+        raise ValueError(
+            f"{name} must be on the CPU or on the device of waveforms ({waveforms.device}); got {lengths.device}"
+        )
+
+
+def _is_integer(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
 def check_labels(labels: Tensor, batch: int, frames: int) -> None:
     """Raises ValueError unless ``labels`` are integers, one for each frame."""
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if not _is_integer(labels):
         raise ValueError(f"labels must be integers; got {labels.dtype}")
     if labels.shape != (batch, frames):
         raise ValueError(

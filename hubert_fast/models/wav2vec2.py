@@ -6,7 +6,6 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from hubert_fast.models.checks import check_audio
 from hubert_fast.models.encoder import Encoder
 from hubert_fast.models.feature_extractor import FeatureExtractor
 from hubert_fast.ops.host_tensors import on_host, to_device
@@ -42,21 +41,23 @@ class Wav2Vec2Model(nn.Module):
 
         Args:
             waveforms: ``[batch, samples]`` float, 16 kHz.
-            lengths: ``[batch]`` integer: valid samples of each row. None: all.
-            mask_generator, mask: what is masked of the transformer's input, as in fine-tuning; see `Encoder.forward`.
+            lengths: ``[batch]`` whole numbers, integer or float: valid samples of each row. None: all. More
+                than there are count as all, with a warning, the first time.
+            mask_generator, mask: what masks the transformer's input, as in fine-tuning, and the frames that it masks; see
+                `Encoder.forward`. None: nothing is masked; frames are drawn.
 
         Returns:
-            ``[batch, frames, dim]``, 0 in the padding (or what ``aux`` makes of it), and ``[batch]`` frames or None where
-            ``lengths`` is None.
+            ``[batch, frames, dim]``, 0 in the padding (or what ``aux`` makes of it), and ``[batch]`` frames in the dtype of
+            ``lengths``, or None where that is.
 
         Raises:
             ValueError: for a wrong rank, dtype or length, an empty batch, or audio shorter than one frame.
         """
         x, frames = self._features(waveforms, lengths)
-        masking = (
-            {"mask_generator": mask_generator, "mask": mask} if mask_generator is not None or mask is not None else {}
-        )
-        x = self.encoder(x, frames, **masking)
+        if mask_generator is None and mask is None:
+            x = self.encoder(x, frames)
+        else:
+            x = self.encoder(x, frames, mask_generator=mask_generator, mask=mask)
         if self.aux is not None:
             x = self.aux(x)
         return x, _beside(lengths, frames)
@@ -68,12 +69,13 @@ class Wav2Vec2Model(nn.Module):
 
         Args:
             waveforms: ``[batch, samples]`` float, 16 kHz.
-            lengths: ``[batch]`` integer: valid samples of each row. None: all.
+            lengths: ``[batch]`` whole numbers, integer or float: valid samples of each row. None: all. More
+                than there are count as all, with a warning, the first time.
             num_layers: stop after this many layers, in [1, number of layers]. None: all.
 
         Returns:
-            A list of ``[batch, frames, dim]``, one a layer, 0 in the padding, and ``[batch]`` frames or None where ``lengths``
-            is None.
+            A list of ``[batch, frames, dim]``, one a layer, 0 in the padding, and ``[batch]`` frames in the dtype of
+            ``lengths``, or None where that is.
 
         Raises:
             ValueError: as `forward`, and for ``num_layers`` out of range.
@@ -86,7 +88,6 @@ class Wav2Vec2Model(nn.Module):
         ours = isinstance(self.encoder, Encoder) and isinstance(self.feature_extractor, FeatureExtractor)
         if lengths is not None and ours:
             lengths = on_host(lengths)  # before the extractor is started, so that nobody waits for it
-        check_audio(waveforms, lengths)
         return self.feature_extractor(waveforms, lengths)
 
 

@@ -40,7 +40,7 @@ def conv_frontend(
             x = F.layer_norm(x.transpose(1, 2), weight.shape[:1], norm_weights[i], norm_biases[i], NORM_EPS)
             x = x.transpose(1, 2)
         elif i == 0:
-            x = _channel_norm(x, norm_weights[0], norm_biases[0], _valid_frames(valid_samples, weight, stride))
+            x = channel_norm(x, norm_weights[0], norm_biases[0], _valid_frames(valid_samples, weight, stride))
         x = F.gelu(x)
     return x.transpose(1, 2)
 
@@ -52,7 +52,7 @@ def _valid_frames(valid_samples: Optional[Tensor], weight: Tensor, stride: int) 
     return torch.div(valid_samples - weight.shape[2], stride, rounding_mode="floor").add(1).clamp(min=0)
 
 
-def _channel_norm(x: Tensor, weight: Tensor, bias: Tensor, valid_frames: Optional[Tensor]) -> Tensor:
+def channel_norm(x: Tensor, weight: Tensor, bias: Tensor, valid_frames: Optional[Tensor]) -> Tensor:
     """GroupNorm with one group a channel; with ``valid_frames`` the statistics leave the padding out."""
     if valid_frames is None:
         return F.group_norm(x, weight.shape[0], weight, bias, NORM_EPS)

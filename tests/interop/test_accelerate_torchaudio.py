@@ -62,7 +62,11 @@ def test_outputs_and_gradients_are_those_of_before(name, rows):
     names = [each for each, _ in theirs.named_modules() if "parametrizations" not in each]
     result = hubert_fast.accelerate(theirs)
     outputs = _step(theirs, data)
-    assert rows == [int(VALID.sum())] * 2 and not result.left and {"", "wav2vec2.encoder.transformer"} < {*result.fused} < {*names}
+    assert (
+        rows == [int(VALID.sum())] * 2
+        and not result.left
+        and {"", "wav2vec2.encoder.transformer"} < {*result.fused} < {*names}
+    )
     assert_outputs_match(outputs[0], wanted[0], 1e-10)
     assert_gradients_match(outputs[1], wanted[1], 1e-8)
 
@@ -77,7 +81,9 @@ def test_it_is_what_it_was_to_whoever_holds_it():
     weights = {name: each.clone() for name, each in model.state_dict().items()}
     hubert_fast.accelerate(model)
     assert all(map(lambda mine, theirs: mine is theirs, model.parameters(), parameters))
-    assert state.keys() == model.state_dict().keys() and all(torch.equal(model.state_dict()[key], weights[key]) for key in state)
+    assert state.keys() == model.state_dict().keys() and all(
+        torch.equal(model.state_dict()[key], weights[key]) for key in state
+    )
     assert repr(optimizer.state_dict()) == repr(optimizer_state)
     assert isinstance(model, models.HuBERTPretrainModel) and isinstance(model, hubert_fast.HuBERTPretrainModel)
     layer = model.wav2vec2.encoder.transformer.layers[0]
@@ -154,7 +160,9 @@ class _Adapter(nn.Module):
 
 
 def _hook(model):
-    model.wav2vec2.encoder.transformer.layers[1].register_forward_hook(lambda module, given, output: (0.9 * output[0], None))
+    model.wav2vec2.encoder.transformer.layers[1].register_forward_hook(
+        lambda module, given, output: (0.9 * output[0], None)
+    )
 
 
 def _adapt(model):
@@ -170,12 +178,18 @@ def _patch(model):
 
 
 def _block(model):
-    model.wav2vec2.feature_extractor.conv_layers[2].register_forward_hook(lambda module, given, output: (0.9 * output[0], output[1]))
+    model.wav2vec2.feature_extractor.conv_layers[2].register_forward_hook(
+        lambda module, given, output: (0.9 * output[0], output[1])
+    )
 
 
 CHANGES = {
     "hook": (_hook, "wav2vec2.encoder.transformer.layers.1", "it has hooks"),
-    "adapter": (_adapt, "wav2vec2.encoder.transformer.layers.0.attention.q_proj", "_Adapter is no module that is fused"),
+    "adapter": (
+        _adapt,
+        "wav2vec2.encoder.transformer.layers.0.attention.q_proj",
+        "_Adapter is no module that is fused",
+    ),
     "forward": (_patch, "wav2vec2.encoder.transformer.layers.0.feed_forward", "its forward was replaced"),
     "convolution": (_block, "wav2vec2.feature_extractor.conv_layers.2", "it has hooks"),
 }
@@ -209,7 +223,9 @@ def test_what_computes_something_else_stays_and_is_listed():
     left = hubert_fast.accelerate(model).left
     assert list(left) == ["wav2vec2.feature_extractor"] and "eps" in left["wav2vec2.feature_extractor"]
     assert_outputs_match(seeded(model, data), wanted, 1e-10)
-    assert str(hubert_fast.accelerate(model)).splitlines()[1].startswith("wav2vec2.feature_extractor is called as it is: ")
+    assert (
+        str(hubert_fast.accelerate(model)).splitlines()[1].startswith("wav2vec2.feature_extractor is called as it is: ")
+    )
 
 
 def test_other_models_are_refused_and_left_alone():
@@ -230,7 +246,9 @@ def test_layer_drop_leaves_out_what_torchaudio_leaves_out():
     wanted = [_step(model, data)[1]]
     hubert_fast.accelerate(model)
     for found in (_step(model, data)[1], _step(model, data)[1]):
-        assert {key for key, each in found.items() if not each.any()} >= {key for key, each in wanted[0].items() if not each.any()}
+        assert {key for key, each in found.items() if not each.any()} >= {
+            key for key, each in wanted[0].items() if not each.any()
+        }
 
 
 def test_factories_of_torchaudio_return_ours_until_it_is_undone():

@@ -49,6 +49,7 @@ CASES = {
     "lengths of another batch": ("audio_lengths", tensor([12400]), r"must have shape \[3\].*; got \(1,\)"),
     "lengths rank 2": ("audio_lengths", tensor([[1], [1], [1]]), r"must have shape \[3\].*; got \(3, 1\)"),
     "lengths float": ("audio_lengths", tensor([1.0, 1.0, 1.0]), "must be integers.*; got torch.float32"),
+    "lengths fractional": ("audio_lengths", tensor([12400, 1.5, 5]), "must be integers.*; got torch.float32"),
     "lengths elsewhere": ("audio_lengths", tensor([1, 1, 1], device="meta"), ON_THE_CPU),
     "mask of another shape": (
         "mask",
@@ -68,13 +69,27 @@ def test_bad_input_names_argument_given_and_accepted(model, case, wrap):
         wrap(model)(**arguments)
 
 
-@pytest.mark.parametrize("case", [each for each in CASES if each.startswith(("waveforms", "lengths"))])
-def test_the_encoder_alone_refuses_the_same(model, case):
-    argument, value, message = CASES[case]
-    arguments = {"waveforms": GOOD.waveforms, argument.removeprefix("audio_"): value}
-    for call in (model.wav2vec2, model.wav2vec2.extract_features):
+ENCODER_CASES = {
+    **{case: each for case, each in CASES.items() if case.startswith("waveforms")},
+    **{
+        case: ("lengths", *CASES[case][1:])
+        for case in ("lengths of another batch", "lengths rank 2", "lengths elsewhere")
+    },
+    "lengths negative": ("lengths", tensor([12400, -1, 5]), r"must be whole .*, none of them negative; got \[-1\]"),
+    "lengths fractional": ("lengths", tensor([12400, 0.5, 5]), r"must be whole numbers .*; got \[0.5\]"),
+    "lengths not a number": ("lengths", tensor([1, float("nan"), float("inf")]), r".*; got \[nan, inf\]"),
+    "lengths bool": ("lengths", tensor([True, True, False]), "must be whole numbers .*; got torch.bool"),
+    "lengths complex": ("lengths", tensor([1, 1, 1 + 0j]), "must be whole numbers .*; got torch.complex64"),
+}
+
+
+@pytest.mark.parametrize("case", ENCODER_CASES)
+def test_the_encoder_alone_and_its_extractor_refuse_the_like(model, case):
+    argument, value, message = ENCODER_CASES[case]
+    arguments = [value if argument == name else GOOD._asdict()[name] for name in ("waveforms", "lengths")]
+    for call in (model.wav2vec2, model.wav2vec2.extract_features, model.wav2vec2.feature_extractor):
         with pytest.raises(ValueError, match=f"{argument} {message}"):
-            call(**arguments)
+            call(*arguments)
 
 
 @pytest.mark.parametrize("num_layers", [0, -1, 3])

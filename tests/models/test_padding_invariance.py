@@ -63,3 +63,6 @@ def test_it_can_be_asked_of_every_factory():
         with torch.device("meta"):
             model = getattr(hubert_fast, f"hubert_pretrain_{factory}")(padding_invariant=True)
         assert model.wav2vec2.feature_extractor.padding_invariant
+        with torch.device("meta"):
+            encoder = getattr(hubert_fast, f"hubert_{factory}")(padding_invariant=True)
+        assert encoder.feature_extractor.padding_invariant
