@@ -1,0 +1,131 @@
+"""The loops of docs/training-loops.md and examples/ run with one process and with two, and train to the same weights.
+
+LayerDrop is on where ranks might wait for one another, and nowhere is DDP told to look for unused parameters.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.utils import _recursive_to
+
+from tests import extras
+from tests.models.processes import REPOSITORY
+from tests.training_loops_worker import CPU, RECIPES, absent, build, micro_batch
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
+
+PROCESSES = 2
+_SECONDS = 200  # a rank that waits for another in vain ends here
+
+
+def _run(*command: str) -> str:
+    """What the command and all that it starts write; none of that is left when it returns or fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), environment.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=REPOSITORY, env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        output = process.communicate(timeout=_SECONDS)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each rank of two found, by part."""
+    folder = tmp_path_factory.mktemp("loops")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
+    _run(*torchrun, "-m", "tests.training_loops_worker", str(folder))
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+
+
+def _of(found, part):
+    if (module := absent(part)) is not None:
+        pytest.skip(extras.reason(module))
+    return [each[part] for each in found]
+
+
+def _losses(output):
+    return {int(update): float(loss) for update, loss in re.findall(r"^update (\d+): .*?\bloss ([\d.]+)", output, re.M)}
+
+
+def test_the_plain_example_trains_in_one_process(found):
+    losses = _losses(_of(found, "train_ddp.py, alone")[0]["output"])
+    assert list(losses) == [1, 2, 3] and losses[3] < losses[1]
+
+
+def test_the_lightning_example_trains_in_one_process_and_goes_on_from_its_checkpoint(found):
+    first, then = (_losses(_of(found, f"train_lightning.py, {part}")[0]["output"]) for part in ("alone", "resumed"))
+    assert (list(first), list(then)) == ([1, 2], [3, 4])
+    assert then[4] < first[1]
+
+
+@pytest.mark.parametrize("script", ["train_ddp.py", "train_lightning.py"])
+def test_an_example_trains_in_two_processes(script, found):
+    first, second = (_losses(each["output"]) for each in _of(found, script))
+    assert list(first) == [1, 2, 3] and first[3] < first[1]
+    assert second == {}
+
+
+@pytest.mark.parametrize("loop", ["ddp", "lightning"])
+def test_two_processes_with_half_of_the_micro_batches_each_train_to_the_weights_of_one(loop, found):
+    ranks, (alone, _) = _of(found, loop), _of(found, f"{loop}, alone")
+    start = dict(build().named_parameters())
+    for rank in ranks:
+        for name, each in alone["weights"].items():
+            torch.testing.assert_close(rank["weights"][name], each, rtol=0, atol=1e-5)
+    assert max(float((each - start[name]).abs().max()) for name, each in alone["weights"].items()) > 1e-2
+    if loop == "ddp":  # Lightning's is that of a rank
+        torch.testing.assert_close(ranks[0]["losses"], alone["losses"])
+
+
+@pytest.mark.parametrize("loop", ["ddp, LayerDrop", "lightning, LayerDrop"])
+def test_ranks_that_drop_other_layers_agree_on_the_weights(loop, found):
+    first, second = _of(found, loop)
+    assert (
+        first["ran"] != second["ran"] and 0 < len(first["ran"]) < 4 * 3 * 2
+    )  # layers, updates, micro-batches of a rank
+    for name, each in first["weights"].items():
+        assert torch.equal(each, second["weights"][name])
+
+
+def test_lightning_leaves_labels_lengths_and_mask_on_the_host_and_the_plan_leaves_out_frames(found):
+    rank = _of(found, "lightning")[0]
+    assert rank["moved"] == ["meta", "meta", "cpu", "cpu", "cpu", "cpu"] and rank["find_unused"] == [False]
+    labels, lengths = micro_batch(0)[1:3]
+    assert (
+        rank["rows, kept"] == [int(((lengths - 400) // 320 + 1).sum()), 27] and rank["rows, kept"][0] < labels.numel()
+    )
+
+
+def test_a_plan_that_ddp_moves_keeps_its_rows():
+    waveforms, labels, lengths, mask = micro_batch(0)
+    plan = build().plan(labels, lengths, samples=waveforms.shape[1], device=CPU, mask=mask)
+    (moved,), *_ = _recursive_to((plan,), torch.device("meta"), False)
+    assert type(moved) is type(plan) and moved.mask.device.type == "meta"
+    assert (len(moved.mask), len(moved.keep)) == (len(plan.mask), len(plan.keep))
+
+
+@pytest.mark.parametrize("heading", RECIPES)
+def test_a_recipe_of_the_page_trains_in_two_processes_that_agree(heading, found):
+    first, second = _of(found, heading)
+    assert first["find_unused"] == [False]
+    assert first["weights"].keys() == second["weights"].keys()
+    for name, each in first["weights"].items():
+        assert each.isfinite().all() and torch.equal(each, second["weights"][name])
+    if heading != "Fine-tuning":
+        for grid, rows, kept in zip(first["grids"], first["rows"], first["kept"], strict=True):
+            assert kept < rows < grid
