@@ -214,13 +214,14 @@ def main(folder: Path) -> None:
         if dist.is_initialized():  # what frameworks leave
             dist.destroy_process_group()
 
-    with alone():
-        note("ddp, alone", ddp_updates, 0, 1)
-        note("lightning, alone", lightning_updates, 0, 1)
-        note("train_ddp.py, alone", example, "train_ddp.py", "--steps", "3")
-        checkpoint = ["--out", str(folder / f"checkpoint of {rank}")]
-        for part, steps in (("train_lightning.py, alone", "2"), ("train_lightning.py, resumed", "4")):
-            note(part, example, "train_lightning.py", "--steps", steps, *checkpoint)
+    with alone():  # each part in one of the ranks, which are idle otherwise
+        if rank == 0:
+            note("ddp, alone", ddp_updates, 0, 1)
+            note("train_ddp.py, alone", example, "train_ddp.py", "--steps", "3")
+        else:
+            note("lightning, alone", lightning_updates, 0, 1)
+            for part, steps in (("train_lightning.py, alone", "2"), ("train_lightning.py, resumed", "4")):
+                note(part, example, "train_lightning.py", "--steps", steps, "--out", str(folder / "checkpoint"))
     for part, layer_drop in (("ddp", 0.0), ("ddp, LayerDrop", 0.5)):
         dist.init_process_group("gloo")
         note(part, ddp_updates, rank, processes, layer_drop)
