@@ -5,11 +5,7 @@ LayerDrop is on where ranks might wait for one another, and nowhere is DDP told 
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,39 +13,18 @@ import torch.distributed as dist
 from torch.distributed.utils import _recursive_to
 
 from tests import extras
-from tests.models.processes import REPOSITORY
+from tests.models.processes import WORLD_SIZE, run_all
 from tests.training_loops_worker import CPU, RECIPES, absent, build, micro_batch, weights
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
-
-PROCESSES = 2
-_SECONDS = 200  # a rank that waits for another in vain ends here
-
-
-def _run(*command: str) -> str:
-    """What the command and all that it starts write; none of that is left when it returns or fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), environment.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=REPOSITORY, env=environment, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        output = process.communicate(timeout=_SECONDS)[0]
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output
-    return output
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What each rank of two found, by part; what is for one process only one of them did."""
     folder = tmp_path_factory.mktemp("loops")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
-    _run(*torchrun, "-m", "tests.training_loops_worker", str(folder))
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+    run_all("tests.training_loops_worker", folder)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
 
 
 def _of(found, part):

@@ -1,6 +1,6 @@
 """One process of the tests of training loops: the examples, the recipes of docs/, and updates that one process must match.
 
-Started by torchrun from tests.test_training_loops. What it finds goes into a file for each rank: by part, then by name.
+Started by `tests.models.processes`. What it finds goes into a file for each rank: by part, then by name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import hubert_fast
-from tests.models.processes import REPOSITORY
+from tests.models.processes import REPOSITORY, WORLD_SIZE
 
 EXAMPLES = REPOSITORY / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -186,49 +186,48 @@ def recipe(heading: str) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """An environment without torchrun's variables."""
-    left = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC_", "MASTER_"))}
-    for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"):
-        left.pop(name, None)
-    with mock.patch.dict(os.environ, left, clear=True):
-        yield
-
-
-def main(folder: Path) -> None:
-    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def main(rank: int, folder: Path) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     found: dict[str, Any] = {}
-    stores = itertools.count()
+    stores, torchrun = itertools.count(), {}
 
     def init(*_: Any, **__: Any) -> None:
-        """In place of ``init_process_group``: torchrun's store still has the addresses of groups that are gone."""
+        """In place of ``init_process_group``, for one group after another: in one store they would get in each other's way."""
         store = f"file://{folder}/store {next(stores)}"
-        init_process_group("gloo", store, rank=rank, world_size=processes, timeout=timedelta(seconds=60))
+        init_process_group("gloo", store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
 
     init_process_group, dist.init_process_group = dist.init_process_group, init
 
     def note(part: str, work: Callable[..., dict[str, Any]], *arguments: Any) -> None:
         if absent(part) is None:
-            found[part] = work(*arguments)
+            with mock.patch.dict(os.environ, torchrun):  # each time: Lightning takes some away
+                found[part] = work(*arguments)
         if dist.is_initialized():  # what frameworks leave
             dist.destroy_process_group()
 
-    with alone():  # each part in one of the ranks, which are idle otherwise
-        if rank == 0:
-            note("ddp, alone", ddp_updates, 0, 1)
-            note("train_ddp.py, alone", example, "train_ddp.py", "--steps", "3")
-        else:
-            note("lightning, alone", lightning_updates, 0, 1)
-            for part, steps in (("train_lightning.py, alone", "2"), ("train_lightning.py, resumed", "4")):
-                note(part, example, "train_lightning.py", "--steps", steps, "--out", str(folder / "checkpoint"))
+    # Of one process: each part in one of the ranks, which know nothing of one another yet.
+    if rank == 0:
+        note("ddp, alone", ddp_updates, 0, 1)
+        note("train_ddp.py, alone", example, "train_ddp.py", "--steps", "3")
+        if absent("lightning") is None:
+            import lightning.pytorch  # noqa: F401  (it takes seconds, for which the other rank would wait)
+    else:
+        note("lightning, alone", lightning_updates, 0, 1)
+        for part, steps in (("train_lightning.py, alone", "2"), ("train_lightning.py, resumed", "4")):
+            note(part, example, "train_lightning.py", "--steps", steps, "--out", str(folder / "checkpoint"))
+    torchrun = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(WORLD_SIZE),
+        "LOCAL_WORLD_SIZE": str(WORLD_SIZE),
+    }
     for part, layer_drop in (("ddp", 0.0), ("ddp, LayerDrop", 0.5)):
         dist.init_process_group("gloo")
-        note(part, ddp_updates, rank, processes, layer_drop)
-    note("lightning", lightning_updates, rank, processes)
-    note("lightning, LayerDrop", lightning_updates, rank, processes, 0.5)
+        note(part, ddp_updates, rank, WORLD_SIZE, layer_drop)
+    note("lightning", lightning_updates, rank, WORLD_SIZE)
+    note("lightning, LayerDrop", lightning_updates, rank, WORLD_SIZE, 0.5)
     note("train_ddp.py", example, "train_ddp.py", "--steps", "3")
-    note("train_lightning.py", example, "train_lightning.py", "--steps", "3", "--devices", str(processes))
+    note("train_lightning.py", example, "train_lightning.py", "--steps", "3", "--devices", str(WORLD_SIZE))
     os.chdir(folder)  # where recipes leave what they save
     for heading in RECIPES:
         note(heading, recipe, heading)
@@ -240,4 +239,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(int(sys.argv[1]), Path(sys.argv[2]))
