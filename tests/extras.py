@@ -22,7 +22,7 @@ _PRETRAIN = {
 
 # What the extra "test" brings.
 _MODULES = _PRETRAIN | {
-    "av", "hypothesis", "lightning", "onnx", "onnxruntime", "onnxscript", "packaging", "pybind11", "tomli", "transformers",
+    "accelerate", "av", "hypothesis", "lightning", "onnx", "onnxruntime", "onnxscript", "packaging", "pybind11", "tomli", "transformers",
     "triton",
 }  # fmt: skip
 
