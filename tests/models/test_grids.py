@@ -94,7 +94,8 @@ MASKS = {
     "of the encoder": lambda mask: mask,
     "of somebody else": lambda mask: mask.clone().expand(3, 1, FRAMES, FRAMES),
     "one row in memory": lambda mask: torch.where(mask[:, :, :1] == 0, 0.0, -1e9).expand(3, 1, FRAMES, FRAMES).double(),
-    "changed since": lambda mask: mask.clone().index_fill_(3, torch.tensor([2]), -1e4),
+    "with a hole": lambda mask: mask.clone().index_fill_(3, torch.tensor([2]), -1e4),
+    "changed since": lambda mask: (mask[:, 0, 0].index_fill_(1, torch.tensor([2]), -1e4), mask)[1],
     "causal": lambda mask: _causal(),
     "bool": lambda mask: mask == 0,
 }
@@ -120,6 +121,15 @@ def test_transformer_layer_and_attention_take_any_mask(name, mask):
         given, wanted = (each(x, mask, None, None) for each, mask in zip(called, masks))
         assert given[1] is wanted[1] is None
         _close(given[0], wanted[0])
+
+
+def test_a_mask_holds_with_dropout_too():
+    transformer = _pair(encoder_attention_dropout=0.3)[1].wav2vec2.encoder.transformer
+    x, outputs = _grid(), []
+    for last in (0.0, 1.0):
+        torch.manual_seed(0)
+        outputs.append(transformer.layers[0](x + last * (torch.arange(FRAMES) == FRAMES - 1)[:, None], _causal())[0])
+    assert torch.equal(outputs[0][:, :-1], outputs[1][:, :-1]) and not torch.equal(*outputs)
 
 
 def test_a_mask_or_a_grid_of_another_shape_is_refused():
@@ -176,12 +186,13 @@ def test_a_hook_sees_and_changes_what_torchaudios_hook_sees_and_changes(name, pl
             assert relative_error(mine, their) <= 1e-10
 
 
-def test_a_hooked_last_layer_of_the_objective_sees_every_frame_and_has_torchaudios_gradients():
+@pytest.mark.parametrize("place", ["layer", "attention", "feed-forward"])
+def test_what_is_hooked_in_the_last_layer_of_the_objective_sees_every_frame_and_has_torchaudios_gradients(place):
     theirs, ours = _pair(skip_nomask=True)
     data, seen = batch(torch.float64, LENGTHS), []
     for model in (theirs, ours):
-        layer = model.wav2vec2.encoder.transformer.layers[-1]
-        layer.register_forward_hook(lambda module, given, output: seen.append(output[0].shape))
+        hooked = model.wav2vec2.encoder.transformer.get_submodule(PLACES[place])
+        hooked.register_forward_hook(lambda module, given, output: seen.append(given[0].shape))
         seeded(model, data)[0][:, 0].sum().backward()
     assert seen == [(3, FRAMES, 128)] * 2
     _same_gradients(ours, theirs)
@@ -249,4 +260,6 @@ def test_wrappers_that_look_at_nothing_leave_the_padding_out():
     for i, wrap in enumerate([checkpoint_wrapper, lambda layer: torch.compile(layer, backend="eager")]):
         layers[i] = wrap(layers[i])
     assert relative_error(seeded(objective, data).loss, wanted) <= 1e-12
-    assert sizes == [int(VALID.sum())]
+    model.wav2vec2.encoder.transformer = checkpoint_wrapper(model.wav2vec2.encoder.transformer)
+    assert relative_error(seeded(objective, data).loss, wanted) <= 1e-12
+    assert sizes == [int(VALID.sum())] * 2
