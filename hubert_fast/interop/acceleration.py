@@ -16,6 +16,8 @@ from typing import Any, Callable, NamedTuple, Optional
 from torch import nn
 from torch.nn.utils import parametrize
 
+from hubert_fast.models.wrappers import all_asleep
+
 # The module of this folder that is asked where one of a library is imported.
 _LIBRARIES = {
     "torchaudio.models.wav2vec2.model": "torchaudio_modules",
@@ -162,7 +164,9 @@ def _called(model: nn.Module) -> dict[str, str]:
 
 
 def _looks_different(module: nn.Module) -> Optional[str]:
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks"
+    if not all_asleep(module._forward_hooks):
         return "it has hooks"
     if "forward" in vars(module):
         return "its forward was replaced"

@@ -1,10 +1,10 @@
 """transformers' modules of HuBERT and wav2vec 2.0 on the code of ours; see `hubert_fast.interop.acceleration`.
 
-They keep transformers' calling conventions. What a call asks for beside the usual (attention weights, another attention function, a mask
-that hides more than padding) is computed by transformers' own forward.
+They keep transformers' calling conventions. What a call asks for beside the usual (attention weights, another attention function,
+a mask that hides more than padding) is computed by transformers' own forward.
 
-The models, their heads and the blocks of the feature encoder keep their classes: transformers looks up what a model may record by the name
-of its class, and the feature encoder runs its blocks as one operator.
+The models, their heads and the blocks of the feature encoder keep their classes: transformers looks up what a model may record by
+the name of its class, and the feature encoder runs its blocks as one operator.
 """
 
 from __future__ import annotations
