@@ -329,8 +329,7 @@ class _Encoder(Accelerated, transformer.Transformer):
     def _drop_or_run(
         self, layer: nn.Module, stream: Stream, layout: Rows, keep: Optional[Tensor], seeds: Optional[LayerSeeds]
     ) -> Stream:
-        every = not self.training or is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)
-        if not every:
+        if self.training and self.layer_drop > 0.0 and not _gathers(self):
             return super()._drop_or_run(layer, stream, layout, keep, seeds)
         torch.rand([])  # as transformers draws, for the random numbers that follow
         return self.run_layer(layer, stream, layout, keep, seeds)
@@ -345,6 +344,11 @@ class _PostNormEncoder(_Encoder):
 
 class _PreNormEncoder(_Encoder):
     layer_norm_first = False
+
+
+def _gathers(module: nn.Module) -> bool:
+    """Whether processes gather weights together, where transformers drops no layer."""
+    return is_deepspeed_zero3_enabled() or is_fsdp_managed_module(module)
 
 
 def _is_gelu(activation: Any) -> bool:
