@@ -1,4 +1,5 @@
-"""Weights to and from other libraries, as ``state_dict``s: nothing of theirs is imported.
+"""Models and weights of other libraries.
 
-`hubert_fast.interop.transformers`: transformers' ``HubertModel``. torchaudio's ``state_dict``s need no conversion.
+`hubert_fast.interop.transformers`: weights to and from transformers' ``HubertModel``, as ``state_dict``s. torchaudio's need no
+conversion. `hubert_fast.interop.acceleration`: live models of both, on the fused operators.
 """

@@ -52,7 +52,7 @@ def accelerate(model: nn.Module) -> Acceleration:
     Parameters, buffers and names stay as they are, so an optimizer, a wrapper or a checkpoint goes on with them. Outputs have the
     types that they had; in the padding they are 0. The modules' ``__class__`` changes, to one that derives from what it was.
     What is hooked, replaced (as LoRA does) or set to compute something else is called as it is; new hooks and replacements
-    are honoured later too. Called again, it takes what is new.
+    are honoured later too. Called again, it takes what is new. A model of this package is left as it is.
 
     Args:
         model: torchaudio's ``HuBERTPretrainModel`` or ``Wav2Vec2Model``, transformers' ``HubertModel`` or ``Wav2Vec2Model``, or
@@ -63,7 +63,7 @@ def accelerate(model: nn.Module) -> Acceleration:
     """
     kinds = _kinds()
     found = [(name, each) for name, each in model.named_modules() if _original(type(each)) in kinds]
-    if not found:
+    if not found and not any(type(each).__module__.startswith("hubert_fast.models.") for each in model.modules()):
         raise TypeError(
             f"model must be or hold a HuBERT or wav2vec 2.0 of torchaudio or transformers; got {type(model).__qualname__}"
         )

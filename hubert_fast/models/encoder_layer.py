@@ -108,10 +108,12 @@ class SelfAttention(nn.Module):
         see ``kept_offsets`` of `Rows`.
 
         Raises:
-            ValueError: for a mask of another shape.
+            ValueError: for a grid of another width, or a mask of another shape.
         """
         if layout is not None:
             return self.out_proj(self.heads(x, layout, keep))
+        if x.ndim != 3 or x.shape[2] != self.embed_dim:
+            raise ValueError(f"x must be [batch, frames, {self.embed_dim}]; got shape {tuple(x.shape)}")
         rows = self.out_proj(self.heads(x.flatten(0, 1), grid_layout(x, attention_mask)))
         return rows.view(x.shape), None
 

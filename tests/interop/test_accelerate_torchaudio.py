@@ -101,6 +101,11 @@ def test_it_is_undone():
     assert [set(vars(each)) for each in model.modules()] == attributes
 
 
+def test_a_model_of_ours_is_left_as_it_is():
+    ours = twins(configurations.base())[1]
+    assert hubert_fast.accelerate(ours) == ([], {}) and type(ours) is hubert_fast.HuBERTPretrainModel
+
+
 def test_accelerating_twice_is_accelerating_once():
     model = _theirs()
     first, second = (hubert_fast.accelerate(model) for _ in range(2))

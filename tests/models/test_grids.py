@@ -122,11 +122,13 @@ def test_transformer_layer_and_attention_take_any_mask(name, mask):
         _close(given[0], wanted[0])
 
 
-def test_a_mask_of_another_shape_is_refused():
+def test_a_mask_or_a_grid_of_another_shape_is_refused():
     transformer = _pair()[1].wav2vec2.encoder.transformer
     for call in (transformer, transformer.layers[0], transformer.layers[0].attention):
         with pytest.raises(ValueError, match=r"attention_mask must have shape \(3, 1, 38, 38\)"):
             call(_grid(), torch.zeros(3, 1, 1, FRAMES, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"x must be \[batch, frames, 128\]; got shape \(3, 38, 64\)"):
+        transformer.layers[0].attention(_grid(64))
 
 
 PLACES = {
