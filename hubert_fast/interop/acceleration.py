@@ -151,7 +151,7 @@ def _called(model: nn.Module) -> dict[str, str]:
         own = type(module).__module__.startswith(_MODELS)
         holds = own and any(isinstance(each, Accelerated) for each in module.modules())
         inside = inside or isinstance(module, Accelerated)
-        if inside and not (holds and not isinstance(module, Accelerated)) and (why := _looks_different(module)):
+        if inside and not holds and (why := _looks_different(module)):
             called[name] = why
             return
         inside = inside or own

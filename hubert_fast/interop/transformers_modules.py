@@ -60,8 +60,9 @@ class _FeatureEncoder(Accelerated, feature_extractor.FeatureExtractor):
     @staticmethod
     def differs(module: nn.Module) -> Optional[str]:
         for block in module.conv_layers:
-            if isinstance(block.activation, nn.Module) and not isinstance(block.activation, GELUActivation):
-                return f"its activation is {type(block.activation).__name__}, the operator's is GELU"
+            activation = getattr(block, "activation", None)  # what was put in a block's place is called
+            if isinstance(activation, nn.Module) and not isinstance(activation, GELUActivation):
+                return f"its activation is {type(activation).__name__}, the operator's is GELU"
             eps = getattr(getattr(block, "layer_norm", None), "eps", NORM_EPS)
             if eps != NORM_EPS:
                 return f"its norms have an eps of {eps}, the operator's have {NORM_EPS}"
@@ -88,7 +89,9 @@ class _FeatureEncoder(Accelerated, feature_extractor.FeatureExtractor):
             if type(block) not in _BLOCKS or not is_plain(block, type(block)) or not _is_gelu(block.activation):
                 return None
             conv, norm = block.conv, block._modules.get("layer_norm")
-            if not feature_extractor._is_plain_conv(conv, conv.stride[0]) or not _is_norm(norm, i, over_channels):
+            if not is_plain(conv, nn.Conv1d) or not feature_extractor._is_plain_conv(conv, conv.stride[0]):
+                return None
+            if not _is_norm(norm, i, over_channels):
                 return None
             strides.append(conv.stride[0])
             convs.append(conv)
@@ -99,15 +102,14 @@ class _FeatureEncoder(Accelerated, feature_extractor.FeatureExtractor):
         biases = [conv.bias for conv in convs if conv.bias is not None]
         if len(biases) not in (0, len(convs)):
             return None
-        weights, norm_weights, norm_biases = ([each.weight for each in convs], *_affine(norms))
         run = partial(
-            _frontend,
-            weights,
-            biases,
-            norm_weights,
-            norm_biases,
-            strides,
-            "layer_norm" if over_channels else "group_norm",
+            conv_frontend,
+            weights=[each.weight for each in convs],
+            biases=biases,
+            norm_weights=[each.weight for each in norms],
+            norm_biases=[each.bias for each in norms],
+            strides=strides,
+            norm="layer_norm" if over_channels else "group_norm",
         )
         if checkpointed is None:
             return run
@@ -116,31 +118,15 @@ class _FeatureEncoder(Accelerated, feature_extractor.FeatureExtractor):
         return partial(checkpointed, run) if settings.get("use_reentrant") is False else None
 
 
-def _frontend(
-    weights: list[Tensor],
-    biases: list[Tensor],
-    norm_weights: list[Tensor],
-    norm_biases: list[Tensor],
-    strides: list[int],
-    norm: str,
-    x: Tensor,
-) -> Tensor:
-    return conv_frontend(x, weights, biases, norm_weights, norm_biases, strides=strides, norm=norm)
-
-
-def _affine(norms: list[nn.Module]) -> tuple[list[Tensor], list[Tensor]]:
-    return [each.weight for each in norms], [each.bias for each in norms]
-
-
 def _is_norm(norm: Optional[nn.Module], i: int, over_channels: bool) -> bool:
     """Whether ``norm`` is what the operator has after convolution ``i``."""
     if not over_channels and i > 0:
         return norm is None
-    if norm is None or norm.eps != NORM_EPS or norm.bias is None:
+    if norm is None or not is_plain(norm, nn.LayerNorm if over_channels else nn.GroupNorm):
         return False
-    if over_channels:
-        return is_plain(norm, nn.LayerNorm)
-    return is_plain(norm, nn.GroupNorm) and norm.num_groups == norm.num_channels
+    if norm.eps != NORM_EPS or norm.bias is None:
+        return False
+    return over_channels or norm.num_groups == norm.num_channels
 
 
 class _FeatureProjection(Accelerated, encoder.FeatureProjection):
@@ -204,7 +190,6 @@ class _Attention(Accelerated, encoder_layer.SelfAttention):
         """
         if layout is not None:
             return super().forward(hidden_states, layout=layout, keep=keep)
-        layout = None
         if key_value_states is None and self.config._attn_implementation != "eager":
             asked = kwargs | {"output_attentions": output_attentions}
             layout = _layout_of_call(hidden_states, attention_mask, asked, self.config)
@@ -236,13 +221,13 @@ class _FeedForward(Accelerated, encoder_layer.FeedForward):
 class _EncoderLayer(Accelerated, encoder_layer.EncoderLayer):
     @staticmethod
     def attributes(module: nn.Module) -> dict[str, Any]:
-        return {"_config": module.attention.config}  # what stands in the attention's place later may have none
+        return {"_config": _config_of(module)}
 
     @staticmethod
     def differs(module: nn.Module) -> Optional[str]:
         if getattr(module, "adapter_layer", None) is not None:
             return "it has an adapter"
-        return None if hasattr(module.attention, "config") else "its attention has no config"
+        return "its attention has no config" if _config_of(module) is None else None
 
     def forward(
         self,
@@ -344,6 +329,11 @@ class _PostNormEncoder(_Encoder):
 
 class _PreNormEncoder(_Encoder):
     layer_norm_first = False
+
+
+def _config_of(layer: nn.Module) -> Any:
+    """The config of a layer's attention; what was put in its place later may have none."""
+    return vars(layer).get("_config", getattr(layer.attention, "config", None))
 
 
 def _gathers(module: nn.Module) -> bool:

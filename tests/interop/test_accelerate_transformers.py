@@ -365,8 +365,40 @@ def test_a_module_in_anothers_place_is_called_as_transformers_calls_it(place, wh
         assert any("_Halved is no module that is fused" in each for each in hubert_fast.accelerate(model).left.values())
     else:
         hubert_fast.accelerate(model := _model())
-        replace(model)
+        assert "hubert.encoder.layers.0" in hubert_fast.accelerate(replace(model)).fused
     _assert_same(_step(model), wanted)
+    hubert_fast.unaccelerate(model)
+    _assert_same(_step(model), wanted)
+
+
+@pytest.mark.parametrize("settings", [POST_NORM, PRE_NORM], ids=["post", "pre"])
+@pytest.mark.parametrize(
+    "place", ["conv", "norm", "projection", "projection norm", "query", "dense", "layer norm", "block"]
+)
+def test_a_part_in_a_wrapper_is_called(place, settings):
+    def replace(model):
+        base = model.hubert
+        blocks, layer = base.feature_extractor.conv_layers, base.encoder.layers[0]
+        parent, name = {
+            "conv": (blocks[3], "conv"),
+            "norm": (blocks[0], "layer_norm"),
+            "block": (blocks, "2"),
+            "projection": (base.feature_projection, "projection"),
+            "projection norm": (base.feature_projection, "layer_norm"),
+            "query": (layer.attention, "q_proj"),
+            "dense": (layer.feed_forward, "output_dense"),
+            "layer norm": (layer, "final_layer_norm"),
+        }[place]
+        setattr(parent, name, nn.Sequential(nn.Tanh(), getattr(parent, name)))
+        return model
+
+    wanted = _step(replace(_model(**settings)))
+    hubert_fast.accelerate(model := _model(**settings))
+    replace(model)
+    _assert_same(_step(model), wanted)
+    assert ["torch.nn.modules.container.Sequential is no module that is fused"] == [
+        *hubert_fast.accelerate(model).left.values()
+    ]
 
 
 @pytest.mark.parametrize(
