@@ -16,6 +16,8 @@ from typing import Any, Callable, NamedTuple, Optional
 from torch import nn
 from torch.nn.utils import parametrize
 
+from hubert_fast.models.wrappers import all_asleep
+
 # The module of this folder that is asked where one of a library is imported.
 _LIBRARIES = {
     "torchaudio.models.wav2vec2.model": "torchaudio_modules",
@@ -25,7 +27,7 @@ _LIBRARIES = {
 
 # What may stand inside a module of ours without a word: it is no other way of computing the same.
 _ORDINARY = (nn.Linear, nn.Dropout, nn.LayerNorm, nn.GroupNorm, nn.Conv1d, nn.ModuleList)
-_ORDINARY_NAMES = ("GELUActivation", "HubertSamePadLayer", "Wav2Vec2SamePadLayer")
+_ORDINARY_NAMES = ("GELUActivation", "SamePadLayer", "NormConvLayer")  # how they end
 _MODELS = ("torchaudio.models.", "transformers.models.")  # modules of Python that define models
 
 
@@ -145,12 +147,14 @@ def _called(model: nn.Module) -> dict[str, str]:
     called: dict[str, str] = {}
 
     def look(name: str, module: nn.Module, inside: bool) -> None:
+        # A library's own model is not accelerated where its modules are, but what stands in their place belongs to it.
+        own = type(module).__module__.startswith(_MODELS)
+        holds = own and any(isinstance(each, Accelerated) for each in module.modules())
         inside = inside or isinstance(module, Accelerated)
-        if inside and (why := _looks_different(module)):
+        if inside and not holds and (why := _looks_different(module)):
             called[name] = why
             return
-        # A library's own model is not accelerated where its modules are, but what stands in their place belongs to it.
-        inside = inside or type(module).__module__.startswith(_MODELS)
+        inside = inside or own
         for child, each in module.named_children():
             if each is not None and child != "parametrizations":
                 look(f"{name}.{child}" if name else child, each, inside)
@@ -160,12 +164,14 @@ def _called(model: nn.Module) -> dict[str, str]:
 
 
 def _looks_different(module: nn.Module) -> Optional[str]:
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks"
+    if not all_asleep(module._forward_hooks):
         return "it has hooks"
     if "forward" in vars(module):
         return "its forward was replaced"
     kind = type(module).__base__ if parametrize.is_parametrized(module) else type(module)
-    if issubclass(kind, Accelerated) or kind in _ORDINARY or kind.__name__ in _ORDINARY_NAMES:
+    if issubclass(kind, Accelerated) or kind in _ORDINARY or kind.__name__.endswith(_ORDINARY_NAMES):
         return None
     return f"{kind.__module__}.{kind.__qualname__} is no module that is fused"
 

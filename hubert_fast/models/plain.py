@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hubert_fast import backend, cpu
-from hubert_fast.models.wrappers import runs_as
+from hubert_fast.models.wrappers import all_asleep, runs_as
 from hubert_fast.ops.arguments import autocast_dtype
 from hubert_fast.ops.bias_dropout_residual import bias_dropout_residual
 from hubert_fast.ops.linear import linear as linear_product
@@ -54,7 +54,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling ``module`` is nothing but ``kind``'s own forward."""
     return (
         (type(module) is kind or runs_as(type(module)) is kind)
-        and not module._forward_hooks
+        and not (module._forward_hooks and not all_asleep(module._forward_hooks))
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -226,13 +226,13 @@ class Transformer(nn.Module):
             return self.run_layer(layer, *arguments)
         if compiling or capturing:
             # A graph cannot skip a layer on a number drawn as it runs, so a dropped layer is computed and not used.
-            dropped = (draw <= self.layer_drop).to(stream.x.device, non_blocking=True)
+            dropped = self._is_dropped(draw).to(stream.x.device, non_blocking=True)
             (before, narrow), after = wanted_rows(stream, keep), self.run_layer(layer, *arguments)
             both = narrow is not None and after.narrow is not None
             return Stream(
                 torch.where(dropped, before, after.x), torch.where(dropped, narrow, after.narrow) if both else None
             )
-        if draw.item() > self.layer_drop:
+        if not self._is_dropped(draw.item()):
             return self.run_layer(layer, *arguments)
         before = wanted_rows(stream, keep)
         if gathers(layer):
@@ -243,6 +243,10 @@ class Transformer(nn.Module):
         if await_every_gradient():
             return before._replace(x=beside(before.x, layer.parameters()))
         return before
+
+    def _is_dropped(self, draw: Any) -> Any:
+        """Whether a number of [0, 1), a float or a tensor, drops a layer."""
+        return draw <= self.layer_drop
 
 
 def _is_capturing(x: Tensor) -> bool:

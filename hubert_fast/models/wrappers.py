@@ -6,10 +6,12 @@ They look at nothing, so what is inside may be handed rows. Whoever hooks or rep
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any, Optional
 
 from torch import nn
 
+_CAPTURING = "transformers.utils.output_capturing"
 _CHECKPOINT = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"
 
 
@@ -68,7 +70,20 @@ def _is_watched(module: nn.Module) -> bool:
     if module._backward_hooks or module._backward_pre_hooks:
         return True
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return any(not _is_fsdp_hook(each) for each in hooks)
+    return any(not (_is_fsdp_hook(each) or _is_asleep(each)) for each in hooks)
+
+
+def all_asleep(hooks: Mapping[int, Any]) -> bool:
+    """Whether these forward hooks do nothing now."""
+    return all(map(_is_asleep, hooks.values()))
+
+
+def _is_asleep(hook: Any) -> bool:
+    """Whether transformers' ``hook`` that collects outputs collects none now: once asked for they stay on a model for ever."""
+    if getattr(hook, "__module__", None) != _CAPTURING or getattr(hook, "__name__", "") != "output_capturing_hook":
+        return False
+    collected = sys.modules[_CAPTURING]._active_collector.get()
+    return not collected or hook.__closure__[hook.__code__.co_freevars.index("key")].cell_contents not in collected
 
 
 def _is_fsdp_hook(hook: Any) -> bool:
