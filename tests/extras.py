@@ -22,8 +22,8 @@ _PRETRAIN = {
 
 # What the extra "test" brings.
 _MODULES = _PRETRAIN | {
-    "accelerate", "av", "hypothesis", "lightning", "onnx", "onnxruntime", "onnxscript", "packaging", "pybind11", "tomli", "transformers",
-    "triton",
+    "accelerate", "av", "hypothesis", "lightning", "onnx", "onnxruntime", "onnxscript", "packaging", "pybind11", "tomli",
+    "transformers", "triton",
 }  # fmt: skip
 
 

@@ -61,11 +61,12 @@ def accelerate(model: nn.Module) -> Acceleration:
     Raises:
         TypeError: for a model that holds none of their modules, or WavLM's.
     """
-    kinds = _kinds()
+    kinds, unknown = _kinds()
     found = [(name, each) for name, each in model.named_modules() if _original(type(each)) in kinds]
     if not found and not any(type(each).__module__.startswith("hubert_fast.models.") for each in model.modules()):
         raise TypeError(
             f"model must be or hold a HuBERT or wav2vec 2.0 of torchaudio or transformers; got {type(model).__qualname__}"
+            + "".join(f"; {each}" for each in unknown)
         )
     for _, each in found:
         kinds[_original(type(each))].refuse(each)
@@ -124,13 +125,19 @@ def accelerated_classes(names: dict[str, Any]) -> dict[type[nn.Module], type[Any
     return {_original(each): each for each in classes if _is_accelerated(each)}
 
 
-def _kinds() -> dict[type[nn.Module], type[Any]]:
-    """The accelerated class for each class of the libraries that are imported."""
+def _kinds() -> tuple[dict[type[nn.Module], type[Any]], list[str]]:
+    """The accelerated class for each class of the libraries that are imported, and which of them are of unknown versions."""
     kinds: dict[type[nn.Module], type[Any]] = {}
+    unknown = []
     for library, name in _LIBRARIES.items():
-        if library in sys.modules:
+        if library not in sys.modules:
+            continue
+        try:
             kinds |= importlib.import_module(f"hubert_fast.interop.{name}").kinds()
-    return kinds
+        except (ImportError, AttributeError) as error:
+            version = getattr(sys.modules[library.partition(".")[0]], "__version__", "installed")
+            unknown.append(f"{library} of version {version} has other modules than those known here ({error})")
+    return kinds, unknown
 
 
 def _original(kind: type[nn.Module]) -> type[nn.Module]:

@@ -5,6 +5,7 @@ They look at nothing, so what is inside may be handed rows. Whoever hooks or rep
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any, Optional
@@ -83,7 +84,7 @@ def _is_asleep(hook: Any) -> bool:
     if getattr(hook, "__module__", None) != _CAPTURING or getattr(hook, "__name__", "") != "output_capturing_hook":
         return False
     collected = sys.modules[_CAPTURING]._active_collector.get()
-    return not collected or hook.__closure__[hook.__code__.co_freevars.index("key")].cell_contents not in collected
+    return not collected or inspect.getclosurevars(hook).nonlocals.get("key") not in (None, *collected)
 
 
 def _is_fsdp_hook(hook: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -240,6 +241,15 @@ def test_other_models_are_refused_and_left_alone():
         hubert_fast.accelerate(wavlm)
     assert [type(each) for each in wavlm.modules()] == classes
     with pytest.raises(TypeError, match="model must be or hold a HuBERT or wav2vec 2.0 .*got Linear"):
+        hubert_fast.accelerate(nn.Linear(2, 2))
+
+
+def test_a_version_that_is_unknown_is_named(monkeypatch):
+    model, name = _theirs(), "transformers.models.hubert.modeling_hubert"
+    monkeypatch.setitem(sys.modules, name, sys)
+    monkeypatch.setitem(sys.modules, "hubert_fast.interop.transformers_modules", None)
+    assert hubert_fast.accelerate(model).fused  # torchaudio's do not need it
+    with pytest.raises(TypeError, match=rf"got Linear; {name} of version .* has other modules than those known here"):
         hubert_fast.accelerate(nn.Linear(2, 2))
 
 
