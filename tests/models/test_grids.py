@@ -263,3 +263,28 @@ def test_wrappers_that_look_at_nothing_leave_the_padding_out():
     model.wav2vec2.encoder.transformer = checkpoint_wrapper(model.wav2vec2.encoder.transformer)
     assert relative_error(seeded(objective, data).loss, wanted) <= 1e-12
     assert sizes == [int(VALID.sum())] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+@pytest.mark.parametrize("lengths_on", ["cpu", "cuda"])
+def test_on_a_gpu_parts_called_alone_and_hooked_give_a_cpus_numbers(lengths_on):
+    truth, model = twins(configurations.base())[1], twins(configurations.base())[1].cuda()
+    truth = truth.double()
+    outputs = []
+    for each, device, dtype in ((truth, "cpu", torch.float64), (model, "cuda", torch.float32)):
+        waveforms, _, lengths = batch(dtype, LENGTHS)
+        features, frames = each.wav2vec2.feature_extractor(waveforms.to(device), lengths)
+        encoder = each.wav2vec2.encoder
+        encoder.transformer.layers[0].register_forward_hook(lambda module, given, output: (0.9 * output[0], None))
+        x, mask = encoder._preprocess(features, frames if device == "cpu" else frames.to(lengths_on))
+        torch.manual_seed(0)
+        x, _ = each.mask_generator(x, (~VALID).to(device))
+        copied = mask.clone().expand(3, 1, FRAMES, FRAMES)  # no longer known to be of lengths
+        results = [
+            encoder.transformer(x, attention_mask=mask)[VALID],
+            encoder.transformer.layers[1](x, copied)[0][VALID],
+        ]
+        outputs.append([result.cpu() for result in results])
+    for found, wanted in zip(outputs[1], outputs[0], strict=True):
+        assert relative_error(found, wanted) <= 5e-3  # TF32
