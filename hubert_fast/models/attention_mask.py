@@ -30,7 +30,7 @@ def attention_mask(lengths: Tensor, frames: int, dtype: torch.dtype, device: tor
     padded = padding_mask(lengths.to(device, non_blocking=True), frames)
     mask = (_PADDED * padded[:, None, None].to(dtype)).expand(-1, 1, frames, -1)
     if not torch.compiler.is_compiling():
-        mask._of_lengths = lengths, mask._version
+        mask._of_lengths = lengths.clone(), mask._version  # who gave them may write to them
     return mask
 
 

@@ -164,6 +164,15 @@ def _hooked_run(model, place, call):
     return seen, result
 
 
+def test_lengths_that_are_overwritten_later_change_no_mask():
+    encoder = _pair()[1].wav2vec2.encoder
+    features, frames = _features(_pair()[1])
+    x, mask = encoder._preprocess(features, frames)
+    wanted = encoder.transformer(x, mask)
+    frames.fill_(3)
+    assert torch.equal(encoder.transformer(x, mask), wanted)
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_hook_sees_and_changes_what_torchaudios_hook_sees_and_changes(name, place):
