@@ -40,6 +40,8 @@ class Acceleration(NamedTuple):
     """modules that are called as they are, and why"""
 
     def __str__(self) -> str:
+        if not self.fused and not self.left:
+            return "a model of hubert_fast: there was nothing to do"
         lines = [f"{len(self.fused)} modules run on the fused operators"]
         return "\n".join(
             [*lines, *(f"{name or 'the model'} is called as it is: {why}" for name, why in self.left.items())]
@@ -50,7 +52,8 @@ def accelerate(model: nn.Module) -> Acceleration:
     """Let the modules of a model of torchaudio or transformers run on the fused operators, in place.
 
     Parameters, buffers and names stay as they are, so an optimizer, a wrapper or a checkpoint goes on with them. Outputs have the
-    types that they had; in the padding they are 0. The modules' ``__class__`` changes, to one that derives from what it was.
+    types that they had. Where ours computes them they are 0 in the padding, so what follows should go by the lengths or the mask.
+    The modules' ``__class__`` changes, to one that derives from what it was.
     What is hooked, replaced (as LoRA does) or set to compute something else is called as it is; new hooks and replacements
     are honoured later too. Called again, it takes what is new. A model of this package is left as it is.
 
@@ -59,8 +62,11 @@ def accelerate(model: nn.Module) -> Acceleration:
             any module that holds one, such as ``HubertForCTC``.
 
     Raises:
-        TypeError: for a model that holds none of their modules, or WavLM's.
+        TypeError: for what is no module, a model that holds none of their modules, or WavLM's.
     """
+    if not isinstance(model, nn.Module):
+        given = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"model must be a module, such as HubertModel.from_pretrained(...) returns; got {given}")
     kinds, unknown = _kinds()
     found = [(name, each) for name, each in model.named_modules() if _original(type(each)) in kinds]
     if not found and not any(type(each).__module__.startswith("hubert_fast.models.") for each in model.modules()):
@@ -70,18 +76,21 @@ def accelerate(model: nn.Module) -> Acceleration:
         )
     for _, each in found:
         kinds[_original(type(each))].refuse(each)
-    fused, left = [], {}
+    left: dict[str, str] = {}
+    changes: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []  # all found out before any is made
     for name, each in found:
         kind = kinds[_original(type(each))]
         if why := kind.differs(each):
-            _restore(each)
             left[name] = why
+            changes.append((each, _original(type(each)), {}))
         elif type(each) is not kind:
-            vars(each).update(kind.attributes(each))
+            changes.append((each, kind, kind.attributes(each)))
+    for each, kind, attributes in changes:
+        _restore(each)
+        if _is_accelerated(kind):
+            vars(each).update(attributes, _added=tuple(attributes))
             each.__class__ = kind
-        if not why:
-            fused.append(name)
-    return Acceleration(fused, _called(model) | left)
+    return Acceleration([name for name, _ in found if name not in left], _called(model) | left)
 
 
 def unaccelerate(model: nn.Module) -> None:
@@ -91,11 +100,10 @@ def unaccelerate(model: nn.Module) -> None:
 
 
 def _restore(module: nn.Module) -> None:
-    kind = type(module)
-    if _is_accelerated(kind):
-        for name in kind.attributes(module):
-            delattr(module, name)
-        module.__class__ = _original(kind)
+    if _is_accelerated(type(module)):
+        for name in (*vars(module).get("_added", ()), "_added"):
+            vars(module).pop(name, None)
+        module.__class__ = _original(type(module))
 
 
 class Accelerated:
@@ -204,8 +212,13 @@ def patch_torchaudio() -> ExitStack:
         for name, value in list(vars(place).items()):
             if isinstance(value, FunctionType) and value in patched:
                 setattr(place, name, patched[value])
-                undo.callback(setattr, place, name, value)
+                undo.callback(_put_back, place, name, patched[value], value)
     return undo
+
+
+def _put_back(place: Any, name: str, ours: Any, theirs: Any) -> None:
+    if vars(place).get(name) is ours:  # somebody may have put another on top
+        setattr(place, name, theirs)
 
 
 def _accelerating(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:

@@ -44,7 +44,7 @@ class FeatureExtractor(Accelerated, feature_extractor.FeatureExtractor, componen
 
     @staticmethod
     def attributes(module: nn.Module) -> dict[str, Any]:
-        over_channels = isinstance(module.conv_layers[0].layer_norm, nn.LayerNorm)
+        over_channels = isinstance(getattr(module.conv_layers[0], "layer_norm", None), nn.LayerNorm)
         return {
             "norm_mode": "layer_norm" if over_channels else "group_norm",
             "padding_invariant": False,
@@ -79,16 +79,16 @@ class FeedForward(Accelerated, encoder_layer.FeedForward, components.FeedForward
 class EncoderLayer(Accelerated, encoder_layer.EncoderLayer, components.EncoderLayer):
     runs_as = encoder_layer.EncoderLayer
 
-
-class Transformer(Accelerated, transformer.Transformer, components.Transformer):
-    runs_as = transformer.Transformer
-
     @staticmethod
     def refuse(module: nn.Module) -> None:
-        if any(isinstance(each, WavLMSelfAttention) for each in module.modules()):
+        if isinstance(module.attention, WavLMSelfAttention):
             raise TypeError(
                 "model is or holds a WavLM, which cannot be accelerated: its layers hand on a position bias"
             )
+
+
+class Transformer(Accelerated, transformer.Transformer, components.Transformer):
+    runs_as = transformer.Transformer
 
 
 class Encoder(Accelerated, encoder.Encoder, components.Encoder):

@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from hubert_fast.interop.acceleration import Accelerated, accelerated_classes
 from hubert_fast.models import encoder, encoder_layer, feature_extractor, positional_embedding, transformer
-from hubert_fast.models.encoder_layer import LayerSeeds
+from hubert_fast.models.encoder_layer import LayerSeeds, on_grid
 from hubert_fast.models.plain import (
     Stream,
     add,
@@ -225,7 +225,7 @@ class _EncoderLayer(Accelerated, encoder_layer.EncoderLayer):
 
     @staticmethod
     def differs(module: nn.Module) -> Optional[str]:
-        if getattr(module, "adapter_layer", None) is not None:
+        if _has_adapter(module):
             return "it has an adapter"
         return "its attention has no config" if _config_of(module) is None else None
 
@@ -243,7 +243,7 @@ class _EncoderLayer(Accelerated, encoder_layer.EncoderLayer):
         if layout is not None:
             return self.stream(Stream(hidden_states), layout, keep, seeds).x
         layout = _layout_of_call(hidden_states, attention_mask, kwargs, self._config)
-        if layout is None:
+        if layout is None or _has_adapter(self):
             return super(encoder_layer.EncoderLayer, self).forward(hidden_states, attention_mask, **kwargs)
         return layout.unpack(self.stream(Stream(layout.pack(hidden_states)), layout).x)
 
@@ -281,6 +281,8 @@ class _Encoder(Accelerated, transformer.Transformer):
     def _layout(self, x: Tensor, mask: Optional[Tensor], asked: dict[str, Any]) -> Optional[Rows]:
         if not _is_usual(asked, self.config) or "attentions" in (_active_collector.get() or ()):
             return None
+        if mask is not None and getattr(self.config, "add_adapter", False):
+            return None  # convolutions follow, which read the padding
         batch, frames = x.shape[:2]
         if mask is None:
             return whole_grid(batch, frames, None, x.device)
@@ -302,6 +304,8 @@ class _Encoder(Accelerated, transformer.Transformer):
         seeds: Optional[LayerSeeds] = None,
     ) -> Stream:
         """The stream after ``layer``, which its own call may keep in a checkpoint."""
+        if _has_adapter(layer):
+            return Stream(on_grid(lambda grid: self._call_layer(layer, grid, layout), stream.x, layout, keep))
         if getattr(layer, "gradient_checkpointing", False) and layer.training:
             if takes_rows(layer, encoder_layer.EncoderLayer):
                 return Stream(layer(stream.x, layout=layout, keep=keep, seeds=seeds))
@@ -329,6 +333,11 @@ class _PostNormEncoder(_Encoder):
 
 class _PreNormEncoder(_Encoder):
     layer_norm_first = False
+
+
+def _has_adapter(layer: nn.Module) -> bool:
+    """Whether a layer ends with a module that ours have not; it may be put there at any time."""
+    return layer._modules.get("adapter_layer") is not None
 
 
 def _config_of(layer: nn.Module) -> Any:
@@ -366,9 +375,13 @@ def _layout_of_call(x: Tensor, mask: Any, asked: dict[str, Any], config: Any) ->
     if mask is None:
         return whole_grid(batch, frames, None, x.device)
     layout, version = getattr(mask, "_of_layout", (None, None))
-    if layout is None or (layout.batch, layout.frames) != (batch, frames) or version != getattr(mask, "_version", None):
+    if layout is None or (layout.batch, layout.frames) != (batch, frames) or version != _version(mask):
         return None
     return layout
+
+
+def _version(mask: Any) -> Optional[int]:
+    return mask._version if isinstance(mask, Tensor) and not mask.is_inference() else None
 
 
 def _mask_of_layout(layout: Rows, grid: Tensor, config: Any) -> Any:
@@ -378,7 +391,7 @@ def _mask_of_layout(layout: Rows, grid: Tensor, config: Any) -> Any:
         return None
     mask = create_bidirectional_mask(config=config, inputs_embeds=grid, attention_mask=~padding)
     if mask is not None and not torch.compiler.is_compiling():
-        mask._of_layout = layout, getattr(mask, "_version", None)
+        mask._of_layout = layout, _version(mask)
     return mask
 
 

@@ -29,7 +29,9 @@ def attention_mask(lengths: Tensor, frames: int, dtype: torch.dtype, device: tor
     """
     padded = padding_mask(lengths.to(device, non_blocking=True), frames)
     mask = (_PADDED * padded[:, None, None].to(dtype)).expand(-1, 1, frames, -1)
-    if not torch.compiler.is_compiling():
+    if not (
+        torch.compiler.is_compiling() or mask.is_inference()
+    ):  # inference tensors do not count what is written to them
         mask._of_lengths = lengths.clone(), mask._version  # who gave them may write to them
     return mask
 
@@ -58,9 +60,11 @@ def valid_frames(mask: Optional[Tensor]) -> Optional[Tensor]:
     """
     if mask is None:
         return None
-    lengths, version = getattr(mask, "_of_lengths", (None, None))
+    lengths, version = (None, None) if torch.compiler.is_compiling() else getattr(mask, "_of_lengths", (None, None))
     if lengths is not None and version == mask._version:
         return lengths
+    if mask.requires_grad:
+        return None
     shared = mask.stride(2) == 0 or mask.shape[2] == 1
     if mask.device.type != "cpu" or not mask.is_floating_point() or not shared or not may_decide_shapes(mask):
         return None

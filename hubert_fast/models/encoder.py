@@ -99,19 +99,6 @@ class Encoder(nn.Module):
             return x
         return x.masked_fill(masked.channels[layout.sequence(x.device)], 0.0)
 
-    def masked_by(
-        self, mask_generator: nn.Module, features: Tensor, lengths: Optional[Tensor] = None
-    ) -> tuple[Tensor, Optional[Tensor]]:
-        """What another mask generator than ours makes of the projected features: it is called as torchaudio's.
-
-        Args:
-            mask_generator: given ``x`` ``[batch, frames, dim]`` and the padding, ``[batch, frames]`` bool or None, it returns the
-                masked ``x`` and the mask of frames, None where none is masked.
-            features, lengths: as of `forward`.
-        """
-        x, _ = self._preprocess(features, lengths)
-        return mask_generator(x, None if lengths is None else padding_mask(lengths.to(x.device), x.shape[1]))
-
     def _project(
         self, features: Tensor, layout: Rows, seed: Optional[Tensor] = None, *, passes_follow: bool = True
     ) -> Update:
@@ -152,17 +139,19 @@ class Encoder(nn.Module):
         if plan is not None:
             return self.masked_stream(features, plan, mask_generator).x
         batch, frames = features.shape[:2]
-        layout = rows_of(batch, frames, lengths, features.device)
-        seeds = self._seeds(features.device)
-        seed = None if seeds is None else seeds.projection
         ours = mask_generator is not None and as_built(mask_generator)[1] is MaskGenerator
         if mask is not None and not ours:
             raise ValueError("mask needs mask_generator, a MaskGenerator of this package")
+        if mask_generator is not None and not ours:
+            x, added = self._preprocess(features, lengths)
+            padding = None if lengths is None else padding_mask(lengths.to(x.device), frames)
+            return self.transformer(mask_generator(x, padding)[0], attention_mask=added)
+        layout = rows_of(batch, frames, lengths, features.device)
+        seeds = self._seeds(features.device)
+        seed = None if seeds is None else seeds.projection
         if ours:
             masked = InputMask(*draw_masks(mask_generator, batch, frames, lengths, mask)).to_rows(layout)
             x = self.masked_rows(features, layout, masked, mask_generator, seed)
-        elif mask_generator is not None:
-            x = layout.pack(self.masked_by(mask_generator, features, lengths)[0])
         else:
             x = self._rows(layout.pack(features), layout, seed)
         return layout.unpack(self.transform(x, layout, None, seeds).x)

@@ -7,13 +7,15 @@ from typing import NamedTuple, Optional, Union
 import torch
 from torch import Tensor, nn
 
+from hubert_fast.models.attention_mask import padding_mask
 from hubert_fast.models.checks import check_audio, check_labels
+from hubert_fast.models.encoder import Encoder
 from hubert_fast.models.logits import LogitGenerator
 from hubert_fast.models.masking import MaskGenerator, draw_masks
 from hubert_fast.models.plain import Stream, is_plain
 from hubert_fast.models.plan import PlanSettings, StepPlan, make_plan
 from hubert_fast.models.wav2vec2 import Wav2Vec2Model
-from hubert_fast.models.wrappers import as_built, is_sharded, runs_as
+from hubert_fast.models.wrappers import as_built, is_sharded, runs_as, takes_rows
 from hubert_fast.ops.host_tensors import on_host, to_device
 
 
@@ -120,8 +122,8 @@ class HuBERTPretrainModel(nn.Module):
             audio_lengths = plan.valid_samples
         features, lengths = self.wav2vec2.feature_extractor(waveforms, audio_lengths)
         encoder = self.wav2vec2.encoder
-        if plan is None and as_built(self.mask_generator)[1] is not MaskGenerator:
-            return self._encode_masked_elsewhere(features, labels, lengths, masked_only)
+        if plan is None and self._calls_parts(mask):
+            return self._encode_by_parts(features, labels, lengths, mask, masked_only)
         if plan is None:  # made while a GPU is at work on the features
             plan = self._plan(labels, lengths, mask, features.shape[:2], features.device, PlanSettings(masked_only))
         elif features.shape[:2] != plan.layout[:2]:
@@ -137,18 +139,28 @@ class HuBERTPretrainModel(nn.Module):
             hidden = self.head_rows(encoder.masked_stream(features, plan, self.mask_generator))
         return Encoded(HeadInput(hidden, plan.labels, plan.masked, plan.unmasked), penalty)
 
-    def _encode_masked_elsewhere(
-        self, features: Tensor, labels: Tensor, lengths: Optional[Tensor], masked_only: bool
+    def _calls_parts(self, mask: Optional[Tensor]) -> bool:
+        """Whether the parts are called one by one: one is not ours, or somebody looks at the mask, and may change it."""
+        generator = self.mask_generator
+        if as_built(self.wav2vec2.encoder)[1] is not Encoder or as_built(generator)[1] is not MaskGenerator:
+            return True
+        return mask is None and not (is_plain(generator, MaskGenerator) or takes_rows(generator, MaskGenerator))
+
+    def _encode_by_parts(
+        self, features: Tensor, labels: Tensor, lengths: Optional[Tensor], mask: Optional[Tensor], masked_only: bool
     ) -> Encoded:
-        """`encode` with a mask generator of somebody else's, which is called for its mask."""
+        """`encode` by calls of the parts, as torchaudio makes them."""
         features, encoder = self.scaled_gradient(features), self.wav2vec2.encoder
-        x, mask = encoder.masked_by(self.mask_generator, features, lengths)
-        if mask is None:
-            mask = torch.zeros(x.shape[:2], dtype=torch.bool)
-        check_labels(labels, *x.shape[:2])
-        settings = PlanSettings(masked_only)
-        plan = make_plan(labels, lengths, mask, None, x.device, self.logit_generator.num_classes, settings)
-        hidden = self.head_rows(encoder.transform(plan.layout.pack(x), plan.kept_layout, plan.keep))
+        check_labels(labels, *features.shape[:2])
+        x, attention_mask = encoder._preprocess(features, lengths)
+        padding = None if lengths is None else padding_mask(lengths.to(x.device), x.shape[1])
+        x, mask = self.mask_generator(x, padding, **({} if mask is None else {"mask": mask}))
+        mask = torch.zeros(x.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+        classes, settings = getattr(self.logit_generator, "num_classes", None), PlanSettings(masked_only)
+        plan = make_plan(labels, lengths, mask, None, x.device, classes, settings)
+        hidden = plan.layout.pack(encoder.transformer(x, attention_mask=attention_mask))
+        if plan.keep is not None:
+            hidden = hidden.index_select(0, plan.keep)
         return Encoded(HeadInput(hidden, plan.labels, plan.masked, plan.unmasked), feature_penalty(features))
 
     def head_rows(self, stream: Stream) -> Tensor:
@@ -208,7 +220,8 @@ class HuBERTPretrainModel(nn.Module):
         batch, frames = grid
         check_labels(labels, batch, frames)
         mask, channel_mask = draw_masks(self.mask_generator, batch, frames, lengths, mask)
-        return make_plan(labels, lengths, mask, channel_mask, device, self.logit_generator.num_classes, settings)
+        classes = getattr(self.logit_generator, "num_classes", None)  # somebody else's may not say
+        return make_plan(labels, lengths, mask, channel_mask, device, classes, settings)
 
 
 def feature_penalty(features: Tensor) -> Tensor:

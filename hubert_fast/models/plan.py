@@ -81,7 +81,7 @@ def make_plan(
     mask: Tensor,  # [batch, frames] bool
     channel_mask: Optional[Tensor],  # [batch, dim] bool
     device: torch.device,
-    num_classes: int,
+    num_classes: Optional[int],  # None: labels are not held against it
     settings: PlanSettings,
 ) -> StepPlan:
     """The plan of a batch, for a model on ``device``, without ``valid_samples``.
@@ -129,7 +129,7 @@ def _on_host(x: Optional[Tensor]) -> bool:
 
 
 def _checked_labels(
-    layout: Rows, labels: Tensor, lengths: Optional[Tensor], device: torch.device, num_classes: int
+    layout: Rows, labels: Tensor, lengths: Optional[Tensor], device: torch.device, num_classes: Optional[int]
 ) -> tuple[Tensor, Tensor]:
     """(the rows' labels, -1 where a row is not valid; which rows are valid)."""
     labels = layout.pack(to_device(labels, device).long())
@@ -137,6 +137,6 @@ def _checked_labels(
         valid = ~layout.padding()
     else:
         valid = torch.arange(len(labels), device=device) < layout.offsets[-1]
-    within = (labels >= 0) & (labels < num_classes)
-    check_values(within | ~valid, f"labels must be in [0, {num_classes})", labels)
+    within = labels >= 0 if num_classes is None else (labels >= 0) & (labels < num_classes)
+    check_values(within | ~valid, f"labels must be in [0, {'classes' if num_classes is None else num_classes})", labels)
     return labels.where(valid, -1), valid

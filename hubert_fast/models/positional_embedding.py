@@ -62,7 +62,13 @@ class ConvolutionalPositionalEmbedding(nn.Module):
 def _is_plain_conv(conv: nn.Module) -> bool:
     """Whether ``conv`` is a convolution as `ConvolutionalPositionalEmbedding` makes it, parametrized or not."""
     kind = type(conv).__base__ if parametrize.is_parametrized(conv) else type(conv)
-    return kind is nn.Conv1d and is_plain(conv, type(conv)) and conv.bias is not None
+    return (
+        kind is nn.Conv1d
+        and is_plain(conv, type(conv))
+        and conv.bias is not None
+        and (conv.stride, conv.dilation, conv.padding_mode) == ((1,), (1,), "zeros")
+        and conv.padding == (conv.kernel_size[0] // 2,)
+    )
 
 
 def _filters(conv: nn.Conv1d) -> tuple[Tensor, Optional[Tensor]]:

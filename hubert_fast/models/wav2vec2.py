@@ -33,7 +33,6 @@ class Wav2Vec2Model(nn.Module):
         self,
         waveforms: Tensor,  # [batch, samples]
         lengths: Optional[Tensor] = None,  # [batch], samples
-        *,
         mask_generator: Optional[nn.Module] = None,
         mask: Optional[Tensor] = None,  # [batch, frames] bool
     ) -> tuple[Tensor, Optional[Tensor]]:
@@ -41,10 +40,10 @@ class Wav2Vec2Model(nn.Module):
 
         Args:
             waveforms: ``[batch, samples]`` float, 16 kHz.
-            lengths: ``[batch]`` whole numbers, integer or float: valid samples of each row. None: all. More
-                than there are count as all, with a warning, the first time.
-            mask_generator, mask: what masks the transformer's input, as in fine-tuning, and the frames that it masks; see
-                `Encoder.forward`. None: nothing is masked; frames are drawn.
+            lengths: ``[batch]`` whole numbers, integer or float: valid samples of each row. None: all. A length
+                beyond the audio counts as the whole row, with a warning, the first time.
+            mask_generator: masks the transformer's input, as in fine-tuning, in eval mode too. None: nothing is masked.
+            mask: ``[batch, frames]`` bool, the frames that it masks. None: it draws them.
 
         Returns:
             ``[batch, frames, dim]``, 0 in the padding (or what ``aux`` makes of it), and ``[batch]`` frames in the dtype of
@@ -69,8 +68,8 @@ class Wav2Vec2Model(nn.Module):
 
         Args:
             waveforms: ``[batch, samples]`` float, 16 kHz.
-            lengths: ``[batch]`` whole numbers, integer or float: valid samples of each row. None: all. More
-                than there are count as all, with a warning, the first time.
+            lengths: ``[batch]`` whole numbers, integer or float: valid samples of each row. None: all. A length
+                beyond the audio counts as the whole row, with a warning, the first time.
             num_layers: stop after this many layers, in [1, number of layers]. None: all.
 
         Returns:

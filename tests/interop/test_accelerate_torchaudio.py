@@ -240,8 +240,39 @@ def test_other_models_are_refused_and_left_alone():
     with pytest.raises(TypeError, match="WavLM"):
         hubert_fast.accelerate(wavlm)
     assert [type(each) for each in wavlm.modules()] == classes
+    with pytest.raises(TypeError, match="WavLM"):
+        hubert_fast.accelerate(wavlm.encoder.transformer.layers[0])
     with pytest.raises(TypeError, match="model must be or hold a HuBERT or wav2vec 2.0 .*got Linear"):
         hubert_fast.accelerate(nn.Linear(2, 2))
+    for wrong, given in (
+        ("facebook/hubert-base-ls960", "str"),
+        (None, "NoneType"),
+        (models.Wav2Vec2Model, "Wav2Vec2Model"),
+    ):
+        with pytest.raises(TypeError, match=f"model must be a module, such as .*; got {given}$"):
+            hubert_fast.accelerate(wrong)
+
+
+def test_a_part_that_was_replaced_since_does_not_keep_it_from_being_undone():
+    model = _theirs()
+    hubert_fast.accelerate(model)
+    model.wav2vec2.feature_extractor.conv_layers[0] = nn.Sequential()
+    model.mask_generator.mask_embedding = None
+    hubert_fast.unaccelerate(model)
+    assert not any(isinstance(each, hubert_fast.HuBERTPretrainModel) for each in model.modules())
+    assert not any("_added" in vars(each) for each in model.modules())
+
+
+def test_parts_alone_are_accelerated_and_undone():
+    data, model = batch(torch.float64, LENGTHS), _theirs()
+    wanted = seeded(model, data)
+    for part in ("wav2vec2.encoder", "wav2vec2.encoder.transformer.layers", "mask_generator"):
+        assert hubert_fast.accelerate(model.get_submodule(part)).fused
+        assert_outputs_match(seeded(model, data), wanted, 1e-10)
+    hubert_fast.accelerate(model)
+    for part in ("wav2vec2.encoder", "logit_generator"):
+        hubert_fast.unaccelerate(model.get_submodule(part))
+        assert_outputs_match(seeded(model, data), wanted, 1e-10)
 
 
 def test_a_version_that_is_unknown_is_named(monkeypatch):

@@ -445,6 +445,37 @@ def test_an_activation_put_in_later_is_called():
     _assert_same(given, _step(model))
 
 
+def test_an_adapter_put_in_later_is_called():
+    from transformers.models.hubert.modeling_hubert import HubertAttnAdapterLayer
+
+    pair = _model(**PRE_NORM), _model(**PRE_NORM)
+    hubert_fast.accelerate(pair[0])
+    for model in pair:
+        torch.manual_seed(1)
+        config = _config(**PRE_NORM, adapter_attn_dim=8)
+        model.hubert.encoder.layers[1].adapter_layer = HubertAttnAdapterLayer(config).double()
+    _assert_same(*map(_step, pair))
+
+
+def test_a_convolutional_adapter_sees_the_padding_that_it_saw():
+    mask = torch.ones(AUDIO.shape, dtype=torch.long)
+    mask[1, -900:] = 0
+    model = _model("Wav2Vec2Model", add_adapter=True).eval()
+    wanted = model(AUDIO, attention_mask=mask).last_hidden_state
+    hubert_fast.accelerate(model)
+    assert relative_error(model(AUDIO, attention_mask=mask).last_hidden_state, wanted) <= 1e-9
+
+
+def test_hidden_states_in_inference_mode_are_theirs():
+    model = _model().eval()
+    wanted = model(AUDIO, attention_mask=RAGGED, output_hidden_states=True).hidden_states
+    hubert_fast.accelerate(model)
+    with torch.inference_mode():
+        given = model(AUDIO, attention_mask=RAGGED, output_hidden_states=True).hidden_states
+    for mine, theirs in zip(given, wanted, strict=True):
+        assert relative_error(mine[VALID], theirs[VALID]) <= 1e-9
+
+
 def test_another_attention_function_is_called():
     from transformers.modeling_utils import AttentionInterface
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import hubert_fast
+from tests import torchaudio_peer
 from tests.models import configurations
 from tests.models.twins import LENGTHS, batch, num_frames, relative_error, seeded, twins, valid_frames
 
@@ -216,6 +217,88 @@ def test_modules_of_torchaudio_may_stand_in_place_of_ours():
     ours.wav2vec2.encoder.transformer.layers[0].attention = theirs.wav2vec2.encoder.transformer.layers[0].attention
     for mine, their in zip(seeded(ours, data), wanted, strict=True):
         assert relative_error(mine, their) <= 1e-10
+
+
+class _Elsewhere(nn.Module):
+    """Somebody's own generator: it masks the third frame, tells so in integers, and writes to the padding."""
+
+    def forward(self, x, padding_mask):
+        mask = torch.zeros(x.shape[:2], dtype=torch.int64)
+        mask[:, 2] = 1
+        return x + 1.0, mask
+
+
+class _Halved(nn.Module):
+    """Somebody's own head around another."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, *arguments):
+        return [each / 2 for each in self.head(*arguments)]
+
+
+class _Subclass(torchaudio_peer.components.Encoder):
+    def _preprocess(self, features, lengths=None):
+        x, mask = super()._preprocess(features, lengths)
+        return 0.9 * x, mask
+
+
+def _mask_another(model):
+    def hook(module, given, output):
+        mask = torch.zeros(given[0].shape[:2], dtype=torch.bool)
+        mask[:, 4:9] = True
+        return output[0], mask
+
+    model.mask_generator.register_forward_hook(hook)
+
+
+def _own_encoder(model):
+    encoder = model.wav2vec2.encoder
+    model.wav2vec2.encoder = _Subclass(encoder.feature_projection, encoder.transformer)
+
+
+def _causal_embedding(model):
+    embedding = model.wav2vec2.encoder.transformer.pos_conv_embed
+    torch.manual_seed(5)
+    embedding.conv, embedding.num_remove = nn.Conv1d(128, 128, 16, padding=15, groups=4).double(), 15
+
+
+OWN_PARTS = {
+    "a hook that masks other frames": _mask_another,
+    "mask generator": lambda model: setattr(model, "mask_generator", _Elsewhere()),
+    "head": lambda model: setattr(model, "logit_generator", _Halved(model.logit_generator)),
+    "encoder": _own_encoder,
+    "positional convolution": _causal_embedding,
+}
+
+
+@pytest.mark.parametrize("part", OWN_PARTS)
+def test_parts_of_somebody_elses_count_as_in_torchaudio(part):
+    data, pair = batch(torch.float64, LENGTHS), _pair()
+    for model in pair:
+        OWN_PARTS[part](model)
+    if part == "mask generator":  # an index of integers is none in torchaudio
+        pair[0].mask_generator.register_forward_hook(lambda module, given, output: (output[0], output[1].bool()))
+    for mine, their in zip(*(seeded(model, data) for model in reversed(pair)), strict=True):
+        assert mine.shape == their.shape and relative_error(mine, their) <= 1e-10
+
+
+def test_masks_of_inference_tensors_and_masks_that_learn_are_read_as_they_are():
+    ours = _pair()[1].eval()
+    encoder, (features, frames) = ours.wav2vec2.encoder, _features(ours)
+    x, mask = (each.detach() for each in encoder._preprocess(features, frames))
+    wanted = encoder.transformer(x, mask)
+    with torch.inference_mode():
+        assert (
+            relative_error(encoder.transformer(*encoder._preprocess(features, frames))[VALID], wanted[VALID]) <= 1e-12
+        )
+        with encoder.transformer.layers[0].register_forward_hook(lambda *call: None):
+            assert relative_error(encoder(features, frames), wanted) <= 1e-12
+    bias = torch.zeros(FRAMES, dtype=torch.float64, requires_grad=True)
+    encoder.transformer(x, bias.expand(3, 1, FRAMES, FRAMES)).square().sum().backward()
+    assert bias.grad.abs().sum() > 0
 
 
 def test_the_encoder_masks_its_input_without_labels():
