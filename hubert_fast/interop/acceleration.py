@@ -27,7 +27,7 @@ _LIBRARIES = {
 
 # What may stand inside a module of ours without a word: it is no other way of computing the same.
 _ORDINARY = (nn.Linear, nn.Dropout, nn.LayerNorm, nn.GroupNorm, nn.Conv1d, nn.ModuleList)
-_ORDINARY_NAMES = ("GELUActivation", "SamePadLayer", "NormConvLayer")  # how they end
+_ORDINARY_NAMES = ("SamePadLayer", "NormConvLayer")  # of transformers', how they end
 _MODELS = ("torchaudio.models.", "transformers.models.")  # modules of Python that define models
 
 
@@ -186,7 +186,8 @@ def _looks_different(module: nn.Module) -> Optional[str]:
     if "forward" in vars(module):
         return "its forward was replaced"
     kind = type(module).__base__ if parametrize.is_parametrized(module) else type(module)
-    if issubclass(kind, Accelerated) or kind in _ORDINARY or kind.__name__.endswith(_ORDINARY_NAMES):
+    ordinary = kind in _ORDINARY or kind.__name__ == "GELUActivation" or kind.__name__.endswith(_ORDINARY_NAMES)
+    if ordinary or issubclass(kind, Accelerated):
         return None
     return f"{kind.__module__}.{kind.__qualname__} is no module that is fused"
 

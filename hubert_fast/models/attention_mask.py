@@ -29,9 +29,8 @@ def attention_mask(lengths: Tensor, frames: int, dtype: torch.dtype, device: tor
     """
     padded = padding_mask(lengths.to(device, non_blocking=True), frames)
     mask = (_PADDED * padded[:, None, None].to(dtype)).expand(-1, 1, frames, -1)
-    if not (
-        torch.compiler.is_compiling() or mask.is_inference()
-    ):  # inference tensors do not count what is written to them
+    # Tensors of inference mode do not count what is written to them.
+    if not torch.compiler.is_compiling() and not mask.is_inference():
         mask._of_lengths = lengths.clone(), mask._version  # who gave them may write to them
     return mask
 

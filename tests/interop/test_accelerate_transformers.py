@@ -405,6 +405,7 @@ def test_a_part_in_a_wrapper_is_called(place, settings):
     ("settings", "left"),
     [
         ({"hidden_act": "relu"}, "feed_forward.intermediate_act_fn"),
+        ({"hidden_act": "gelu_new"}, "feed_forward.intermediate_act_fn"),
         ({"feat_extract_activation": "relu"}, "feature_extractor"),
         ({"conv_pos_batch_norm": True}, "pos_conv_embed"),
         ({"feat_proj_layer_norm": False}, "feature_projection"),
