@@ -22,7 +22,7 @@ _PRETRAIN = {
 
 # What the extra "test" brings.
 _MODULES = _PRETRAIN | {
-    "accelerate", "av", "hypothesis", "lightning", "onnx", "onnxruntime", "onnxscript", "packaging", "pybind11", "tomli",
+    "accelerate", "av", "hypothesis", "lightning", "onnx", "onnxruntime", "onnxscript", "packaging", "peft", "pybind11", "tomli",
     "transformers", "triton",
 }  # fmt: skip
 
