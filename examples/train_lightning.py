@@ -27,7 +27,7 @@ from hubert_fast.models.plan import StepPlan
 
 
 def mean_over_ranks(result: PretrainingLoss) -> Tensor:
-    """What to take the gradient of, where gradients are averaged over ranks: the loss per masked frame of all of them."""
+    """The loss per masked frame of all ranks, for gradients that are averaged over ranks."""
     if not dist.is_initialized():
         return result.mean
     masked = result.masked_count.clone()

@@ -32,7 +32,7 @@ _MODELS = ("torchaudio.models.", "transformers.models.")  # modules of Python th
 
 
 class Acceleration(NamedTuple):
-    """What `accelerate` did to a model. Names are those of ``model.named_modules()``, "" is the model itself."""
+    """The modules of an accelerated model, by their names in ``model.named_modules()``; "" is the model itself."""
 
     fused: list[str]
     """modules that run on the fused operators"""
@@ -107,7 +107,7 @@ def _restore(module: nn.Module) -> None:
 
 
 class Accelerated:
-    """What classes of accelerated modules have beside those of ours and their own."""
+    """The third base of the classes of accelerated modules, beside one of ours and their own."""
 
     runs_as: type[nn.Module]
     """the class of ours whose code runs"""
@@ -118,7 +118,7 @@ class Accelerated:
 
     @staticmethod
     def attributes(module: nn.Module) -> dict[str, Any]:
-        """What ours keep in attributes that the library's have not."""
+        """Attributes that modules of ours have and the library's have not, by name."""
         return {}
 
     @staticmethod

@@ -79,7 +79,7 @@ class _FeatureEncoder(Accelerated, feature_extractor.FeatureExtractor):
         return features.transpose(1, 2)
 
     def _operator(self, x: Tensor) -> Optional[partial[Tensor]]:
-        """What gives the features of ``x``; None where the blocks are not what the operator computes."""
+        """The operator with all its parameters; None where the blocks are not what it computes."""
         blocks = list(self.conv_layers)
         if x.ndim != 2 or not len(x) or x.requires_grad or not blocks:
             return None
@@ -201,7 +201,7 @@ class _Attention(Accelerated, encoder_layer.SelfAttention):
 
 
 class _FeedForward(Accelerated, encoder_layer.FeedForward):
-    """Whatever activation stands in GELU's place is called."""
+    """A feed-forward that calls an activation other than GELU."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return super().forward(hidden_states)
@@ -248,7 +248,7 @@ class _EncoderLayer(Accelerated, encoder_layer.EncoderLayer):
         return layout.unpack(self.stream(Stream(layout.pack(hidden_states)), layout).x)
 
     def _call_attention(self, grid: Tensor, layout: Rows) -> Tensor:
-        """What stands in the attention's place, called as transformers does: ``[batch, frames, dim]``, both."""
+        """Call a hooked or replaced attention as transformers does: ``[batch, frames, dim] -> [batch, frames, dim]``."""
         return self.attention(grid, attention_mask=_mask_of_layout(layout, grid, self._config))[0]
 
 
@@ -312,7 +312,7 @@ class _Encoder(Accelerated, transformer.Transformer):
         return super().run_layer(layer, stream, layout, keep, seeds)
 
     def _call_layer(self, layer: nn.Module, grid: Tensor, layout: Rows) -> Tensor:
-        """What stands in a layer's place, called as transformers does: ``[batch, frames, dim]``, both."""
+        """Call a hooked or replaced layer as transformers does: ``[batch, frames, dim] -> [batch, frames, dim]``."""
         return layer(grid, attention_mask=_mask_of_layout(layout, grid, self.config))
 
     def _drop_or_run(

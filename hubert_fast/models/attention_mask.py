@@ -18,7 +18,7 @@ _AT_MOST = -9000.0  # at padding in masks of others: bfloat16 rounds
 
 
 def padding_mask(lengths: Tensor, frames: int) -> Tensor:
-    """Which frames are padding, ``[batch, frames]`` bool, given the valid ``lengths`` (``[batch]``)."""
+    """True at frames that are padding: ``[batch, frames]`` bool, given the valid ``lengths`` (``[batch]``)."""
     return torch.arange(frames, device=lengths.device) >= lengths[:, None]
 
 

@@ -61,7 +61,7 @@ def on_grid(
     layout: Rows,
     keep: Optional[Tensor] = None,  # [kept] int64
 ) -> Tensor:  # [rows, dim], or [kept, dim]
-    """What ``call`` makes of the grid, which is 0 where there is no row."""
+    """Rows through ``call``, which is given the grid; that is 0 where there is no row."""
     rows = layout.pack(call(layout.unpack(x)))
     return rows if keep is None else rows.index_select(0, keep)
 
@@ -278,7 +278,7 @@ class EncoderLayer(nn.Module):
         return before_dropout(self.dropout, value, bias, seeds.attended)
 
     def _call_attention(self, grid: Tensor, layout: Rows) -> Tensor:
-        """What stands in the attention's place, called as torchaudio does: ``[batch, frames, dim]``, both."""
+        """Call a hooked or replaced attention as torchaudio does: ``[batch, frames, dim] -> [batch, frames, dim]``."""
         mask = mask_of_grid(layout, grid)
         return self.attention(grid, attention_mask=mask, position_bias=None, key_padding_mask=None)[0]
 

@@ -205,7 +205,7 @@ def _initialize(module: nn.Module) -> None:
 def _size(
     width: int, layers: int, heads: int, mode: str = "layer_norm", bias: bool = False, norm_first: bool = True
 ) -> dict[str, Any]:
-    """What a published size is, as arguments of `wav2vec2_model`."""
+    """A published size, as arguments of `wav2vec2_model`."""
     return {
         "extractor_mode": mode,
         "extractor_conv_layer_config": None,

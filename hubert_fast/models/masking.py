@@ -17,7 +17,7 @@ __all__ = ["InputMask", "MaskGenerator", "draw_masks", "span_mask"]
 
 
 class InputMask(NamedTuple):
-    """What is masked of the transformer's input."""
+    """The masked frames and channels of the transformer's input."""
 
     frames: Tensor  # bool, [batch, frames] or [rows]: replaced by the mask embedding
     channels: Optional[Tensor]  # [batch, dim] bool: channels of a sequence that are zeroed; None: none

@@ -36,7 +36,7 @@ class StepPlan(NamedTuple):
 
     @property
     def input_mask(self) -> InputMask:
-        """What is masked of the transformer's input."""
+        """The masked frames and channels of the transformer's input."""
         return InputMask(self.mask, self.channel_mask)
 
     @property

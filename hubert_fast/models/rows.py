@@ -39,7 +39,7 @@ class Rows(NamedTuple):
         return None if self.key_lengths is None else self.padding_mask().flatten()
 
     def padding_mask(self) -> Optional[Tensor]:
-        """Which frames of the grid are padding, ``[batch, frames]`` bool; None where none is."""
+        """True at frames of the grid that are padding: ``[batch, frames]`` bool; None where none is."""
         lengths = self.lengths()
         return None if lengths is None else torch.arange(self.frames, device=lengths.device) >= lengths[:, None]
 

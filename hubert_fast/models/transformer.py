@@ -162,7 +162,7 @@ class Transformer(nn.Module):
         return Stream(on_grid(lambda grid: self._call_layer(layer, grid, layout), stream.x, layout, keep))
 
     def _call_layer(self, layer: nn.Module, grid: Tensor, layout: Rows) -> Tensor:
-        """What stands in a layer's place, called as torchaudio does: ``[batch, frames, dim]``, both."""
+        """Call a hooked or replaced layer as torchaudio does: ``[batch, frames, dim] -> [batch, frames, dim]``."""
         return layer(grid, mask_of_grid(layout, grid), position_bias=None)[0]
 
     def embed(self, x: Tensor, layout: Rows, seed: Optional[Tensor] = None) -> Stream:

@@ -51,7 +51,7 @@ def takes_rows(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _inside(module: nn.Module) -> Optional[nn.Module]:
-    """What ``module`` wraps, if it is a wrapper that is known."""
+    """The module inside ``module``, if that is a wrapper that is known."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
         return module.module
