@@ -143,7 +143,7 @@ def _kinds() -> tuple[dict[type[nn.Module], type[Any]], list[str]]:
         try:
             kinds |= importlib.import_module(f"hubert_fast.interop.{name}").kinds()
         except (ImportError, AttributeError) as error:
-            version = getattr(sys.modules[library.partition(".")[0]], "__version__", "installed")
+            version = getattr(sys.modules.get(library.partition(".")[0]), "__version__", "installed")
             unknown.append(f"{library} of version {version} has other modules than those known here ({error})")
     return kinds, unknown
 
