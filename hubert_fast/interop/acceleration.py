@@ -25,7 +25,7 @@ _LIBRARIES = {
     "transformers.models.wav2vec2.modeling_wav2vec2": "transformers_modules",
 }
 
-# What may stand inside a module of ours without a word: it is no other way of computing the same.
+# Kinds of modules that `Acceleration.left` does not list: the fused operators do what they do, or call them.
 _ORDINARY = (nn.Linear, nn.Dropout, nn.LayerNorm, nn.GroupNorm, nn.Conv1d, nn.ModuleList)
 _ORDINARY_NAMES = ("SamePadLayer", "NormConvLayer")  # of transformers', how they end
 _MODELS = ("torchaudio.models.", "transformers.models.")  # modules of Python that define models

@@ -113,7 +113,7 @@ class _FeatureEncoder(Accelerated, feature_extractor.FeatureExtractor):
         )
         if checkpointed is None:
             return run
-        # One that enters again needs an input that requires a gradient, which the operator's is not.
+        # A reentrant checkpoint needs an input that requires a gradient, which the audio is not.
         settings = getattr(checkpointed, "keywords", {})
         return partial(checkpointed, run) if settings.get("use_reentrant") is False else None
 

@@ -10,16 +10,11 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from hubert_fast.models.rows import Rows, whole_grid
+from hubert_fast.models.rows import Rows, padding_mask, whole_grid
 from hubert_fast.ops.host_tensors import may_decide_shapes
 
 _PADDED = -10000.0
 _AT_MOST = -9000.0  # at padding in masks of others: bfloat16 rounds
-
-
-def padding_mask(lengths: Tensor, frames: int) -> Tensor:
-    """True at frames that are padding: ``[batch, frames]`` bool, given the valid ``lengths`` (``[batch]``)."""
-    return torch.arange(frames, device=lengths.device) >= lengths[:, None]
 
 
 def attention_mask(lengths: Tensor, frames: int, dtype: torch.dtype, device: torch.device) -> Tensor:

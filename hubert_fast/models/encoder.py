@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_hook_of_all_modules
 
-from hubert_fast.models.attention_mask import attention_mask, padding_mask
+from hubert_fast.models.attention_mask import attention_mask
 from hubert_fast.models.encoder_layer import mask_of_grid, on_grid
 from hubert_fast.models.masking import InputMask, MaskGenerator, draw_masks
 from hubert_fast.models.plain import (
@@ -25,7 +25,7 @@ from hubert_fast.models.plain import (
     rate,
 )
 from hubert_fast.models.plan import StepPlan
-from hubert_fast.models.rows import Rows, rows_of
+from hubert_fast.models.rows import Rows, padding_mask, rows_of
 from hubert_fast.models.transformer import Seeds, Transformer
 from hubert_fast.models.wrappers import as_built, takes_rows
 from hubert_fast.ops.mask_fill import mask_fill

@@ -7,13 +7,13 @@ from typing import NamedTuple, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from hubert_fast.models.attention_mask import padding_mask
 from hubert_fast.models.checks import check_audio, check_labels
 from hubert_fast.models.encoder import Encoder
 from hubert_fast.models.logits import LogitGenerator
 from hubert_fast.models.masking import MaskGenerator, draw_masks
 from hubert_fast.models.plain import Stream, is_plain
 from hubert_fast.models.plan import PlanSettings, StepPlan, make_plan
+from hubert_fast.models.rows import padding_mask
 from hubert_fast.models.wav2vec2 import Wav2Vec2Model
 from hubert_fast.models.wrappers import as_built, is_sharded, runs_as, takes_rows
 from hubert_fast.ops.host_tensors import on_host, to_device

@@ -26,9 +26,7 @@ class Rows(NamedTuple):
     # [batch + 1] int64, where the last layer gives the rows ``keep`` alone: keep[kept_offsets[i] : kept_offsets[i + 1]] are those
     # of sequence i, and fillers follow, of which attention gives 0. None: ``keep`` may name any rows, in any order.
     kept_offsets: Optional[Tensor] = None
-    mask: Optional[Tensor] = (
-        None  # [batch, 1, frames, frames]: added to the scores of the whole grid; no other field tells of it
-    )
+    mask: Optional[Tensor] = None  # [batch, 1, frames, frames]: added to the scores, of the whole grid
 
     def lengths(self) -> Optional[Tensor]:
         """Valid frames of each sequence: ``[batch]`` int64; None: all."""
@@ -41,7 +39,7 @@ class Rows(NamedTuple):
     def padding_mask(self) -> Optional[Tensor]:
         """True at frames of the grid that are padding: ``[batch, frames]`` bool; None where none is."""
         lengths = self.lengths()
-        return None if lengths is None else torch.arange(self.frames, device=lengths.device) >= lengths[:, None]
+        return None if lengths is None else padding_mask(lengths, self.frames)
 
     def key_mask(self) -> Optional[Tensor]:
         """The keys of a whole grid, valid frames of each sequence: ``[batch, 1, frames, frames]`` bool; None where all are.
@@ -73,6 +71,11 @@ class Rows(NamedTuple):
         elif (padding := self.padding()) is not None:
             rows = rows.masked_fill(padding.view(-1, *[1] * (rows.ndim - 1)), 0)
         return rows.reshape(self.batch, self.frames, *rows.shape[1:])
+
+
+def padding_mask(lengths: Tensor, frames: int) -> Tensor:
+    """True at frames that are padding: ``[batch, frames]`` bool, given the valid ``lengths`` (``[batch]``)."""
+    return torch.arange(frames, device=lengths.device) >= lengths[:, None]
 
 
 def whole_grid(batch: int, frames: int, lengths: Optional[Tensor], device: torch.device) -> Rows:

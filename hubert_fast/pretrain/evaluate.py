@@ -224,7 +224,7 @@ def _choose_rows(frames: int, share: float, rng: np.random.Generator) -> np.ndar
 def _held_out_scores(
     audio: _Audio, encoder: Encoder, codebooks: dict[Representation, Codebook], training_units: Units, *, seed: int
 ) -> dict[str, Any]:
-    """What the result says of the held-out frames: how many there are, their phones, and how each one's units score.
+    """The held-out part of the result: how many frames there are, their phones, and how the units of each score.
 
     Nothing where none can be read.
     """

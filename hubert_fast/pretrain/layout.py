@@ -35,7 +35,7 @@ def read_layout(path: Path) -> Layout:
 
 
 def plain_kind(layout: Layout) -> int:
-    """Which of `PLAIN` reads a file of this layout, counted from 1; 0 where it takes the layout to read it."""
+    """The number of the reader in `PLAIN` for a file of this layout, counted from 1; 0 where it takes the layout to read it."""
     first = layout.streams[0]
     if len(layout.streams) > 1 or layout.repairs or first.pieces is not None:
         return 0

@@ -129,7 +129,7 @@ class Manifest(Sequence[Utterance]):
         return self._recordings[indices]
 
     def sources(self) -> np.ndarray:
-        """What the samples of each utterance come of: int64 ``[utterances, 2]``, its recording's CRC and channel."""
+        """The source of each utterance's samples: int64 ``[utterances, 2]``, CRC and channel of its recording."""
         each = [self._columns[name][self._recordings].astype(np.int64) for name in ("crc32", "channels")]
         return np.stack(each, axis=1)
 

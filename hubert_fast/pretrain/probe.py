@@ -51,7 +51,7 @@ class AudioInfo:
 
 
 def probe(path: Path, channel: Union[Literal["mix"], int] = "mix") -> AudioInfo:
-    """What a file holds, by decoding it from end to end.
+    """The contents of a file, found out by decoding it from end to end.
 
     Args:
         channel: "mix" for the mean of the channels, or the number of the one that is taken, counted from 1.

@@ -123,7 +123,7 @@ def _probe_all(
     noticed: list[dict[str, str]],
     progress: bool,
 ) -> Recordings:
-    """What each usable file holds, in the order of ``files``. Adds the others to ``skipped``, and remarks to ``noticed``."""
+    """The recordings of usable files, in the order of ``files``; others go to ``skipped``, and remarks to ``noticed``."""
     usable = Recordings()
     seconds, began = 0.0, time.monotonic()
 

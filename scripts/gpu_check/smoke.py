@@ -31,7 +31,7 @@ from scripts.gpu_check.models import OPERATORS, architecture, kernels_of, padded
 PART = "smoke"
 
 # Relative errors that are allowed however small that of the reference in the same dtype is.
-# Of the tiny models that stand in on a CPU, products with AMX left 3.3e-2, beside the reference's 1.6e-2.
+# Products with AMX left 3.3e-2 on the tiny models that stand in on a CPU, beside the reference's 1.6e-2.
 _FLOORS = {"float32": 1e-5, "bfloat16": 4e-2}
 _TIMES_THE_REFERENCES = 2.0
 

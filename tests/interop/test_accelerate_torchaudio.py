@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import hubert_fast
-from hubert_fast.models.encoder_layer import EncoderLayer
 from tests import torchaudio_peer
 from tests.models import configurations
 from tests.models.twins import (
@@ -39,19 +38,6 @@ def _step(model, data):
     outputs = seeded(model, data)
     recipe_loss(outputs, unmasked_weight=0.5).backward()
     return outputs, {name: each.clone() for name, each in gradients(model).items() if each is not None}
-
-
-@pytest.fixture
-def rows(monkeypatch):
-    """How many rows layers of ours were given, call by call."""
-    seen, stream = [], EncoderLayer.stream
-
-    def noting(layer, x, *arguments):
-        seen.append(len(x.x))
-        return stream(layer, x, *arguments)
-
-    monkeypatch.setattr(EncoderLayer, "stream", noting)
-    return seen
 
 
 @pytest.mark.parametrize("name", configurations.ALL)

@@ -70,19 +70,6 @@ def _assert_same(given, wanted, mask=RAGGED, tolerance=1e-9):
     assert_gradients_match(given[1], wanted[1], tolerance)
 
 
-@pytest.fixture
-def rows(monkeypatch):
-    """How many rows layers of ours were given, call by call."""
-    seen, stream = [], EncoderLayer.stream
-
-    def noting(layer, x, *arguments):
-        seen.append(len(x.x))
-        return stream(layer, x, *arguments)
-
-    monkeypatch.setattr(EncoderLayer, "stream", noting)
-    return seen
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("mask", [RAGGED, None], ids=["ragged", "whole"])
 @pytest.mark.parametrize("settings", [POST_NORM, PRE_NORM, {"attn_implementation": "eager"}])
